@@ -1,0 +1,34 @@
+"""LoRA for Keras 3: adapt, `fit`, merge, serve."""
+
+from keras_lora.adapters import disable_adapter, set_adapter
+from keras_lora.config import AdapterSpec, LoRAConfig
+from keras_lora.export import GraphReport, check_saved_model, export_saved_model
+from keras_lora.inject import apply_lora, merge_lora, merged, unload_lora
+from keras_lora.layers import LoRADense, LoRAEinsumDense, LoRALayer, register_lora_class
+from keras_lora.summary import LoRASummary, lora_summary
+from keras_lora.walker import Target, find_targets, lora_layers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterSpec",
+    "GraphReport",
+    "LoRAConfig",
+    "LoRADense",
+    "LoRAEinsumDense",
+    "LoRALayer",
+    "LoRASummary",
+    "Target",
+    "apply_lora",
+    "check_saved_model",
+    "disable_adapter",
+    "export_saved_model",
+    "find_targets",
+    "lora_layers",
+    "lora_summary",
+    "merge_lora",
+    "merged",
+    "register_lora_class",
+    "set_adapter",
+    "unload_lora",
+]

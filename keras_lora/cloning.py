@@ -1,0 +1,90 @@
+"""A second model with the same architecture and weights."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+
+import keras
+
+from keras_lora.freezing import original_flag
+from keras_lora.layers import LoRALayer, plain_class
+from keras_lora.walker import lora_layers, walk
+
+
+def plain_copy(model: keras.Model) -> keras.Model:
+    """A copy without adapters: the base's architecture, values, flags and compile settings.
+
+    Raises:
+        ValueError: the model cannot be made from its config, or what is made from it has other
+            variables. (`LlamaBackbone.get_config` of KerasHub 0.32 forgets tied embeddings.)
+    """
+    with _as_plain(list(lora_layers(model).values())):
+        copy = _from_config(model)
+    originals, copies = base_variables(model), copy.variables
+    shapes = [[(tuple(v.shape), v.dtype) for v in variables] for variables in (originals, copies)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"inplace=False: expected the model made from {type(model).__name__}.get_config() to "
+            f"have the variables of the original, {len(originals)} of them. Received: "
+            f"{len(copies)}, or other shapes: its get_config is incomplete. Use inplace=True."
+        )
+    for original, variable in zip(originals, copies, strict=True):
+        variable.assign(original.value)
+    pairs = [(model, copy), *zip(_layers(model), _layers(copy), strict=True)]
+    for original, layer in pairs + list(zip(originals, copies, strict=True)):
+        layer.trainable = original_flag(original)
+    _compile_like(copy, model)
+    return copy
+
+
+def base_variables(model: keras.layers.Layer) -> list[keras.Variable]:
+    """All variables of a model but those of its adapters."""
+    layers = lora_layers(model).values()
+    ours = {id(v) for layer in layers for v in layer.adapter_variables}
+    return [v for v in model.variables if id(v) not in ours]
+
+
+def _layers(model: keras.Model) -> list[keras.layers.Layer]:
+    return [node.layer for node in walk(model)]
+
+
+def _from_config(model: keras.Model) -> keras.Model:
+    try:
+        copy = type(model).from_config(model.get_config())
+        if not copy.built:
+            copy.build_from_config(model.get_build_config())
+    except Exception as error:
+        raise ValueError(
+            "inplace=False: expected a model that can be made from its get_config(). Received: "
+            f"{type(model).__name__}, which cannot ({type(error).__name__}: {error}). Use "
+            "inplace=True, or implement get_config."
+        ) from error
+    return copy
+
+
+@contextlib.contextmanager
+def _as_plain(layers: Sequence[LoRALayer]) -> Iterator[None]:
+    """Within the context the layers have their plain classes, so that configs are plain."""
+    classes = [type(layer) for layer in layers]
+    for layer in layers:
+        layer.__class__ = plain_class(layer)
+    try:
+        yield
+    finally:
+        for layer, lora_class in zip(layers, classes, strict=True):
+            layer.__class__ = lora_class
+
+
+def _compile_like(copy: keras.Model, model: keras.Model) -> None:
+    if not getattr(model, "compiled", False):
+        return
+    try:
+        copy.compile_from_config(model.get_compile_config())
+    except Exception as error:
+        warnings.warn(
+            f"The copy was not compiled, since the compile settings could not be read back "
+            f"({error}). Compile it.",
+            stacklevel=4,
+        )

@@ -1,0 +1,223 @@
+"""What to adapt and how: `LoRAConfig` for a model, `AdapterSpec` for one layer of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from keras_lora.lowrank import scaling
+
+PRESETS = ("attention", "all-linear", "all")
+BIASES = ("none", "lora_only", "all")
+INITS = ("kaiming_uniform", "gaussian")
+
+Targets = str | Sequence[str] | Callable[[Any], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """Rank, scale and options of one adapter on one layer.
+
+    `h = x W0 + s (drop(x) A) B` with `s = alpha / rank` (`alpha / sqrt(rank)` for rsLoRA).
+
+    Args:
+        rank: Inner size of `A B`; a positive integer.
+        alpha: Numerator of the scale `s`; a finite number.
+        dropout: Probability with which an input of the adapter is zeroed while training, in
+            `[0, 1)`. The path through the frozen kernel has none.
+        use_rslora: Divide by `sqrt(rank)` instead of `rank`.
+        init: How `A` starts: `"kaiming_uniform"`, uniform within `±1/sqrt(d)` for `d` inputs
+            (as PEFT does), or `"gaussian"`, normal with standard deviation `1/rank`. `B`
+            starts at zero, so that a fresh adapter changes nothing.
+
+    Raises:
+        ValueError: a value outside the above.
+
+    Example:
+
+    >>> AdapterSpec(rank=4, alpha=8).scaling
+    2.0
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    use_rslora: bool = False
+    init: str = "kaiming_uniform"
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        check_alpha(self.alpha)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise invalid("dropout", "a number in [0, 1)", self.dropout, "try dropout=0.05")
+        if not isinstance(self.use_rslora, bool):
+            raise invalid("use_rslora", "True or False", self.use_rslora)
+        if self.init not in INITS:
+            raise invalid("init", f"one of {INITS}", self.init)
+
+    @property
+    def scaling(self) -> float:
+        return scaling(self.alpha, self.rank, self.use_rslora)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Which layers of a model to adapt, and how; validated once, when made.
+
+    Args:
+        rank: Rank of every adapter, unless `rank_pattern` says otherwise.
+        alpha: Numerator of the scale: `s = alpha / rank`, or `alpha / sqrt(rank)`.
+        dropout: Dropout on the adapter's input while training, in `[0, 1)`.
+        targets: What to adapt; see `keras_lora.find_targets` for every form.
+        exclude: Names to leave out of `targets`, written as names in `targets` are.
+        rank_pattern: `{name: rank}` for layers whose rank differs. The first match counts.
+        alpha_pattern: `{name: alpha}`, likewise.
+        use_rslora: Scale by `alpha / sqrt(rank)` (rank-stabilised LoRA).
+        init: How `A` starts; see `AdapterSpec`.
+        bias: Which biases train: `"none"`, those of the adapted layers (`"lora_only"`), or
+            every variable called `bias` in the model (`"all"`).
+        layers_to_save: Names of layers that train in full beside the adapters, such as a
+            fresh classifier head.
+
+    Raises:
+        ValueError: a value outside the above; the message says what was expected.
+
+    Example:
+
+    >>> config = LoRAConfig(rank=4, alpha=8, targets=["query", "value"])
+    >>> LoRAConfig.from_json(config.to_json()) == config
+    True
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: Targets = "all-linear"
+    exclude: Sequence[str] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    init: str = "kaiming_uniform"
+    bias: Literal["none", "lora_only", "all"] = "none"
+    layers_to_save: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.spec()
+        _check_targets(self.targets)
+        if not callable(self.targets) and not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        for name in ("exclude", "layers_to_save"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
+            object.__setattr__(self, name, _pattern(name, getattr(self, name), check))
+        if self.bias not in BIASES:
+            raise invalid("bias", f"one of {BIASES}", self.bias)
+
+    def spec(self, *, rank: int | None = None, alpha: float | None = None) -> AdapterSpec:
+        """The spec of one layer, with its own rank or alpha where a pattern gives them."""
+        return AdapterSpec(
+            rank=self.rank if rank is None else rank,
+            alpha=self.alpha if alpha is None else alpha,
+            dropout=self.dropout,
+            use_rslora=self.use_rslora,
+            init=self.init,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, as JSON takes them.
+
+        Raises:
+            ValueError: `targets` is a function, which no file can hold.
+        """
+        if callable(self.targets):
+            raise invalid(
+                "targets",
+                "a preset, a pattern or a list of names in a config that is to be written",
+                self.targets,
+                "list the paths: targets=[t.path for t in find_targets(model, function)]",
+            )
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoRAConfig:
+        """The inverse of `to_dict`."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"Expected only fields of LoRAConfig: {sorted(known)}. Received also: {unknown}. "
+                "Remove them, or install the version of keras-lora that wrote them."
+            )
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> LoRAConfig:
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"Expected a JSON object. Received: {type(values).__name__}.")
+        return cls.from_dict(values)
+
+
+def invalid(name: str, expected: str, received: object, fix: str = "") -> ValueError:
+    """The project's one form of message for a bad argument."""
+    message = f"Invalid `{name}`: expected {expected}. Received: {name}={received!r}"
+    return ValueError(f"{message}; {fix}." if fix else f"{message}.")
+
+
+def check_rank(rank: object) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
+        raise invalid("rank", "a positive integer", rank, "try rank=8")
+
+
+def check_alpha(alpha: object) -> None:
+    if not _is_number(alpha) or not math.isfinite(alpha):  # type: ignore[arg-type]
+        raise invalid("alpha", "a finite number", alpha, "try alpha=2 * rank")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _check_targets(targets: object) -> None:
+    if callable(targets):
+        return
+    if isinstance(targets, str):
+        if targets in PRESETS or targets.startswith("re:"):
+            return
+        raise invalid(
+            "targets",
+            f"one of {PRESETS}, a pattern 're:...', a list of names, or a function of a target",
+            targets,
+            f"for a layer of that name write targets=[{targets!r}]",
+        )
+    if not _names("targets", targets):
+        raise invalid("targets", "at least one name", targets, 'try targets="all-linear"')
+
+
+def _names(field_name: str, names: object) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise invalid(field_name, "a list of names", names, "put the name in a list")
+    if not all(isinstance(name, str) and name for name in names):
+        raise invalid(field_name, "names, as non-empty strings", names)
+    return tuple(names)
+
+
+def _pattern(
+    field_name: str, pattern: object, check: Callable[[object], None]
+) -> dict[str, Any]:
+    if not isinstance(pattern, Mapping):
+        raise invalid(field_name, "a mapping of names to values", pattern)
+    _names(field_name, list(pattern))
+    for value in pattern.values():
+        check(value)
+    return dict(pattern)

@@ -1,0 +1,63 @@
+"""Which variables train. `freeze` and `thaw` are inverses: every flag comes back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import keras
+
+from keras_lora.layers import WAS_TRAINABLE, remember_flag
+from keras_lora.walker import walk
+
+Layer = keras.layers.Layer
+
+
+def freeze(model: Layer, selected: Iterable[keras.Variable]) -> None:
+    """Let exactly the selected variables of a model train.
+
+    A layer without any of them is frozen as a layer too: a frozen `BatchNormalization` must not
+    move its statistics.
+    """
+    chosen = {id(v) for v in selected}
+    layers = _layers(model)
+    for layer in layers:
+        remember_flag(layer)
+    for variable in model.variables:
+        remember_flag(variable)
+    for layer in layers:
+        layer.trainable = any(id(v) in chosen for v in layer.variables)
+    for variable in model.variables:
+        variable.trainable = id(variable) in chosen
+
+
+def thaw(model: Layer) -> None:
+    """Give every layer and variable the flag that it had before `freeze`."""
+    variables = [(v, original_flag(v)) for v in model.variables]
+    layers = [(layer, original_flag(layer)) for layer in _layers(model)]
+    # Parents first: to set a layer's flag sets those of all that is below it.
+    for item, flag in layers + variables:
+        item.trainable = flag
+        if hasattr(item, WAS_TRAINABLE):
+            delattr(item, WAS_TRAINABLE)
+
+
+def original_flag(item: Layer | keras.Variable) -> bool:
+    """The trainable flag from before `freeze`; the present one if it was never frozen."""
+    return bool(getattr(item, WAS_TRAINABLE, item.trainable))
+
+
+def own_trainable_variables(layer: Layer) -> list[keras.Variable]:
+    """The variables of a layer that train once nothing is frozen (no moving statistics)."""
+    flags = [(v, v.trainable) for v in layer.variables]
+    layers = [(item, item.trainable) for item in _layers(layer)]
+    layer.trainable = True
+    trainable = list(layer.trainable_variables)
+    for item, flag in layers:
+        item.trainable = flag
+    for variable, flag in flags:
+        variable.trainable = flag
+    return trainable
+
+
+def _layers(model: Layer) -> list[Layer]:
+    return [model, *(node.layer for node in walk(model))]

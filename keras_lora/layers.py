@@ -1,0 +1,627 @@
+"""Layers with a frozen kernel and trainable low-rank factors beside it.
+
+A `LoRALayer` is a subclass of the Keras layer that it adapts. It is made in two ways: by its
+constructor, as any layer, or by `attach`, which turns a built layer into an adapted one *in
+place*: the object and its variables stay the same, only its class changes. `detach` is the
+inverse.
+
+Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
+    `_tracker`: a built layer is locked, and adapters are added after it was built.
+    `_track_variable`, `_untrack_variable`: adapters are taken away and put back.
+    `_kernel`: the frozen kernel itself, since `kernel` gives the effective one.
+    `_check_load_own_variables`: counts a layer's variables, adapters included, before it
+        loads those of the base.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lora.config import AdapterSpec, invalid
+from keras_lora.initializers import a_initializer
+from keras_lora.lowrank import EinsumSplit, Shape, Tensor, split_equation
+
+DEFAULT_ADAPTER = "default"
+# Marks a variable or a layer that was frozen here with the flag that it had before.
+WAS_TRAINABLE = "_lora_was_trainable"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter of one layer: its spec and its two float32 variables."""
+
+    spec: AdapterSpec
+    a: keras.Variable
+    b: keras.Variable
+
+    @property
+    def variables(self) -> tuple[keras.Variable, keras.Variable]:
+        return self.a, self.b
+
+    @property
+    def parameters(self) -> int:
+        return sum(int(ops.size(v)) for v in self.variables)
+
+
+@dataclass
+class _State:
+    """What a layer has more than its base class has. Keras tracks none of this object."""
+
+    base_class: type
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    seeds: keras.random.SeedGenerator | None = None
+    # Between the constructor and `build`.
+    pending: dict[str, AdapterSpec] = field(default_factory=dict)
+    train_bias: bool = False
+    # Why a `.keras` file cannot hold this layer, or None: see `inject.guard_saving`.
+    unsaveable: str | None = None
+
+
+class LoRALayer(keras.layers.Layer):
+    """Abstract base of every adapted layer.
+
+        y = act(x W0 + b + sum_i s_i (drop_i(x) A_i) B_i)     over the active adapters i
+
+    `W0` is frozen, `A_i` and `B_i` are float32 whatever the layer's dtype, and the product
+    `A_i B_i` is never formed in the forward pass. A final class says which einsum its kernel
+    belongs to (`_equation`) and is also a subclass of the Keras layer that it adapts.
+
+    Args:
+        *args: As the base layer takes them.
+        rank: Inner size `r` of the adapter `"default"`.
+        alpha: Numerator of its scale, `s = alpha / r`.
+        dropout: Dropout on the adapter's input while training, in `[0, 1)`.
+        use_rslora: `s = alpha / sqrt(r)`.
+        init: How `A` starts; see `AdapterSpec`.
+        adapters: `{name: AdapterSpec fields}` instead of the five above, for several adapters.
+        active: Names of the adapters that act; all of them by default.
+        train_bias: Train the bias beside the adapters.
+        **kwargs: As the base layer takes them.
+
+    Raises:
+        ValueError: an invalid spec, a kernel constraint, or Keras's own `lora_rank`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: str = "kaiming_uniform",
+        adapters: Mapping[str, Mapping[str, Any]] | None = None,
+        active: Sequence[str] | None = None,
+        train_bias: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if adapters is None:
+            spec = AdapterSpec(
+                rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, init=init
+            )
+            specs = {DEFAULT_ADAPTER: spec}
+        else:
+            specs = {check_adapter_name(n): AdapterSpec(**spec) for n, spec in adapters.items()}
+        super().__init__(*args, **kwargs)
+        check_adaptable(self)
+        self._lora = _State(
+            base_class=next(c for c in type(self).__mro__ if not issubclass(c, LoRALayer)),
+            pending=specs,
+            active=tuple(specs if active is None else active),
+            train_bias=train_bias,
+        )
+
+    @property
+    @abstractmethod
+    def _equation(self) -> str:
+        """The einsum of the layer's input and kernel, such as `"...x,xy->...y"`."""
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        for variable in self.base_variables:
+            remember_flag(variable)
+            variable.trainable = variable is self.bias and self._lora.train_bias
+        active = self._lora.active
+        for name, spec in self._lora.pending.items():
+            self.add_adapter(name, spec)
+        self._lora.pending = {}
+        self.activate(active)
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters of this layer by name, active or not."""
+        return MappingProxyType(self._lora.adapters)
+
+    @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that act in `call` and `kernel`."""
+        return self._lora.active
+
+    @property
+    def base_class(self) -> type:
+        """The class that the layer has without its adapters."""
+        return self._lora.base_class
+
+    @property
+    def adapter_variables(self) -> list[keras.Variable]:
+        """Every variable that the layer has beyond its base's, dropout seeds included."""
+        seeds = [] if self._lora.seeds is None else [self._lora.seeds.state]
+        return [v for adapter in self._lora.adapters.values() for v in adapter.variables] + seeds
+
+    @property
+    def base_variables(self) -> list[keras.Variable]:
+        """The layer's own variables without those of its adapters."""
+        ours = {id(v) for v in self.adapter_variables}
+        return [v for v in self.weights if id(v) not in ours]
+
+    def add_adapter(self, name: str, spec: AdapterSpec) -> Adapter:
+        """Make the variables of a new adapter. It does not act until it is activated."""
+        split = split_equation(self._equation)
+        shape = kernel_shape(self)
+        a_shape, b_shape = split.factor_shapes(shape, spec.rank)
+        fan_in, _ = split.matrix_shape(shape)
+        with self._unlocked():
+            a = self._factor(f"lora_a_{name}", a_shape, a_initializer(spec, fan_in))
+            try:
+                b = self._factor(f"lora_b_{name}", b_shape, "zeros")
+            except BaseException:
+                self._untrack_variable(a)
+                raise
+            if spec.dropout and self._lora.seeds is None:
+                self._lora.seeds = keras.random.SeedGenerator()
+                self._tracker.add_to_store("seed_generators", self._lora.seeds)
+        self._lora.adapters[name] = Adapter(spec, a, b)
+        return self._lora.adapters[name]
+
+    def remove_adapter(self, name: str) -> None:
+        """The inverse of `add_adapter`."""
+        self._untrack_adapters()
+        del self._lora.adapters[name]
+        self._lora.active = tuple(n for n in self._lora.active if n != name)
+        if not any(adapter.spec.dropout for adapter in self._lora.adapters.values()):
+            self._lora.seeds = None
+        self._track_adapters()
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Let exactly these adapters act, and exactly these train."""
+        self._lora.active = tuple(names)
+        for name, adapter in self._lora.adapters.items():
+            for variable in adapter.variables:
+                variable.trainable = name in self._lora.active
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the context no adapter acts; no flag of any variable changes."""
+        active, self._lora.active = self._lora.active, ()
+        try:
+            yield
+        finally:
+            self._lora.active = active
+
+    @property
+    def kernel(self) -> Tensor:
+        """The effective kernel, `W0 + sum_i s_i A_i B_i`, in the dtype of `W0`.
+
+        Summed in float32, or in the dtype of `W0` where that is wider, and rounded once.
+        `W0` itself, as a variable, where no adapter acts.
+        """
+        base = super().kernel
+        if not self._lora.active:
+            return base
+        dtype = keras.backend.standardize_dtype(base.dtype)
+        wide = "float64" if dtype == "float64" else "float32"
+        split = split_equation(self._equation)
+        total = ops.cast(base, wide)
+        for adapter in self._active():
+            a, b = (ops.cast(v, wide) for v in adapter.variables)
+            total += split.delta(a, adapter.spec.scaling * b)
+        return ops.cast(total, dtype)
+
+    def adapted_product(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        """`x W0 + sum_i s_i (drop_i(x) A_i) B_i`: the layer before bias and activation."""
+        terms = []
+        for adapter in self._active():
+            spec = adapter.spec
+            x = inputs
+            if training and spec.dropout:
+                x = keras.random.dropout(x, spec.dropout, seed=self._lora.seeds)
+            a, b = (ops.cast(v, self.compute_dtype) for v in adapter.variables)
+            terms.append((x, a, spec.scaling * b))
+        split = self._split(len(inputs.shape))
+        return split.adapted_product(inputs, ops.convert_to_tensor(self._kernel), terms)
+
+    def get_config(self) -> dict[str, Any]:
+        built = {name: adapter.spec for name, adapter in self._lora.adapters.items()}
+        specs = self._lora.pending | built
+        return {
+            **super().get_config(),
+            "adapters": {name: dataclasses.asdict(spec) for name, spec in specs.items()},
+            "active": list(self._lora.active),
+            "train_bias": self._trains_bias(),
+        }
+
+    def save_own_variables(self, store: Any) -> None:
+        """The base's variables under the base's keys; the adapters under keys of their own.
+
+        So a checkpoint of the base loads into the adapted layer.
+        """
+        with self.disabled():  # the base class stores `self.kernel`
+            super().save_own_variables(store)
+        for key, value in self._adapter_state().items():
+            store[key] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        keys = list(store.keys())
+        saved = {key: store[key] for key in keys if key.startswith(_STATE_PREFIX)}
+        if saved:
+            self._check_state(saved)
+        else:
+            warnings.warn(_BASE_ONLY, stacklevel=2)
+        super().load_own_variables({key: store[key] for key in keys if key not in saved})
+        for key, variable in self._state_variables().items():
+            if key in saved:
+                variable.assign(saved[key])
+
+    def save_assets(self, dir_path: str) -> None:
+        """Stop the writing of a `.keras` file that could not be read back.
+
+        Keras calls this for every layer of a `.keras` file and never for `save_weights`.
+        """
+        if self._lora.unsaveable:
+            raise ValueError(self._lora.unsaveable)
+
+    def load_assets(self, dir_path: str) -> None:
+        """Nothing: `save_assets` writes nothing."""
+
+    def _affine(self, inputs: Tensor, training: bool | None) -> Tensor:
+        """`act(x W0 + b + delta)`; the base's own `call` where no adapter acts."""
+        if not self._lora.active:
+            return super().call(inputs, training=training)
+        x = self.adapted_product(inputs, training)
+        if self.bias is not None:
+            x = ops.add(x, self.bias)
+        return x if self.activation is None else self.activation(x)
+
+    def _trains_bias(self) -> bool:
+        if not self.built:
+            return self._lora.train_bias
+        return self.bias is not None and self.bias.trainable
+
+    def _active(self) -> list[Adapter]:
+        return [self._lora.adapters[name] for name in self._lora.active]
+
+    def _split(self, input_rank: int) -> EinsumSplit:
+        return split_equation(self._equation, input_rank)
+
+    def _factor(self, name: str, shape: Shape, initializer: Any) -> keras.Variable:
+        return self.add_weight(
+            name=name, shape=shape, initializer=initializer, dtype="float32", trainable=True
+        )
+
+    def _track_adapters(self) -> None:
+        active = self._lora.active
+        with self._unlocked():
+            for adapter in self._lora.adapters.values():
+                for variable in adapter.variables:
+                    variable.trainable = True  # else Keras files it with the statistics
+                    self._track_variable(variable)
+            if self._lora.seeds is not None:
+                self._tracker.add_to_store("seed_generators", self._lora.seeds)
+        self.activate(active)
+
+    def _untrack_adapters(self) -> None:
+        for adapter in self._lora.adapters.values():
+            for variable in adapter.variables:
+                self._untrack_variable(variable)
+        with self._unlocked():
+            self._tracker.untrack(self._lora.seeds)
+
+    @contextlib.contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        locked = self._tracker.locked
+        self._tracker.unlock()
+        try:
+            yield
+        finally:
+            if locked:
+                self._tracker.lock()
+
+    def _state_variables(self) -> dict[str, keras.Variable]:
+        """What a checkpoint holds for the adapters, by key, and may be assigned."""
+        state = {}
+        for name, adapter in self._lora.adapters.items():
+            state[f"{_STATE_PREFIX}a.{name}"] = adapter.a
+            state[f"{_STATE_PREFIX}b.{name}"] = adapter.b
+        if self._lora.seeds is not None:
+            # Else a resumed run would draw other dropout masks than an unbroken one.
+            state[f"{_STATE_PREFIX}seeds"] = self._lora.seeds.state
+        return state
+
+    def _adapter_state(self) -> dict[str, Any]:
+        scales = {
+            f"{_STATE_PREFIX}scaling.{name}": ops.convert_to_numpy(adapter.spec.scaling)
+            for name, adapter in self._lora.adapters.items()
+        }
+        return self._state_variables() | scales
+
+    def _check_state(self, saved: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose adapters are not those of this layer."""
+        live = self._adapter_state()
+        wrong = [f"{key} is missing" for key in live if key not in saved]
+        wrong += [f"{key} is not expected" for key in saved if key not in live]
+        for key in live.keys() & saved.keys():
+            received, expected = tuple(saved[key].shape), tuple(live[key].shape)
+            if received != expected:
+                wrong.append(f"{key} has shape {received}, expected {expected}")
+            elif ".scaling." in f".{key}" and abs(saved[key][()] - live[key]) > 1e-6:
+                wrong.append(f"{key} is {saved[key][()]}, expected {live[key]}")
+        if wrong:
+            raise ValueError(
+                f"Layer '{self.path}': the file's adapters are not this layer's: "
+                f"{'; '.join(sorted(wrong))}. Load it into a model that was adapted with the "
+                "same LoRAConfig: apply_lora(model, config), then load_weights."
+            )
+
+    def _check_load_own_variables(self, store: Any) -> None:
+        expected = len(self.base_variables)
+        if len(store.keys()) != expected:
+            raise ValueError(
+                f"Layer '{self.path}' expected {expected} base variables in the file. "
+                f"Received: {len(store.keys())}."
+            )
+
+
+_STATE_PREFIX = "lora_"
+_BASE_ONLY = (
+    "The weights file holds no adapters: the base's weights were loaded and the adapters of the "
+    "model were left as they are. If the file is of a merged model, its adapters now count "
+    "twice: call unload_lora(model) first."
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_lora")
+class LoRADense(LoRALayer, keras.layers.Dense):
+    """A `Dense` layer with a frozen kernel and trainable low-rank adapters.
+
+        y = act(x W0 + b + s (x A) B)     W0: (d, k)   A: (d, r)   B: (r, k)   s = alpha / r
+
+    `A` starts random and `B` at zero, so a fresh layer computes what its base does. Kernel and
+    bias are frozen. Masks pass through, as in `Dense`.
+
+    Args:
+        units: Number of outputs `k`.
+        rank, alpha, dropout, use_rslora, init, adapters, active, train_bias: See `LoRALayer`.
+        **kwargs: Any argument of `keras.layers.Dense`.
+
+    Input shape:
+        `(batch, ..., d)`.
+
+    Output shape:
+        `(batch, ..., units)`.
+
+    Weights:
+        `kernel` `(d, k)` and `bias` `(k,)`, frozen; for each adapter `lora_a_<name>` `(d, r)`
+        and `lora_b_<name>` `(r, k)`, float32.
+
+    Raises:
+        ValueError: an invalid rank, alpha or dropout; a kernel constraint.
+
+    Example:
+
+    >>> import keras
+    >>> model = keras.Sequential([keras.Input((12,)), LoRADense(64, rank=8, alpha=16)])
+    >>> [tuple(v.shape) for v in model.trainable_variables]
+    [(12, 8), (8, 64)]
+
+    Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
+    """
+
+    @property
+    def _equation(self) -> str:
+        return "...x,xy->...y"
+
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        return self._affine(inputs, training)
+
+
+@keras.saving.register_keras_serializable(package="keras_lora")
+class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
+    """An `EinsumDense` layer with a frozen kernel and trainable low-rank adapters.
+
+    The kernel's axes are contracted (in the input only), free (in the output only) or shared
+    (in both). `A` has the shared and contracted axes and `r`, `B` the shared axes, `r` and the
+    free ones: for `btd,dnh->btnh`, `A` is `(d, r)` and `B` is `(r, n, h)`. Seen as a matrix, the
+    delta `A B` has rank `r` at most, as in the paper; for shared axes, at each of their indices.
+
+    Args:
+        equation: Any equation that `keras.layers.EinsumDense` accepts.
+        output_shape: As in `keras.layers.EinsumDense`.
+        rank, alpha, dropout, use_rslora, init, adapters, active, train_bias: See `LoRALayer`.
+        **kwargs: Any argument of `keras.layers.EinsumDense`.
+
+    Input shape:
+        As the equation says.
+
+    Output shape:
+        As the equation says.
+
+    Weights:
+        `kernel` and `bias`, frozen; for each adapter `lora_a_<name>` and `lora_b_<name>`,
+        float32.
+
+    Raises:
+        ValueError: an invalid rank, alpha or dropout; a kernel constraint.
+
+    Example:
+
+    >>> import keras
+    >>> layer = LoRAEinsumDense("btd,dnh->btnh", (None, 12, 64), rank=8)
+    >>> layer.build((None, None, 768))
+    >>> [tuple(v.shape) for v in layer.trainable_variables]
+    [(768, 8), (8, 12, 64)]
+
+    Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
+    """
+
+    @property
+    def _equation(self) -> str:
+        return self.equation
+
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        return self._affine(inputs, training)
+
+
+_LORA_CLASSES: dict[type, type[LoRALayer]] = {
+    keras.layers.Dense: LoRADense,
+    keras.layers.EinsumDense: LoRAEinsumDense,
+}
+
+
+def register_lora_class(layer_class: type, lora_class: type[LoRALayer]) -> None:
+    """Say how a layer class of your own is adapted.
+
+    Needed for a subclass of `Dense` or `EinsumDense` that overrides `call`: what it computes is
+    not known here. `lora_class` repeats that computation with `self.adapted_product(inputs,
+    training)` in the place of `inputs @ kernel`.
+
+    Args:
+        layer_class: The class to adapt.
+        lora_class: A subclass of both `LoRALayer` and `layer_class`.
+
+    Raises:
+        ValueError: `lora_class` is not a subclass of both.
+
+    Example:
+
+    >>> import keras
+    >>> from keras import ops
+    >>> class Doubled(keras.layers.Dense):
+    ...     def call(self, inputs, training=None):
+    ...         return 2 * ops.matmul(inputs, self.kernel)
+    >>> class LoRADoubled(LoRALayer, Doubled):
+    ...     _equation = "...x,xy->...y"
+    ...     def call(self, inputs, training=None):
+    ...         return 2 * self.adapted_product(inputs, training)
+    >>> register_lora_class(Doubled, LoRADoubled)
+    """
+    if not issubclass(lora_class, LoRALayer) or not issubclass(lora_class, layer_class):
+        raise invalid(
+            "lora_class", f"a subclass of LoRALayer and of {layer_class.__name__}", lora_class
+        )
+    _LORA_CLASSES[layer_class] = lora_class
+    lora_class_for.cache_clear()
+
+
+@lru_cache(maxsize=None)
+def lora_class_for(layer_class: type) -> type[LoRALayer] | None:
+    """The class that a layer of `layer_class` is converted to, or None.
+
+    A subclass that keeps the computation of its registered base gets a class made for it, so
+    that its own methods stay.
+    """
+    base = next((c for c in layer_class.__mro__ if c in _LORA_CLASSES), None)
+    if base is None or overrides(layer_class, base):
+        return None
+    lora_class = _LORA_CLASSES[base]
+    if layer_class is base:
+        return lora_class
+    return type(f"LoRA{layer_class.__name__}", (lora_class, layer_class), {})
+
+
+def overrides(layer_class: type, base: type) -> bool:
+    """Whether a class computes something else than its base does."""
+    return any(
+        getattr(layer_class, name) is not getattr(base, name)
+        for name in ("call", "quantized_call", "kernel")
+    )
+
+
+def supported_base(layer_class: type) -> type | None:
+    """The nearest class of the registry that `layer_class` descends from."""
+    return next((c for c in layer_class.__mro__ if c in _LORA_CLASSES), None)
+
+
+def plain_class(layer: keras.layers.Layer) -> type:
+    """The class of a layer, or the one that it has without its adapters."""
+    return layer.base_class if isinstance(layer, LoRALayer) else type(layer)
+
+
+def kernel_shape(layer: keras.layers.Layer) -> Shape:
+    return tuple(layer._kernel.shape)
+
+
+def check_adaptable(layer: keras.layers.Layer) -> None:
+    """Refuse a layer whose kernel is not simply `W0`.
+
+    Raises:
+        ValueError: a kernel constraint, Keras's own LoRA, quantized weights, a diagonal.
+    """
+    name = layer.path or layer.name
+    if layer.kernel_constraint is not None:
+        raise ValueError(
+            f"Layer '{name}': expected no kernel constraint, since a constraint on W0 does not "
+            f"hold for W0 + AB. Received: kernel_constraint={layer.kernel_constraint}. Exclude "
+            "the layer or build it without the constraint."
+        )
+    if layer.lora_enabled or layer.lora_rank:
+        raise ValueError(
+            f"Layer '{name}': expected a layer without Keras's own LoRA. Received: "
+            f"lora_rank={layer.lora_rank}. Do not call `enable_lora` on a model that keras_lora "
+            "adapts."
+        )
+    if layer.dtype_policy.quantization_mode is not None:
+        raise ValueError(
+            f"Layer '{name}': expected floating-point weights. Received: "
+            f"quantization_mode={layer.dtype_policy.quantization_mode!r}. Adapt and merge first, "
+            "then quantize, or exclude the layer."
+        )
+    if isinstance(layer, keras.layers.EinsumDense):
+        split_equation(layer.equation)
+
+
+def check_adapter_name(name: object) -> str:
+    if not isinstance(name, str) or not name or "/" in name or "." in name:
+        raise invalid(
+            "name", "a non-empty adapter name without '/' or '.'", name, 'try name="default"'
+        )
+    return name
+
+
+def remember_flag(item: keras.layers.Layer | keras.Variable) -> None:
+    """Note the trainable flag that `freezing.thaw` gives back; the first note counts."""
+    if not hasattr(item, WAS_TRAINABLE):
+        setattr(item, WAS_TRAINABLE, item.trainable)
+
+
+def attach(layer: keras.layers.Layer, state: _State | None = None) -> LoRALayer:
+    """Turn a built layer into an adapted one, in place, with no adapters or with those of `state`."""
+    layer._lora = _State(base_class=type(layer)) if state is None else state
+    layer.__class__ = lora_class_for(type(layer))
+    layer._track_adapters()
+    return layer  # type: ignore[return-value]
+
+
+def detach(layer: LoRALayer) -> _State:
+    """The inverse of `attach`: the plain layer again. The adapters are in what is returned."""
+    state = layer._lora
+    layer._untrack_adapters()
+    del layer._lora
+    layer.__class__ = state.base_class
+    return state
+
+
+def is_registered(layer: LoRALayer) -> bool:
+    """Whether Keras can find the layer's class by name when it reads a file."""
+    return type(layer) in _LORA_CLASSES.values()

@@ -1,0 +1,211 @@
+"""The equations of low-rank adaptation, and nothing else.
+
+    h = x W0 + s (x A) B        s = alpha / r,   or alpha / sqrt(r) for rsLoRA
+
+Every kernel here belongs to an einsum ``input,kernel->output``; a `Dense` is the einsum
+``...a,ab->...b``. The kernel's axes fall into three groups (`EinsumSplit`), and the shapes of
+`A` and `B`, the factored product and the delta all follow from them.
+
+References:
+    Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
+    Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA".
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from keras import ops
+
+Tensor = Any
+Shape = tuple[int, ...]
+Term = tuple[Tensor, Tensor, Tensor]
+
+
+def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
+    """The factor `s` in front of `A B`.
+
+    Example:
+
+    >>> scaling(16, 4, use_rslora=False), scaling(16, 4, use_rslora=True)
+    (4.0, 8.0)
+    """
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+@dataclass(frozen=True)
+class EinsumSplit:
+    """An einsum ``input,kernel->output`` whose kernel is factored through a rank axis.
+
+    The axes of the kernel are *contracted* (in the input, not in the output), *free* (in the
+    output, not in the input) or *shared* (in both, as the expert axis of a mixture). Then
+
+        A: (shared, contracted, r)      B: (shared, r, free)
+
+    so that `delta = A B`, seen as a matrix for each shared index, has rank `r` at most.
+
+    Example:
+
+    >>> split = split_equation("btd,dnh->btnh", 3)
+    >>> split.factor_shapes((768, 12, 64), rank=8)
+    ((768, 8), (8, 12, 64))
+    >>> split.down, split.up
+    ('btd,da->bta', 'bta,anh->btnh')
+    """
+
+    input: str
+    kernel: str
+    output: str
+
+    @cached_property
+    def contracted(self) -> str:
+        return "".join(c for c in self.kernel if c not in self.output)
+
+    @cached_property
+    def free(self) -> str:
+        return "".join(c for c in self.kernel if c not in self.input)
+
+    @cached_property
+    def shared(self) -> str:
+        return "".join(c for c in self.kernel if c in self.input and c in self.output)
+
+    @cached_property
+    def rank_label(self) -> str:
+        used = self.input + self.kernel + self.output
+        return next(c for c in string.ascii_letters if c not in used)
+
+    @cached_property
+    def a(self) -> str:
+        return self.shared + self.contracted + self.rank_label
+
+    @cached_property
+    def b(self) -> str:
+        return self.shared + self.rank_label + self.free
+
+    @cached_property
+    def rows(self) -> str:
+        """The input's axes that pass into the output and are not in the kernel."""
+        return "".join(c for c in self.input if c in self.output and c not in self.kernel)
+
+    @cached_property
+    def hidden(self) -> str:
+        """The axes of `x A`."""
+        return "".join(c for c in self.input if c in self.output) + self.rank_label
+
+    @cached_property
+    def down(self) -> str:
+        """The einsum of `x A`."""
+        return f"{self.input},{self.a}->{self.hidden}"
+
+    @cached_property
+    def up(self) -> str:
+        """The einsum of `(x A) B`."""
+        return f"{self.hidden},{self.b}->{self.output}"
+
+    @cached_property
+    def is_matrix_product(self) -> bool:
+        """Whether the einsum is one product of two matrices, (rows, d) @ (d, k).
+
+        It is not when an axis is shared, or when the input has an axis that is summed away
+        without the kernel.
+        """
+        summed = set(self.input) - set(self.output) - set(self.kernel)
+        return not self.shared and not summed and bool(self.contracted)
+
+    def sizes(self, kernel_shape: Shape) -> dict[str, int]:
+        return dict(zip(self.kernel, kernel_shape, strict=True))
+
+    def matrix_shape(self, kernel_shape: Shape) -> tuple[int, int]:
+        """`(d, k)`: what one output element sums over, and how many outputs share it."""
+        size = self.sizes(kernel_shape)
+        return (
+            math.prod(size[c] for c in self.contracted),
+            math.prod(size[c] for c in self.free),
+        )
+
+    def factor_shapes(self, kernel_shape: Shape, rank: int) -> tuple[Shape, Shape]:
+        size = {**self.sizes(kernel_shape), self.rank_label: rank}
+        return tuple(size[c] for c in self.a), tuple(size[c] for c in self.b)
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        """`A B` in the shape of the kernel."""
+        return ops.einsum(f"{self.a},{self.b}->{self.kernel}", a, b)
+
+    def adapted_product(self, x: Tensor, w: Tensor, terms: Sequence[Term]) -> Tensor:
+        """`x W0 + sum_i (x_i A_i) B_i`, one term `(x_i, A_i, B_i)` for each adapter.
+
+        `x_i` is `x`, or `x` after dropout. `A B` is never formed, nor the gradient of the
+        frozen `W0`. Where the einsum is a product of matrices it is computed as one: on
+        TensorFlow an einsum costs more than the same product in two dimensions.
+        """
+        w = ops.stop_gradient(w)
+        if not self.is_matrix_product:
+            product = ops.einsum(f"{self.input},{self.kernel}->{self.output}", x, w)
+            for x_i, a, b in terms:
+                product += ops.einsum(self.up, ops.einsum(self.down, x_i, a), b)
+            return product
+        d, k = self.matrix_shape(tuple(w.shape))
+        columns = _reshaped(_transposed(w, self.kernel, self.contracted + self.free), (d, k))
+        rows = self._to_rows(x, d)
+        product = ops.matmul(rows, columns)  # (rows, d) @ (d, k)
+        for x_i, a, b in terms:
+            rows_i = rows if x_i is x else self._to_rows(x_i, d)
+            hidden = ops.matmul(rows_i, _reshaped(a, (d, -1)))  # (rows, d) @ (d, r)
+            product += ops.matmul(hidden, _reshaped(b, (-1, k)))  # (rows, r) @ (r, k)
+        return self._from_rows(product, x, w)
+
+    def _to_rows(self, x: Tensor, d: int) -> Tensor:
+        return _reshaped(_transposed(x, self.input, self.rows + self.contracted), (-1, d))
+
+    def _from_rows(self, product: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        size = self.sizes(tuple(w.shape)) | dict(zip(self.input, ops.shape(x), strict=True))
+        order = self.rows + self.free
+        return _transposed(_reshaped(product, tuple(size[c] for c in order)), order, self.output)
+
+
+def _transposed(x: Tensor, labels: str, order: str) -> Tensor:
+    if labels == order:
+        return x
+    return ops.transpose(x, [labels.index(c) for c in order])
+
+
+def _reshaped(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """`x` itself where only its rank could change: (n, d) is already (-1, d)."""
+    return x if len(x.shape) == len(shape) else ops.reshape(x, shape)
+
+
+@lru_cache(maxsize=None)
+def split_equation(equation: str, input_rank: int | None = None) -> EinsumSplit:
+    """Parse an `EinsumDense` equation for inputs of `input_rank` axes.
+
+    An ellipsis, on the left or on the right, becomes labels of its own. Without an input
+    rank it stands for no axis, which leaves the kernel's own axes as they are.
+
+    Raises:
+        ValueError: an axis is written twice in one operand (a diagonal), which has no
+            factors of low rank.
+
+    Example:
+
+    >>> split_equation("...x,xy->...y", 3)
+    EinsumSplit(input='abx', kernel='xy', output='aby')
+    """
+    inputs, rest = equation.replace(" ", "").split(",")
+    kernel, output = rest.split("->")
+    named = len(inputs.replace("...", ""))
+    elided = (input_rank or named) - named if "..." in inputs else 0
+    unused = [c for c in string.ascii_letters if c not in equation]
+    labels = "".join(unused[:elided])
+    operands = inputs.replace("...", labels), kernel, output.replace("...", labels)
+    if any(len(set(operand)) < len(operand) for operand in operands):
+        raise ValueError(
+            "Expected an einsum equation in which each operand names an axis once. "
+            f"Received: equation={equation!r}. Exclude this layer: a diagonal has no low-rank "
+            "factors."
+        )
+    return EinsumSplit(*operands)

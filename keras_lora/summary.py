@@ -1,0 +1,164 @@
+"""What an adapted model costs, as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import keras
+import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from keras_lora.freezing import original_flag
+from keras_lora.inject import adapted
+from keras_lora.layers import kernel_shape
+
+# Adam keeps two moments of each trained parameter, in float32.
+_OPTIMIZER_BYTES = 2 * 4
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One adapter of one layer. `parameters` counts `A` and `B`."""
+
+    path: str
+    kind: str
+    adapter: str
+    rank: int
+    scaling: float
+    active: bool
+    parameters: int
+    kernel_parameters: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and bytes of what training keeps of them."""
+
+    parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+@dataclass(frozen=True)
+class LoRASummary:
+    """What `lora_summary` prints.
+
+    Attributes:
+        rows: One for each adapter of each layer.
+        model_parameters: All parameters of the model, adapters included.
+        trained: What trains now.
+        full: The same for full fine-tuning of the base.
+    """
+
+    rows: Sequence[SummaryRow]
+    model_parameters: int
+    trained: Cost
+    full: Cost
+
+    @property
+    def share(self) -> float:
+        """The share of the model's parameters that trains, in [0, 1]."""
+        return self.trained.parameters / self.model_parameters
+
+    def __rich__(self) -> Table:
+        table = Table(title="Adapters", caption=self._caption(), caption_justify="left")
+        for heading in ("layer", "kind", "adapter", "rank", "scale", "parameters", "of kernel"):
+            table.add_column(heading, justify="left" if heading in _LEFT else "right")
+        for row in self.rows:
+            table.add_row(
+                row.path,
+                row.kind,
+                row.adapter if row.active else f"{row.adapter} (inactive)",
+                str(row.rank),
+                f"{row.scaling:g}",
+                f"{row.parameters:,}",
+                f"{row.parameters / row.kernel_parameters:.2%}",
+            )
+        return table
+
+    def _caption(self) -> str:
+        lines = [
+            f"trains {self.trained.parameters:,} of {self.model_parameters:,} parameters "
+            f"({self.share:.2%})"
+        ]
+        for name in ("weight", "gradient", "optimizer"):
+            ours, theirs = (getattr(cost, f"{name}_bytes") for cost in (self.trained, self.full))
+            lines.append(f"{name}s trained: {_bytes(ours)}; full fine-tuning: {_bytes(theirs)}")
+        return "\n".join(lines).replace("optimizers trained", "optimizer state (Adam)")
+
+
+_LEFT = ("layer", "kind", "adapter")
+
+
+def lora_summary(model: keras.Model, console: Console | None = None) -> LoRASummary:
+    """Print a table of a model's adapters, and what training costs against full fine-tuning.
+
+    Args:
+        model: An adapted model.
+        console: Where to print; standard output by default.
+
+    Returns:
+        The figures of the table. Bytes are those of the variables that train, of as large
+        gradients, and of Adam's two float32 moments; activations are not in them.
+
+    Raises:
+        ValueError: the model has no adapters.
+
+    Example:
+
+    >>> import keras, keras_lora as kl
+    >>> from rich.console import Console
+    >>> model = keras.Sequential([keras.Input((30,)), keras.layers.Dense(50, name="up")])
+    >>> model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=2))
+    >>> summary = kl.lora_summary(model, Console(quiet=True))
+    >>> summary.trained.parameters, summary.full.parameters
+    (160, 1550)
+    """
+    layers = adapted(model)
+    rows = [
+        SummaryRow(
+            path,
+            layer.base_class.__name__,
+            name,
+            adapter.spec.rank,
+            adapter.spec.scaling,
+            name in layer.active_adapters,
+            adapter.parameters,
+            math.prod(kernel_shape(layer)),
+        )
+        for path, layer in layers.items()
+        for name, adapter in layer.adapters.items()
+    ]
+    ours = {id(v) for layer in layers.values() for v in layer.adapter_variables}
+    base = [v for v in model.weights if id(v) not in ours]
+    summary = LoRASummary(
+        rows,
+        sum(map(_size, model.weights)),
+        _cost(model.trainable_variables),
+        _cost([v for v in base if original_flag(v)]),
+    )
+    (Console() if console is None else console).print(summary)
+    return summary
+
+
+def _cost(variables: Sequence[keras.Variable]) -> Cost:
+    parameters = sum(map(_size, variables))
+    weights = sum(_size(v) * np.dtype(v.dtype).itemsize for v in variables)
+    return Cost(parameters, weights, weights, parameters * _OPTIMIZER_BYTES)
+
+
+def _size(variable: keras.Variable) -> int:
+    return math.prod(variable.shape)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

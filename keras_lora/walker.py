@@ -1,0 +1,373 @@
+"""Finding layers in a model: a walk over its tree, and what a `targets` argument selects.
+
+Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
+    `_flatten_layers`: the only way to the sublayers of a layer that is not a model.
+    `_keras_history`, `_inbound_nodes`: the only way from a model's outputs back to the layer
+        that made them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from keras_lora.config import Targets
+from keras_lora.layers import (
+    LoRALayer,
+    check_adaptable,
+    kernel_shape,
+    lora_class_for,
+    plain_class,
+    supported_base,
+)
+
+Layer = keras.layers.Layer
+
+
+@dataclass(frozen=True)
+class Node:
+    """A layer in the tree of a model. `path` joins the layers' names from below the root."""
+
+    path: str
+    layer: Layer
+    parent: Layer
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that can be adapted.
+
+    Attributes:
+        path: Its place in the model, the names of the layers joined by `/`. A second sibling of
+            the same name is `name#2`.
+        layer: The layer itself.
+        kind: The Keras class that it is adapted as: `"Dense"` or `"EinsumDense"`.
+        kernel_shape: Shape of its kernel.
+        parent_class: Class name of the layer that holds it.
+    """
+
+    path: str
+    layer: Layer
+    kind: str
+    kernel_shape: tuple[int, ...]
+    parent_class: str
+
+
+def walk(model: Layer) -> Iterator[Node]:
+    """Every layer below `model`, parents first, each object once: at the first path to it."""
+    yield from _walk(model, "", {id(model)})
+
+
+def _walk(parent: Layer, prefix: str, seen: set[int]) -> Iterator[Node]:
+    names: dict[str, int] = {}
+    for layer in parent._flatten_layers(include_self=False, recursive=False):
+        if id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        count = names[layer.name] = names.get(layer.name, 0) + 1
+        path = f"{prefix}{layer.name}" + (f"#{count}" if count > 1 else "")
+        yield Node(path, layer, parent)
+        yield from _walk(layer, f"{path}/", seen)
+
+
+def lora_layers(model: Layer) -> dict[str, LoRALayer]:
+    """The adapted layers of a model, by path.
+
+    Args:
+        model: A model or a layer, adapted or not.
+
+    Returns:
+        `{path: layer}`, empty where nothing is adapted.
+
+    Example:
+
+    >>> import keras, keras_lora as kl
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
+    >>> kl.lora_layers(model)
+    {}
+    """
+    found = {n.path: n.layer for n in walk(model) if isinstance(n.layer, LoRALayer)}
+    return {model.name: model} | found if isinstance(model, LoRALayer) else found
+
+
+def find_targets(
+    model: Layer, targets: Targets = "all-linear", exclude: Sequence[str] = ()
+) -> list[Target]:
+    """The layers that `apply_lora` would adapt; nothing is changed.
+
+    A `Dense` or `EinsumDense` is found anywhere: in Functional, Sequential and subclassed
+    models, nested models, composite layers, wrappers, lists and dicts of layers. A layer that
+    is reached twice is listed once.
+
+    Args:
+        model: A built model.
+        targets: One of
+
+            - `"all-linear"`: every `Dense` and `EinsumDense` but the output head;
+            - `"attention"`: of these, the query, key, value and output projections: layers
+              held by a layer whose class name contains "attention", or whose own name contains
+              "attention" or "attn";
+            - `"all"`: every layer of a kind that can be adapted, but the output head;
+            - a list of names. A name is a whole path or its end, at a `/` or `.`: `"query"` hits
+              `block_0/attention/query` and never `block_0/subquery`;
+            - `"re:PATTERN"`, a regular expression that the whole path must match;
+            - a function of a `Target` that returns whether to adapt it.
+
+            The output head is the linear layer that makes a model's output. In a Functional
+            model it is found by following each output back through operations of one input and
+            layers without weights; in a Sequential or subclassed model it is the last layer with
+            weights, in the order in which they were assigned. Wrappers and nested models are
+            entered. A KerasHub backbone has none.
+        exclude: Names to leave out, written as above (`"re:..."` counts as a name here).
+
+    Returns:
+        The targets, in the order of the walk.
+
+    Raises:
+        ValueError: nothing is built, nothing matches, a name matches nothing, everything that
+            matches is excluded, or a named layer cannot be adapted.
+
+    Example:
+
+    >>> import keras, keras_lora as kl
+    >>> model = keras.Sequential(
+    ...     [keras.Input((3,)), keras.layers.Dense(5, name="up"), keras.layers.Dense(2, name="head")]
+    ... )
+    >>> [(t.path, t.kind, t.kernel_shape) for t in kl.find_targets(model)]
+    [('up', 'Dense', (3, 5))]
+    """
+    nodes = list(walk(model))
+    _check_built(model, nodes)
+    candidates, overriding = _candidates(nodes)
+    if isinstance(targets, str) and not targets.startswith("re:"):
+        selected = _preset(model, targets, candidates, overriding)
+    elif callable(targets):
+        selected = [t for t in candidates if targets(t)]
+    else:
+        patterns = [targets] if isinstance(targets, str) else targets
+        selected = _named(patterns, nodes, candidates, overriding)
+    if not selected:
+        raise _nothing_matched(targets, model, candidates)
+    kept = _without(selected, exclude, nodes)
+    for target in kept:
+        if not isinstance(target.layer, LoRALayer):
+            check_adaptable(target.layer)
+    return kept
+
+
+def matches(name: str, path: str) -> bool:
+    """Whether a name, as a user writes it, names the layer at `path`.
+
+    Example:
+
+    >>> matches("attention.query", "block/attention/query"), matches("foo", "block/foobar")
+    (True, False)
+    >>> matches("re:.*/query", "block/attention/query")
+    True
+    """
+    if name.startswith("re:"):
+        return re.fullmatch(name[3:], path) is not None
+    wanted, segments = _segments(name), _segments(path)
+    exact = segments[-len(wanted) :] == wanted
+    return exact or _segments(re.sub(r"#\d+", "", path))[-len(wanted) :] == wanted
+
+
+def match_names(names: Iterable[str], nodes: Sequence[Node], argument: str) -> list[Node]:
+    """The nodes that the names match.
+
+    Raises:
+        ValueError: a name matches no layer.
+    """
+    names = list(names)
+    missing = [n for n in names if not any(matches(n, node.path) for node in nodes)]
+    if missing:
+        raise _unmatched(argument, missing, [node.path for node in nodes])
+    return [node for node in nodes if any(matches(name, node.path) for name in names)]
+
+
+def _segments(path: str) -> list[str]:
+    return path.replace(".", "/").split("/")
+
+
+def _check_built(model: Layer, nodes: Sequence[Node]) -> None:
+    unbuilt = [n.path for n in nodes if supported_base(type(n.layer)) and not n.layer.built]
+    if unbuilt or not model.built:
+        raise ValueError(
+            f"Expected a built model. Received: {model.name!r}, in which "
+            f"{', '.join(unbuilt[:5]) or 'nothing'} is {'not ' if unbuilt else ''}built. Call "
+            "the model on a batch, or model.build(input_shape), first."
+        )
+
+
+def _candidates(nodes: Sequence[Node]) -> tuple[list[Target], list[Node]]:
+    """What can be adapted, and what cannot because its class overrides what its base computes."""
+    targets, overriding = [], []
+    for node in nodes:
+        layer_class = plain_class(node.layer)
+        base = supported_base(layer_class)
+        if base is None:
+            continue
+        if lora_class_for(layer_class) is None:
+            overriding.append(node)
+            continue
+        parent = type(node.parent).__name__
+        shape = kernel_shape(node.layer)
+        targets.append(Target(node.path, node.layer, base.__name__, shape, parent))
+    return targets, overriding
+
+
+def _preset(
+    model: Layer, preset: str, candidates: Sequence[Target], overriding: Sequence[Node]
+) -> list[Target]:
+    if overriding:
+        warnings.warn(
+            f"Left out, since their classes override what the Keras layer computes: "
+            f"{_listed(overriding)}. Say how they are adapted with register_lora_class.",
+            stacklevel=4,
+        )
+    heads = output_heads(model)
+    selected = [t for t in candidates if id(t.layer) not in heads]
+    if candidates and not selected:
+        raise ValueError(
+            f"targets={preset!r} leaves out the output head, and the head is all there is: "
+            f"{[t.path for t in candidates]}. Name it: targets=[{candidates[0].path!r}]."
+        )
+    if preset == "attention":
+        return [t for t in selected if _is_attention(t)]
+    return selected
+
+
+def _is_attention(target: Target) -> bool:
+    name = target.layer.name.lower()
+    return "attention" in target.parent_class.lower() or "attention" in name or "attn" in name
+
+
+def _named(
+    patterns: Sequence[str],
+    nodes: Sequence[Node],
+    candidates: Sequence[Target],
+    overriding: Sequence[Node],
+) -> list[Target]:
+    for pattern in patterns:
+        hits = [n for n in nodes if matches(pattern, n.path)]
+        if not hits:
+            raise _unmatched("targets", [pattern], [t.path for t in candidates])
+        refused = [n for n in hits if n in overriding]
+        if refused:
+            raise ValueError(
+                f"Expected a Dense or EinsumDense whose class keeps their computation. Received: "
+                f"{_listed(refused)}, asked for as {pattern!r}, which overrides it. Say how it is "
+                "adapted with register_lora_class(layer_class, lora_class)."
+            )
+        if not any(matches(pattern, t.path) for t in candidates):
+            raise ValueError(
+                f"Expected a Dense or EinsumDense layer. Received: {_listed(hits)}, asked for as "
+                f"{pattern!r}. To name the layers inside a layer, use a pattern: "
+                f"targets='re:.*{hits[0].layer.name}/.*'."
+            )
+    return [t for t in candidates if any(matches(p, t.path) for p in patterns)]
+
+
+def _without(
+    selected: Sequence[Target], exclude: Sequence[str], nodes: Sequence[Node]
+) -> list[Target]:
+    excluded = {id(node.layer) for node in match_names(exclude, nodes, "exclude")}
+    inside = {id(n.layer) for e in nodes if id(e.layer) in excluded for n in walk(e.layer)}
+    kept = [t for t in selected if id(t.layer) not in excluded | inside]
+    if not kept:
+        raise ValueError(
+            f"Expected at least one target to remain. Received: exclude={list(exclude)}, which "
+            f"leaves out every one of {[t.path for t in selected]}. Narrow `exclude`."
+        )
+    return kept
+
+
+def output_heads(model: Layer) -> set[int]:
+    """The ids of the linear layers that make a model's outputs; see `find_targets`."""
+    if _is_backbone(model):
+        return set()
+    if isinstance(model, keras.Sequential) or not _is_functional(model):
+        children = model._flatten_layers(include_self=False, recursive=False)
+        weighted = [layer for layer in children if layer.weights]
+        return _heads_at(weighted[-1]) if weighted else set()
+    outputs = keras.tree.flatten(model.outputs)
+    makers = [maker for output in outputs if (maker := _maker(output)) is not None]
+    return {head for maker in makers for head in _heads_at(maker)}
+
+
+def _heads_at(layer: Layer) -> set[int]:
+    if supported_base(plain_class(layer)) is not None:
+        return {id(layer)}
+    if isinstance(layer, keras.layers.Wrapper):
+        return _heads_at(layer.layer)
+    return output_heads(layer) if isinstance(layer, keras.Model) else set()
+
+
+def _maker(tensor: Any) -> Layer | None:
+    """The layer with weights that a tensor comes from, through operations of one input."""
+    while True:
+        history = tensor._keras_history
+        operation = history.operation
+        if isinstance(operation, Layer) and operation.weights:
+            return operation
+        if not operation._inbound_nodes:
+            return None
+        inputs = operation._inbound_nodes[history.node_index].input_tensors
+        if len(inputs) != 1:
+            return None
+        (tensor,) = inputs
+
+
+def _is_functional(model: Layer) -> bool:
+    return isinstance(model, keras.Model) and getattr(model, "outputs", None) is not None
+
+
+def _is_backbone(model: Layer) -> bool:
+    """Whether this is a KerasHub backbone, told by name so that KerasHub is not imported."""
+    names = {f"{c.__module__}.{c.__name__}" for c in type(model).__mro__}
+    return "keras_hub.src.models.backbone.Backbone" in names
+
+
+def _listed(nodes: Sequence[Node]) -> str:
+    classes = (type(n.layer) for n in nodes)
+    return ", ".join(
+        f"'{n.path}' ({c.__module__}.{c.__qualname__})"
+        for n, c in zip(nodes[:5], classes, strict=False)
+    ) + (f" and {len(nodes) - 5} more" if len(nodes) > 5 else "")
+
+
+def _unmatched(argument: str, missing: Sequence[str], paths: Sequence[str]) -> ValueError:
+    close = {
+        match
+        for name in missing
+        for match in difflib.get_close_matches(
+            name, sorted({p.split("/")[-1] for p in paths} | set(paths)), n=3, cutoff=0.4
+        )
+    }
+    return ValueError(
+        f"Expected every name in `{argument}` to match a layer. Received: {list(missing)}, which "
+        f"match none. Closest: {sorted(close)}. There are: {_shortened(paths)}."
+    )
+
+
+def _nothing_matched(targets: Targets, model: Layer, there: Sequence[Target]) -> ValueError:
+    if not there:
+        return ValueError(
+            f"Expected a model with Dense or EinsumDense layers. Received: {model.name!r} "
+            f"({type(model).__name__}), which has none."
+        )
+    return ValueError(
+        f"Expected `targets` to match a layer. Received: targets={targets!r}, which matches none. "
+        f"There are: {_shortened([t.path for t in there])}."
+    )
+
+
+def _shortened(paths: Sequence[str]) -> str:
+    shown = ", ".join(paths[:20])
+    return f"{shown} and {len(paths) - 20} more" if len(paths) > 20 else shown
