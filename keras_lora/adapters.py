@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 import keras
 
 from keras_lora.config import invalid
-from keras_lora.freezing import freeze
-from keras_lora.inject import adapted, around, changing, refresh
+from keras_lora.inject import adapted, around, changing, freeze, refresh
 
 
 def set_adapter(model: keras.Model, names: str | Sequence[str] | None) -> None:
@@ -46,7 +45,8 @@ def set_adapter(model: keras.Model, names: str | Sequence[str] | None) -> None:
         selected = [v for v in model.trainable_variables if id(v) not in ours]
         for layer in layers.values():
             layer.activate([name for name in wanted if name in layer.adapters])
-            selected += [v for name in layer.active_adapters for v in layer.adapters[name].variables]
+            for name in layer.active_adapters:
+                selected += layer.adapters[name].variables
         freeze(model, selected)
 
 

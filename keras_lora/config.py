@@ -212,9 +212,7 @@ def _names(field_name: str, names: object) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _pattern(
-    field_name: str, pattern: object, check: Callable[[object], None]
-) -> dict[str, Any]:
+def _pattern(field_name: str, pattern: object, check: Callable[[object], None]) -> dict[str, Any]:
     if not isinstance(pattern, Mapping):
         raise invalid(field_name, "a mapping of names to values", pattern)
     _names(field_name, list(pattern))

@@ -17,7 +17,7 @@ import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any
 
 from keras import ops
@@ -150,22 +150,25 @@ class EinsumSplit:
                 product += ops.einsum(self.up, ops.einsum(self.down, x_i, a), b)
             return product
         d, k = self.matrix_shape(tuple(w.shape))
-        columns = _reshaped(_transposed(w, self.kernel, self.contracted + self.free), (d, k))
+        columns = _transposed(w, self.kernel, self.contracted + self.free)
+        columns = _reshaped(columns, self.contracted, self.free, (d, k))
         rows = self._to_rows(x, d)
         product = ops.matmul(rows, columns)  # (rows, d) @ (d, k)
         for x_i, a, b in terms:
             rows_i = rows if x_i is x else self._to_rows(x_i, d)
-            hidden = ops.matmul(rows_i, _reshaped(a, (d, -1)))  # (rows, d) @ (d, r)
-            product += ops.matmul(hidden, _reshaped(b, (-1, k)))  # (rows, r) @ (r, k)
+            hidden = ops.matmul(rows_i, _reshaped(a, self.contracted, self.rank_label, (d, -1)))
+            product += ops.matmul(hidden, _reshaped(b, self.rank_label, self.free, (-1, k)))
         return self._from_rows(product, x, w)
 
     def _to_rows(self, x: Tensor, d: int) -> Tensor:
-        return _reshaped(_transposed(x, self.input, self.rows + self.contracted), (-1, d))
+        x = _transposed(x, self.input, self.rows + self.contracted)
+        return _reshaped(x, self.rows, self.contracted, (-1, d))
 
     def _from_rows(self, product: Tensor, x: Tensor, w: Tensor) -> Tensor:
         size = self.sizes(tuple(w.shape)) | dict(zip(self.input, ops.shape(x), strict=True))
         order = self.rows + self.free
-        return _transposed(_reshaped(product, tuple(size[c] for c in order)), order, self.output)
+        product = _reshaped(product, self.rows, self.free, tuple(size[c] for c in order))
+        return _transposed(product, order, self.output)
 
 
 def _transposed(x: Tensor, labels: str, order: str) -> Tensor:
@@ -174,12 +177,12 @@ def _transposed(x: Tensor, labels: str, order: str) -> Tensor:
     return ops.transpose(x, [labels.index(c) for c in order])
 
 
-def _reshaped(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
-    """`x` itself where only its rank could change: (n, d) is already (-1, d)."""
-    return x if len(x.shape) == len(shape) else ops.reshape(x, shape)
+def _reshaped(x: Tensor, left: str, right: str, shape: tuple[Any, ...]) -> Tensor:
+    """Between a matrix and the axes `left + right`; the same thing if each is one axis."""
+    return x if len(left) == len(right) == 1 else ops.reshape(x, shape)
 
 
-@lru_cache(maxsize=None)
+@cache
 def split_equation(equation: str, input_rank: int | None = None) -> EinsumSplit:
     """Parse an `EinsumDense` equation for inputs of `input_rank` axes.
 

@@ -12,8 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from keras_lora.freezing import original_flag
-from keras_lora.inject import adapted
+from keras_lora.inject import adapted, original_flag
 from keras_lora.layers import kernel_shape
 
 # Adam keeps two moments of each trained parameter, in float32.

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
@@ -27,7 +27,7 @@ from keras_lora.layers import (
     supported_base,
 )
 
-Layer = keras.layers.Layer
+Layer: TypeAlias = "keras.layers.Layer"
 
 
 @dataclass(frozen=True)
@@ -136,22 +136,21 @@ def find_targets(
     Example:
 
     >>> import keras, keras_lora as kl
-    >>> model = keras.Sequential(
-    ...     [keras.Input((3,)), keras.layers.Dense(5, name="up"), keras.layers.Dense(2, name="head")]
-    ... )
+    >>> up, head = keras.layers.Dense(5, name="up"), keras.layers.Dense(2, name="head")
+    >>> model = keras.Sequential([keras.Input((3,)), up, head])
     >>> [(t.path, t.kind, t.kernel_shape) for t in kl.find_targets(model)]
     [('up', 'Dense', (3, 5))]
     """
     nodes = list(walk(model))
     _check_built(model, nodes)
-    candidates, overriding = _candidates(nodes)
+    candidates, left_out = _candidates(nodes)
     if isinstance(targets, str) and not targets.startswith("re:"):
-        selected = _preset(model, targets, candidates, overriding)
+        selected = _preset(model, targets, candidates, left_out)
     elif callable(targets):
         selected = [t for t in candidates if targets(t)]
     else:
         patterns = [targets] if isinstance(targets, str) else targets
-        selected = _named(patterns, nodes, candidates, overriding)
+        selected = _named(patterns, nodes, candidates, left_out)
     if not selected:
         raise _nothing_matched(targets, model, candidates)
     kept = _without(selected, exclude, nodes)
@@ -196,41 +195,37 @@ def _segments(path: str) -> list[str]:
 
 
 def _check_built(model: Layer, nodes: Sequence[Node]) -> None:
-    unbuilt = [n.path for n in nodes if supported_base(type(n.layer)) and not n.layer.built]
-    if unbuilt or not model.built:
+    supported = [n for n in nodes if supported_base(plain_class(n.layer))]
+    if not model.built or (supported and not any(n.layer.built for n in supported)):
         raise ValueError(
-            f"Expected a built model. Received: {model.name!r}, in which "
-            f"{', '.join(unbuilt[:5]) or 'nothing'} is {'not ' if unbuilt else ''}built. Call "
-            "the model on a batch, or model.build(input_shape), first."
+            f"Expected a built model. Received: {model.name!r} ({type(model).__name__}), in which "
+            "no layer has weights yet. Call the model on a batch, or model.build(input_shape)."
         )
 
 
 def _candidates(nodes: Sequence[Node]) -> tuple[list[Target], list[Node]]:
-    """What can be adapted, and what cannot because its class overrides what its base computes."""
-    targets, overriding = [], []
+    """What can be adapted; and what cannot, being unbuilt or of a class that computes its own."""
+    targets, left_out = [], []
     for node in nodes:
         layer_class = plain_class(node.layer)
         base = supported_base(layer_class)
         if base is None:
             continue
-        if lora_class_for(layer_class) is None:
-            overriding.append(node)
+        if not node.layer.built or lora_class_for(layer_class) is None:
+            left_out.append(node)
             continue
         parent = type(node.parent).__name__
         shape = kernel_shape(node.layer)
         targets.append(Target(node.path, node.layer, base.__name__, shape, parent))
-    return targets, overriding
+    return targets, left_out
 
 
 def _preset(
-    model: Layer, preset: str, candidates: Sequence[Target], overriding: Sequence[Node]
+    model: Layer, preset: str, candidates: Sequence[Target], left_out: Sequence[Node]
 ) -> list[Target]:
-    if overriding:
-        warnings.warn(
-            f"Left out, since their classes override what the Keras layer computes: "
-            f"{_listed(overriding)}. Say how they are adapted with register_lora_class.",
-            stacklevel=4,
-        )
+    if left_out:
+        reasons = "; ".join(dict.fromkeys(_why_left_out(node) for node in left_out))
+        warnings.warn(f"targets={preset!r} leaves out {_listed(left_out)}: {reasons}", stacklevel=4)
     heads = output_heads(model)
     selected = [t for t in candidates if id(t.layer) not in heads]
     if candidates and not selected:
@@ -238,9 +233,16 @@ def _preset(
             f"targets={preset!r} leaves out the output head, and the head is all there is: "
             f"{[t.path for t in candidates]}. Name it: targets=[{candidates[0].path!r}]."
         )
-    if preset == "attention":
-        return [t for t in selected if _is_attention(t)]
-    return selected
+    return [t for t in selected if _is_attention(t)] if preset == "attention" else selected
+
+
+def _why_left_out(node: Node) -> str:
+    if not node.layer.built:
+        return "not built, call the part of the model that uses it first."
+    return (
+        "its class overrides what the Keras layer computes; say how it is adapted with "
+        "register_lora_class(layer_class, lora_class)."
+    )
 
 
 def _is_attention(target: Target) -> bool:
@@ -252,18 +254,17 @@ def _named(
     patterns: Sequence[str],
     nodes: Sequence[Node],
     candidates: Sequence[Target],
-    overriding: Sequence[Node],
+    left_out: Sequence[Node],
 ) -> list[Target]:
     for pattern in patterns:
         hits = [n for n in nodes if matches(pattern, n.path)]
         if not hits:
             raise _unmatched("targets", [pattern], [t.path for t in candidates])
-        refused = [n for n in hits if n in overriding]
+        refused = [n for n in hits if n in left_out]
         if refused:
             raise ValueError(
-                f"Expected a Dense or EinsumDense whose class keeps their computation. Received: "
-                f"{_listed(refused)}, asked for as {pattern!r}, which overrides it. Say how it is "
-                "adapted with register_lora_class(layer_class, lora_class)."
+                f"Expected layers that can be adapted. Received: {_listed(refused)}, asked for as "
+                f"{pattern!r}: {_why_left_out(refused[0])}"
             )
         if not any(matches(pattern, t.path) for t in candidates):
             raise ValueError(
@@ -314,7 +315,7 @@ def _maker(tensor: Any) -> Layer | None:
     while True:
         history = tensor._keras_history
         operation = history.operation
-        if isinstance(operation, Layer) and operation.weights:
+        if isinstance(operation, keras.layers.Layer) and operation.weights:
             return operation
         if not operation._inbound_nodes:
             return None

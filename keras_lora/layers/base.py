@@ -1,9 +1,4 @@
-"""Layers with a frozen kernel and trainable low-rank factors beside it.
-
-A `LoRALayer` is a subclass of the Keras layer that it adapts. It is made in two ways: by its
-constructor, as any layer, or by `attach`, which turns a built layer into an adapted one *in
-place*: the object and its variables stay the same, only its class changes. `detach` is the
-inverse.
+"""`LoRALayer`, the abstract base of every adapted layer.
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_tracker`: a built layer is locked, and adapters are added after it was built.
@@ -21,7 +16,6 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -55,7 +49,7 @@ class Adapter:
 
 
 @dataclass
-class _State:
+class LoRAState:
     """What a layer has more than its base class has. Keras tracks none of this object."""
 
     base_class: type
@@ -116,7 +110,7 @@ class LoRALayer(keras.layers.Layer):
             specs = {check_adapter_name(n): AdapterSpec(**spec) for n, spec in adapters.items()}
         super().__init__(*args, **kwargs)
         check_adaptable(self)
-        self._lora = _State(
+        self._lora = LoRAState(
             base_class=next(c for c in type(self).__mro__ if not issubclass(c, LoRALayer)),
             pending=specs,
             active=tuple(specs if active is None else active),
@@ -274,7 +268,7 @@ class LoRALayer(keras.layers.Layer):
             if key in saved:
                 variable.assign(saved[key])
 
-    def save_assets(self, dir_path: str) -> None:
+    def save_assets(self, dir_path: str) -> None:  # noqa: ARG002
         """Stop the writing of a `.keras` file that could not be read back.
 
         Keras calls this for every layer of a `.keras` file and never for `save_weights`.
@@ -391,168 +385,6 @@ _BASE_ONLY = (
 )
 
 
-@keras.saving.register_keras_serializable(package="keras_lora")
-class LoRADense(LoRALayer, keras.layers.Dense):
-    """A `Dense` layer with a frozen kernel and trainable low-rank adapters.
-
-        y = act(x W0 + b + s (x A) B)     W0: (d, k)   A: (d, r)   B: (r, k)   s = alpha / r
-
-    `A` starts random and `B` at zero, so a fresh layer computes what its base does. Kernel and
-    bias are frozen. Masks pass through, as in `Dense`.
-
-    Args:
-        units: Number of outputs `k`.
-        rank, alpha, dropout, use_rslora, init, adapters, active, train_bias: See `LoRALayer`.
-        **kwargs: Any argument of `keras.layers.Dense`.
-
-    Input shape:
-        `(batch, ..., d)`.
-
-    Output shape:
-        `(batch, ..., units)`.
-
-    Weights:
-        `kernel` `(d, k)` and `bias` `(k,)`, frozen; for each adapter `lora_a_<name>` `(d, r)`
-        and `lora_b_<name>` `(r, k)`, float32.
-
-    Raises:
-        ValueError: an invalid rank, alpha or dropout; a kernel constraint.
-
-    Example:
-
-    >>> import keras
-    >>> model = keras.Sequential([keras.Input((12,)), LoRADense(64, rank=8, alpha=16)])
-    >>> [tuple(v.shape) for v in model.trainable_variables]
-    [(12, 8), (8, 64)]
-
-    Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
-    """
-
-    @property
-    def _equation(self) -> str:
-        return "...x,xy->...y"
-
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self._affine(inputs, training)
-
-
-@keras.saving.register_keras_serializable(package="keras_lora")
-class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
-    """An `EinsumDense` layer with a frozen kernel and trainable low-rank adapters.
-
-    The kernel's axes are contracted (in the input only), free (in the output only) or shared
-    (in both). `A` has the shared and contracted axes and `r`, `B` the shared axes, `r` and the
-    free ones: for `btd,dnh->btnh`, `A` is `(d, r)` and `B` is `(r, n, h)`. Seen as a matrix, the
-    delta `A B` has rank `r` at most, as in the paper; for shared axes, at each of their indices.
-
-    Args:
-        equation: Any equation that `keras.layers.EinsumDense` accepts.
-        output_shape: As in `keras.layers.EinsumDense`.
-        rank, alpha, dropout, use_rslora, init, adapters, active, train_bias: See `LoRALayer`.
-        **kwargs: Any argument of `keras.layers.EinsumDense`.
-
-    Input shape:
-        As the equation says.
-
-    Output shape:
-        As the equation says.
-
-    Weights:
-        `kernel` and `bias`, frozen; for each adapter `lora_a_<name>` and `lora_b_<name>`,
-        float32.
-
-    Raises:
-        ValueError: an invalid rank, alpha or dropout; a kernel constraint.
-
-    Example:
-
-    >>> import keras
-    >>> layer = LoRAEinsumDense("btd,dnh->btnh", (None, 12, 64), rank=8)
-    >>> layer.build((None, None, 768))
-    >>> [tuple(v.shape) for v in layer.trainable_variables]
-    [(768, 8), (8, 12, 64)]
-
-    Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
-    """
-
-    @property
-    def _equation(self) -> str:
-        return self.equation
-
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self._affine(inputs, training)
-
-
-_LORA_CLASSES: dict[type, type[LoRALayer]] = {
-    keras.layers.Dense: LoRADense,
-    keras.layers.EinsumDense: LoRAEinsumDense,
-}
-
-
-def register_lora_class(layer_class: type, lora_class: type[LoRALayer]) -> None:
-    """Say how a layer class of your own is adapted.
-
-    Needed for a subclass of `Dense` or `EinsumDense` that overrides `call`: what it computes is
-    not known here. `lora_class` repeats that computation with `self.adapted_product(inputs,
-    training)` in the place of `inputs @ kernel`.
-
-    Args:
-        layer_class: The class to adapt.
-        lora_class: A subclass of both `LoRALayer` and `layer_class`.
-
-    Raises:
-        ValueError: `lora_class` is not a subclass of both.
-
-    Example:
-
-    >>> import keras
-    >>> from keras import ops
-    >>> class Doubled(keras.layers.Dense):
-    ...     def call(self, inputs, training=None):
-    ...         return 2 * ops.matmul(inputs, self.kernel)
-    >>> class LoRADoubled(LoRALayer, Doubled):
-    ...     _equation = "...x,xy->...y"
-    ...     def call(self, inputs, training=None):
-    ...         return 2 * self.adapted_product(inputs, training)
-    >>> register_lora_class(Doubled, LoRADoubled)
-    """
-    if not issubclass(lora_class, LoRALayer) or not issubclass(lora_class, layer_class):
-        raise invalid(
-            "lora_class", f"a subclass of LoRALayer and of {layer_class.__name__}", lora_class
-        )
-    _LORA_CLASSES[layer_class] = lora_class
-    lora_class_for.cache_clear()
-
-
-@lru_cache(maxsize=None)
-def lora_class_for(layer_class: type) -> type[LoRALayer] | None:
-    """The class that a layer of `layer_class` is converted to, or None.
-
-    A subclass that keeps the computation of its registered base gets a class made for it, so
-    that its own methods stay.
-    """
-    base = next((c for c in layer_class.__mro__ if c in _LORA_CLASSES), None)
-    if base is None or overrides(layer_class, base):
-        return None
-    lora_class = _LORA_CLASSES[base]
-    if layer_class is base:
-        return lora_class
-    return type(f"LoRA{layer_class.__name__}", (lora_class, layer_class), {})
-
-
-def overrides(layer_class: type, base: type) -> bool:
-    """Whether a class computes something else than its base does."""
-    return any(
-        getattr(layer_class, name) is not getattr(base, name)
-        for name in ("call", "quantized_call", "kernel")
-    )
-
-
-def supported_base(layer_class: type) -> type | None:
-    """The nearest class of the registry that `layer_class` descends from."""
-    return next((c for c in layer_class.__mro__ if c in _LORA_CLASSES), None)
-
-
 def plain_class(layer: keras.layers.Layer) -> type:
     """The class of a layer, or the one that it has without its adapters."""
     return layer.base_class if isinstance(layer, LoRALayer) else type(layer)
@@ -603,25 +435,3 @@ def remember_flag(item: keras.layers.Layer | keras.Variable) -> None:
     """Note the trainable flag that `freezing.thaw` gives back; the first note counts."""
     if not hasattr(item, WAS_TRAINABLE):
         setattr(item, WAS_TRAINABLE, item.trainable)
-
-
-def attach(layer: keras.layers.Layer, state: _State | None = None) -> LoRALayer:
-    """Turn a built layer into an adapted one, in place, with no adapters or with those of `state`."""
-    layer._lora = _State(base_class=type(layer)) if state is None else state
-    layer.__class__ = lora_class_for(type(layer))
-    layer._track_adapters()
-    return layer  # type: ignore[return-value]
-
-
-def detach(layer: LoRALayer) -> _State:
-    """The inverse of `attach`: the plain layer again. The adapters are in what is returned."""
-    state = layer._lora
-    layer._untrack_adapters()
-    del layer._lora
-    layer.__class__ = state.base_class
-    return state
-
-
-def is_registered(layer: LoRALayer) -> bool:
-    """Whether Keras can find the layer's class by name when it reads a file."""
-    return type(layer) in _LORA_CLASSES.values()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import keras
 
-from keras_lora.freezing import original_flag
+from keras_lora.inject.freezing import original_flag
 from keras_lora.layers import LoRALayer, plain_class
 from keras_lora.walker import lora_layers, walk
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import keras
 
 from keras_lora.layers import WAS_TRAINABLE, remember_flag
 from keras_lora.walker import walk
 
-Layer = keras.layers.Layer
+Layer: TypeAlias = "keras.layers.Layer"
 
 
 def freeze(model: Layer, selected: Iterable[keras.Variable]) -> None:

@@ -1,0 +1,127 @@
+"""`apply_lora`: adapting a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+
+from keras_lora.config import LoRAConfig, invalid
+from keras_lora.inject.cloning import plain_copy
+from keras_lora.inject.compiled import changing, strategy_scope
+from keras_lora.inject.freezing import freeze, own_trainable_variables
+from keras_lora.inject.plan import Plan, make_plan, warn_of_high_ranks
+from keras_lora.inject.saving import guard_saving
+from keras_lora.layers import DEFAULT_ADAPTER, LoRALayer, attach, check_adapter_name, detach
+from keras_lora.walker import lora_layers
+
+
+def apply_lora(
+    model: keras.Model,
+    config: LoRAConfig | None = None,
+    name: str = DEFAULT_ADAPTER,
+    inplace: bool = True,
+) -> keras.Model:
+    """Adapt a built model: freeze it and add trainable low-rank factors to its targets.
+
+        h = x W0 + s (x A) B
+
+    The layers are converted in place: the objects, their names and their variables stay, so
+    checkpoints of the base still fit. Afterwards exactly the adapters, the biases that
+    `config.bias` selects and `config.layers_to_save` train. A fresh adapter changes no output.
+
+    Called again with another name it adds a second adapter, which then acts and trains alone;
+    `set_adapter` switches.
+
+    The compiled functions of every model around the layers are dropped and made anew when next
+    needed; a compiled optimizer is replaced by a fresh one of the same configuration. Functions
+    that you compiled yourself (`tf.function`) keep the old graph.
+
+    Saving an adapted model: `save_weights` and `load_weights` (and with them
+    `ModelCheckpoint(save_weights_only=True)` and `BackupAndRestore`) hold base, adapters and
+    optimizer, and resume exactly in a model that was adapted with the same config. `save` writes
+    a `.keras` file that continues exactly where the model's config lists the adapted layers
+    (Functional and Sequential models of plain layers), and otherwise raises before a file is
+    touched. For a plain model: `merge_lora`.
+
+    Args:
+        model: A built model; also one that is compiled, trained, nested in another or made
+            under a `tf.distribute` strategy.
+        config: What to adapt and how; `LoRAConfig()` by default.
+        name: Name of the adapter.
+        inplace: False leaves the model untouched and adapts a copy; for models that can be made
+            from their `get_config`.
+
+    Returns:
+        The adapted model: `model` itself, or the copy.
+
+    Raises:
+        ValueError: an unbuilt model, targets that match nothing, a name that is taken or
+            malformed, a layer that cannot be adapted. The model is then as it was.
+
+    Example:
+
+    >>> import keras, keras_lora as kl
+    >>> up, head = keras.layers.Dense(5, name="up"), keras.layers.Dense(2, name="head")
+    >>> model = keras.Sequential([keras.Input((3,)), up, head])
+    >>> model = kl.apply_lora(model, kl.LoRAConfig(rank=2, layers_to_save=["head"]))
+    >>> [v.name for v in model.trainable_variables]
+    ['lora_a_default', 'lora_b_default', 'kernel', 'bias']
+
+    Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.
+    """
+    config = LoRAConfig() if config is None else config
+    check_adapter_name(name)
+    if not isinstance(config, LoRAConfig):
+        raise invalid("config", "a LoRAConfig", config)
+    if not isinstance(model, keras.layers.Layer):
+        raise invalid("model", "a built Keras model", model)
+    plan = make_plan(model, config, name)
+    if not inplace:
+        if lora_layers(model):
+            raise invalid("inplace", "True for a model that has adapters", inplace)
+        model = plain_copy(model)
+        plan = make_plan(model, config, name)
+    warn_of_high_ranks(plan)
+    with changing(model, [target.layer for target, _ in plan.specs]):
+        _carry_out(plan, model)
+    return model
+
+
+def _carry_out(plan: Plan, model: keras.Model) -> None:
+    done: list[LoRALayer] = []
+    try:
+        for target, spec in plan.specs:
+            with strategy_scope(target.layer):
+                adapted = isinstance(target.layer, LoRALayer)
+                layer = target.layer if adapted else attach(target.layer)
+                done.append(layer)
+                layer.add_adapter(plan.name, spec)
+    except BaseException:
+        _undo(done, plan.name)
+        raise
+    for layer in lora_layers(model).values():
+        layer.activate([plan.name] if plan.name in layer.adapters else [])
+    freeze(model, _selected(plan, model))
+    guard_saving(model)
+
+
+def _undo(layers: Sequence[LoRALayer], name: str) -> None:
+    for layer in layers:
+        if name in layer.adapters:
+            layer.remove_adapter(name)
+        if not layer.adapters:
+            detach(layer)
+
+
+def _selected(plan: Plan, model: keras.Model) -> list[keras.Variable]:
+    """What trains: the new adapters, the biases asked for, and the layers trained in full."""
+    layers = [target.layer for target, _ in plan.specs]
+    selected = [v for layer in layers for v in layer.adapters[plan.name].variables]
+    if plan.bias == "lora_only":
+        selected += [layer.bias for layer in layers if layer.bias is not None]
+    if plan.bias == "all":
+        selected += [v for v in model.variables if v.name == "bias"]
+    for node in plan.trained_layers:
+        selected += own_trainable_variables(node.layer)
+    return selected

@@ -1,0 +1,97 @@
+"""What a model has compiled: functions go stale when its layers change, optimizers too.
+
+Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
+    `_compiled_trainable_state`: Keras warns that a flag changed after `compile`, although the
+        optimizer was renewed here.
+    `_kernel`: the variable whose `tf.distribute` strategy the adapters must share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+
+from keras_lora.walker import walk
+
+_FUNCTIONS = ("train_function", "test_function", "predict_function", "generate_function")
+
+
+def models_around(layers: Iterable[keras.layers.Layer]) -> list[keras.Model]:
+    """Every live model that contains one of the layers, however deep.
+
+    A layer does not know what contains it, and an outer model that has run `predict` keeps a
+    graph of the layer as it was. So all live objects are looked through: the types first,
+    since `isinstance` would touch the lazy proxies that some libraries leave around.
+    """
+    wanted = {id(layer) for layer in layers}
+    models = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
+    return [m for m in models if any(id(node.layer) in wanted for node in walk(m))]
+
+
+def reset_functions(model: keras.Model) -> None:
+    """Drop the compiled functions; Keras makes new ones when they are next needed."""
+    for name in _FUNCTIONS:
+        if getattr(model, name, None) is not None:
+            setattr(model, name, None)
+
+
+def fresh_optimizer(model: keras.Model) -> Any | None:
+    """A new optimizer of the same configuration, or None where the model has none built.
+
+    Raises:
+        ValueError: the optimizer cannot be made from its own config.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or not optimizer.built:
+        return None
+    try:
+        return type(optimizer).from_config(optimizer.get_config())
+    except Exception as error:
+        raise ValueError(
+            "The variables that train are about to change, and the compiled optimizer must be "
+            f"built anew. Expected one that from_config(get_config()) can make. Received: "
+            f"{type(optimizer).__name__}, which cannot ({error}). Compile the model after this "
+            "call instead: set model.optimizer = None first."
+        ) from error
+
+
+def strategy_scope(layer: keras.layers.Layer) -> contextlib.AbstractContextManager[Any]:
+    """The `tf.distribute` scope that the layer's kernel was made in; new variables belong there."""
+    strategy = getattr(layer._kernel.value, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def around(model: keras.Model, layers: Sequence[keras.layers.Layer]) -> list[keras.Model]:
+    """The models whose compiled functions a change of these layers makes stale."""
+    found = models_around(layers)
+    inside = any(m is model for m in found) or not isinstance(model, keras.Model)
+    return found if inside else [*found, model]
+
+
+@contextlib.contextmanager
+def changing(model: keras.Model, layers: Sequence[keras.layers.Layer]) -> Iterator[None]:
+    """Around a change of layers: drop what was compiled, and renew optimizers that must be."""
+    models = around(model, layers)
+    with strategy_scope(layers[0]):
+        renewed = [fresh_optimizer(m) for m in models]
+    before = [[id(v) for v in m.trainable_variables] for m in models]
+    try:
+        yield
+    finally:
+        refresh(models)
+    for m, optimizer, trained in zip(models, renewed, before, strict=True):
+        if optimizer is not None and trained != [id(v) for v in m.trainable_variables]:
+            m.optimizer = optimizer
+
+
+def refresh(models: Sequence[keras.Model]) -> None:
+    """Drop compiled functions, and let `fit` take the present flags for those of `compile`."""
+    for model in models:
+        reset_functions(model)
+        if getattr(model, "compiled", False):
+            layers = [model, *(node.layer for node in walk(model))]
+            model._compiled_trainable_state = {layer: layer.trainable for layer in layers}

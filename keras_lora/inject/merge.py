@@ -1,0 +1,196 @@
+"""Taking adapters out of a model again: folded into the kernels, or dropped.
+
+Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
+    `_kernel`: the frozen kernel itself, to fold into and to put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora.inject.cloning import plain_copy
+from keras_lora.inject.compiled import around, changing, refresh
+from keras_lora.inject.freezing import freeze, thaw
+from keras_lora.inject.saving import allow_saving, guard_saving
+from keras_lora.layers import LoRALayer, attach, detach
+from keras_lora.walker import lora_layers, walk
+
+
+def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
+    """Fold the active adapters into the kernels and return a plain Keras model.
+
+        W = W0 + sum_i s_i A_i B_i        summed in float32 or wider, rounded once to W0's dtype
+
+    No class, variable or config of keras_lora is left: the model saves, loads and exports
+    without this package. Every trainable flag is what it was before `apply_lora`. Adapters that
+    are not active are dropped, with a warning that names them.
+
+    Args:
+        model: An adapted model.
+        inplace: False leaves the adapted model as it is and returns a merged copy.
+
+    Returns:
+        The plain model: `model` itself, or the copy.
+
+    Raises:
+        ValueError: no adapters, none that acts, or a kernel that is not finite after merging.
+            The model is then as it was.
+
+    Example:
+
+    >>> import keras, keras_lora as kl
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
+    >>> model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=2))
+    >>> type(kl.merge_lora(model).get_layer("up")).__name__
+    'Dense'
+
+    Reference: Hu et al. 2021, section 4.1, "No Additional Inference Latency".
+    """
+    layers = _mergeable(model)
+    dropped = sorted({n for x in layers.values() for n in x.adapters} - _active_names(layers))
+    if dropped:
+        warnings.warn(f"Merging drops the adapters that are not active: {dropped}.", stacklevel=2)
+    if not inplace:
+        return _merged_copy(model, layers)
+    with changing(model, list(layers.values())):
+        for layer in layers.values():
+            layer._kernel.assign(layer.kernel)
+        _strip(model)
+    return model
+
+
+def unload_lora(model: keras.Model) -> keras.Model:
+    """Drop every adapter: the base again, bit for bit, with its trainable flags.
+
+    Layers of `layers_to_save` and biases that were trained keep what they learned: they are
+    the base's own variables.
+
+    Args:
+        model: An adapted model.
+
+    Returns:
+        `model`, plain.
+
+    Raises:
+        ValueError: the model has no adapters.
+
+    Example:
+
+    >>> import keras, keras_lora as kl
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
+    >>> model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=2))
+    >>> len(kl.unload_lora(model).weights)
+    2
+    """
+    layers = adapted(model)
+    with changing(model, list(layers.values())):
+        _strip(model)
+    return model
+
+
+@contextlib.contextmanager
+def merged(model: keras.Model) -> Iterator[keras.Model]:
+    """Within the context the model is merged and plain; afterwards it is as it was, bit for bit.
+
+    The kernels are kept aside meanwhile, so the context costs their size in memory. The
+    optimizer is kept too: save, evaluate or export inside, and train outside.
+
+    Args:
+        model: An adapted model.
+
+    Yields:
+        The same model, plain.
+
+    Raises:
+        ValueError: as `merge_lora`.
+
+    Example:
+
+    >>> import keras, keras_lora as kl
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
+    >>> model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=2))
+    >>> with kl.merged(model) as plain:
+    ...     len(plain.weights)
+    2
+    >>> len(model.weights)
+    4
+    """
+    layers = list(_mergeable(model).values())
+    models = around(model, layers)
+    trainable = list(model.trainable_variables)
+    # A copy: on torch the array would share the memory of the variable.
+    kernels = [np.array(ops.convert_to_numpy(layer._kernel), copy=True) for layer in layers]
+    for layer in layers:
+        layer._kernel.assign(layer.kernel)
+    states = [detach(layer) for layer in layers]
+    thaw(model)
+    allow_saving(model)
+    refresh(models)
+    try:
+        yield model
+    finally:
+        for layer, state, kernel in zip(layers, states, kernels, strict=True):
+            attach(layer, state)._kernel.assign(kernel)
+        freeze(model, trainable)
+        guard_saving(model)
+        refresh(models)
+
+
+def _merged_copy(model: keras.Model, layers: Mapping[str, LoRALayer]) -> keras.Model:
+    copy = plain_copy(model)
+    twins = zip(walk(model), walk(copy), strict=True)
+    for node, twin in twins:
+        if node.path in layers:
+            twin.layer.kernel.assign(node.layer.kernel)
+    return copy
+
+
+def _strip(model: keras.Model) -> None:
+    for layer in lora_layers(model).values():
+        detach(layer)
+    thaw(model)
+    allow_saving(model)
+
+
+def adapted(model: keras.Model) -> dict[str, LoRALayer]:
+    """The adapted layers by path.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError(
+            f"Expected a model with adapters. Received: {model.name!r}, which has none. It was "
+            "never adapted, or its adapters were merged or unloaded: call apply_lora first."
+        )
+    return layers
+
+
+def _active_names(layers: Mapping[str, LoRALayer]) -> set[str]:
+    return {name for layer in layers.values() for name in layer.active_adapters}
+
+
+def _mergeable(model: keras.Model) -> dict[str, LoRALayer]:
+    """The adapted layers, once every kernel is known to be finite after merging."""
+    layers = adapted(model)
+    if not _active_names(layers):
+        raise ValueError(
+            "Expected at least one active adapter to merge. Received: a model whose adapters are "
+            "all inactive. Activate one with set_adapter, or drop them with unload_lora."
+        )
+    # One kernel at a time, and again when it is assigned: to keep them would double the memory.
+    broken = [p for p, x in layers.items() if not bool(ops.all(ops.isfinite(x.kernel)))]
+    if broken:
+        raise ValueError(
+            f"Expected finite kernels after merging. Received: NaN or infinity in {broken}, from "
+            "adapter weights (or base weights) that are not finite, or from a delta too large "
+            "for the dtype of the base. Train again, or drop the adapters: unload_lora(model)."
+        )
+    return layers

@@ -1,0 +1,48 @@
+"""Layers with a frozen kernel and trainable low-rank factors beside it.
+
+A `LoRALayer` is a subclass of the Keras layer that it adapts. It is made in two ways: by its
+constructor, as any layer, or by `attach`, which turns a built layer into an adapted one *in
+place*: the object and its variables stay the same, only its class changes. `detach` is the
+inverse.
+"""
+
+from keras_lora.layers.base import (
+    DEFAULT_ADAPTER,
+    WAS_TRAINABLE,
+    Adapter,
+    LoRALayer,
+    check_adaptable,
+    check_adapter_name,
+    kernel_shape,
+    plain_class,
+    remember_flag,
+)
+from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
+from keras_lora.layers.registry import (
+    attach,
+    detach,
+    is_registered,
+    lora_class_for,
+    register_lora_class,
+    supported_base,
+)
+
+__all__ = [
+    "DEFAULT_ADAPTER",
+    "WAS_TRAINABLE",
+    "Adapter",
+    "LoRADense",
+    "LoRAEinsumDense",
+    "LoRALayer",
+    "attach",
+    "check_adaptable",
+    "check_adapter_name",
+    "detach",
+    "is_registered",
+    "kernel_shape",
+    "lora_class_for",
+    "plain_class",
+    "register_lora_class",
+    "remember_flag",
+    "supported_base",
+]
