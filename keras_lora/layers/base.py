@@ -70,7 +70,7 @@ class LoRALayer(keras.layers.Layer):
 
     `W0` is frozen, `A_i` and `B_i` are float32 whatever the layer's dtype, and the product
     `A_i B_i` is never formed in the forward pass. A final class says which einsum its kernel
-    belongs to (`_equation`) and is also a subclass of the Keras layer that it adapts.
+    belongs to (`kernel_equation`) and is also a subclass of the Keras layer that it adapts.
 
     Args:
         *args: As the base layer takes them.
@@ -119,7 +119,7 @@ class LoRALayer(keras.layers.Layer):
 
     @property
     @abstractmethod
-    def _equation(self) -> str:
+    def kernel_equation(self) -> str:
         """The einsum of the layer's input and kernel, such as `"...x,xy->...y"`."""
 
     def build(self, input_shape: Any) -> None:
@@ -162,7 +162,7 @@ class LoRALayer(keras.layers.Layer):
 
     def add_adapter(self, name: str, spec: AdapterSpec) -> Adapter:
         """Make the variables of a new adapter. It does not act until it is activated."""
-        split = split_equation(self._equation)
+        split = split_equation(self.kernel_equation)
         shape = kernel_shape(self)
         a_shape, b_shape = split.factor_shapes(shape, spec.rank)
         fan_in, _ = split.matrix_shape(shape)
@@ -216,7 +216,7 @@ class LoRALayer(keras.layers.Layer):
             return base
         dtype = keras.backend.standardize_dtype(base.dtype)
         wide = "float64" if dtype == "float64" else "float32"
-        split = split_equation(self._equation)
+        split = split_equation(self.kernel_equation)
         total = ops.cast(base, wide)
         for adapter in self._active():
             a, b = (ops.cast(v, wide) for v in adapter.variables)
@@ -297,7 +297,7 @@ class LoRALayer(keras.layers.Layer):
         return [self._lora.adapters[name] for name in self._lora.active]
 
     def _split(self, input_rank: int) -> EinsumSplit:
-        return split_equation(self._equation, input_rank)
+        return split_equation(self.kernel_equation, input_rank)
 
     def _factor(self, name: str, shape: Shape, initializer: Any) -> keras.Variable:
         return self.add_weight(

@@ -46,7 +46,7 @@ class LoRADense(LoRALayer, keras.layers.Dense):
     """
 
     @property
-    def _equation(self) -> str:
+    def kernel_equation(self) -> str:
         return "...x,xy->...y"
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
@@ -93,7 +93,7 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
     """
 
     @property
-    def _equation(self) -> str:
+    def kernel_equation(self) -> str:
         return self.equation
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:

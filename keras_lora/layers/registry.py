@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import keras
 
@@ -38,7 +39,7 @@ def register_lora_class(layer_class: type, lora_class: type[LoRALayer]) -> None:
     ...     def call(self, inputs, training=None):
     ...         return 2 * ops.matmul(inputs, self.kernel)
     >>> class LoRADoubled(LoRALayer, Doubled):
-    ...     _equation = "...x,xy->...y"
+    ...     kernel_equation = "...x,xy->...y"
     ...     def call(self, inputs, training=None):
     ...         return 2 * self.adapted_product(inputs, training)
     >>> register_lora_class(Doubled, LoRADoubled)
@@ -58,7 +59,7 @@ def lora_class_for(layer_class: Any) -> type[LoRALayer] | None:
     A subclass that keeps the computation of its registered base gets a class made for it, so
     that its own methods stay.
     """
-    base = next((c for c in layer_class.__mro__ if c in _LORA_CLASSES), None)
+    base = supported_base(layer_class)
     if base is None or overrides(layer_class, base):
         return None
     lora_class = _LORA_CLASSES[base]
@@ -83,7 +84,8 @@ def supported_base(layer_class: type) -> type | None:
 def attach(layer: keras.layers.Layer, state: LoRAState | None = None) -> LoRALayer:
     """Turn a built layer into an adapted one in place, with the adapters of `state` or none."""
     layer._lora = LoRAState(base_class=type(layer)) if state is None else state
-    layer.__class__ = lora_class_for(type(layer))
+    layer_class: Any = type(layer)
+    layer.__class__ = lora_class_for(layer_class)
     layer._track_adapters()
     return layer
 
