@@ -147,7 +147,7 @@ class EinsumSplit:
         if not self.is_matrix_product:
             product = ops.einsum(f"{self.input},{self.kernel}->{self.output}", x, w)
             for x_i, a, b in terms:
-                product += ops.einsum(self.up, ops.einsum(self.down, x_i, a), b)
+                product = product + ops.einsum(self.up, ops.einsum(self.down, x_i, a), b)
             return product
         d, k = self.matrix_shape(tuple(w.shape))
         columns = _transposed(w, self.kernel, self.contracted + self.free)
@@ -157,7 +157,8 @@ class EinsumSplit:
         for x_i, a, b in terms:
             rows_i = rows if x_i is x else self._to_rows(x_i, d)
             hidden = ops.matmul(rows_i, _reshaped(a, self.contracted, self.rank_label, (d, -1)))
-            product += ops.matmul(hidden, _reshaped(b, self.rank_label, self.free, (-1, k)))
+            update = ops.matmul(hidden, _reshaped(b, self.rank_label, self.free, (-1, k)))
+            product = product + update
         return self._from_rows(product, x, w)
 
     def _to_rows(self, x: Tensor, d: int) -> Tensor:

@@ -24,6 +24,7 @@ from keras_lora.layers import (
     kernel_shape,
     lora_class_for,
     plain_class,
+    split_kernel,
     supported_base,
 )
 
@@ -157,6 +158,7 @@ def find_targets(
     for target in kept:
         if not isinstance(target.layer, LoRALayer):
             check_adaptable(target.layer)
+            split_kernel(target.layer)
     return kept
 
 

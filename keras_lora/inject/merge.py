@@ -1,8 +1,4 @@
-"""Taking adapters out of a model again: folded into the kernels, or dropped.
-
-Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
-    `_kernel`: the frozen kernel itself, to fold into and to put back.
-"""
+"""Taking adapters out of a model again: folded into the kernels, or dropped."""
 
 from __future__ import annotations
 
@@ -60,7 +56,7 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
         return _merged_copy(model, layers)
     with changing(model, list(layers.values())):
         for layer in layers.values():
-            layer._kernel.assign(layer.kernel)
+            layer.fold()
         _strip(model)
     return model
 
@@ -125,9 +121,9 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     models = around(model, layers)
     trainable = list(model.trainable_variables)
     # A copy: on torch the array would share the memory of the variable.
-    kernels = [np.array(ops.convert_to_numpy(layer._kernel), copy=True) for layer in layers]
+    kernels = [np.array(ops.convert_to_numpy(layer.base_kernel), copy=True) for layer in layers]
     for layer in layers:
-        layer._kernel.assign(layer.kernel)
+        layer.fold()
     states = [detach(layer) for layer in layers]
     thaw(model)
     allow_saving(model)
@@ -136,7 +132,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
         yield model
     finally:
         for layer, state, kernel in zip(layers, states, kernels, strict=True):
-            attach(layer, state)._kernel.assign(kernel)
+            attach(layer, state).base_kernel.assign(kernel)
         freeze(model, trainable)
         guard_saving(model)
         refresh(models)
@@ -147,7 +143,7 @@ def _merged_copy(model: keras.Model, layers: Mapping[str, LoRALayer]) -> keras.M
     twins = zip(walk(model), walk(copy), strict=True)
     for node, twin in twins:
         if node.path in layers:
-            twin.layer.kernel.assign(node.layer.kernel)
+            twin.layer.kernel.assign(ops.stop_gradient(node.layer.kernel))
     return copy
 
 

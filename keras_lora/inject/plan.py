@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from keras_lora.config import AdapterSpec, LoRAConfig
-from keras_lora.lowrank import split_equation
+from keras_lora.layers import split_kernel
 from keras_lora.walker import Node, Target, find_targets, lora_layers, match_names, matches, walk
 
 
@@ -78,8 +78,7 @@ def _by_pattern(
 def warn_of_high_ranks(plan: Plan) -> None:
     high = []
     for target, spec in plan.specs:
-        equation = getattr(target.layer, "equation", "...x,xy->...y")
-        if spec.rank > min(split_equation(equation).matrix_shape(target.kernel_shape)):
+        if spec.rank > min(split_kernel(target.layer).matrix_shape(target.kernel_shape)):
             high.append(target.path)
     if high:
         warnings.warn(

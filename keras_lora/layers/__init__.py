@@ -24,6 +24,7 @@ from keras_lora.layers.registry import (
     is_registered,
     lora_class_for,
     register_lora_class,
+    split_kernel,
     supported_base,
 )
 
@@ -44,5 +45,6 @@ __all__ = [
     "plain_class",
     "register_lora_class",
     "remember_flag",
+    "split_kernel",
     "supported_base",
 ]

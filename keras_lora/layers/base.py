@@ -117,10 +117,13 @@ class LoRALayer(keras.layers.Layer):
             train_bias=train_bias,
         )
 
-    @property
+    @staticmethod
     @abstractmethod
-    def kernel_equation(self) -> str:
-        """The einsum of the layer's input and kernel, such as `"...x,xy->...y"`."""
+    def kernel_equation(layer: keras.layers.Layer) -> str:
+        """The einsum of a layer's input and kernel, such as `"...x,xy->...y"`.
+
+        Asked of the base class's layers too, before they are adapted.
+        """
 
     def build(self, input_shape: Any) -> None:
         super().build(input_shape)
@@ -149,6 +152,16 @@ class LoRALayer(keras.layers.Layer):
         return self._lora.base_class
 
     @property
+    def base_kernel(self) -> keras.Variable:
+        """The frozen kernel `W0`."""
+        return self._kernel
+
+    def fold(self) -> None:
+        """`W0 <- W0 + sum_i s_i A_i B_i`, over the active adapters."""
+        # Without the gradient: torch would take the kernel for a function of A and B.
+        self._kernel.assign(ops.stop_gradient(self.kernel))
+
+    @property
     def adapter_variables(self) -> list[keras.Variable]:
         """Every variable that the layer has beyond its base's, dropout seeds included."""
         seeds = [] if self._lora.seeds is None else [self._lora.seeds.state]
@@ -162,7 +175,7 @@ class LoRALayer(keras.layers.Layer):
 
     def add_adapter(self, name: str, spec: AdapterSpec) -> Adapter:
         """Make the variables of a new adapter. It does not act until it is activated."""
-        split = split_equation(self.kernel_equation)
+        split = self._split()
         shape = kernel_shape(self)
         a_shape, b_shape = split.factor_shapes(shape, spec.rank)
         fan_in, _ = split.matrix_shape(shape)
@@ -216,11 +229,12 @@ class LoRALayer(keras.layers.Layer):
             return base
         dtype = keras.backend.standardize_dtype(base.dtype)
         wide = "float64" if dtype == "float64" else "float32"
-        split = split_equation(self.kernel_equation)
+        split = self._split()
         total = ops.cast(base, wide)
         for adapter in self._active():
             a, b = (ops.cast(v, wide) for v in adapter.variables)
-            total += split.delta(a, adapter.spec.scaling * b)
+            # Not `+=`: on torch `total` is still the memory of the variable.
+            total = total + split.delta(a, adapter.spec.scaling * b)
         return ops.cast(total, dtype)
 
     def adapted_product(self, inputs: Tensor, training: bool | None = None) -> Tensor:
@@ -296,8 +310,8 @@ class LoRALayer(keras.layers.Layer):
     def _active(self) -> list[Adapter]:
         return [self._lora.adapters[name] for name in self._lora.active]
 
-    def _split(self, input_rank: int) -> EinsumSplit:
-        return split_equation(self.kernel_equation, input_rank)
+    def _split(self, input_rank: int | None = None) -> EinsumSplit:
+        return split_equation(self.kernel_equation(self), input_rank)
 
     def _factor(self, name: str, shape: Shape, initializer: Any) -> keras.Variable:
         return self.add_weight(
@@ -419,8 +433,6 @@ def check_adaptable(layer: keras.layers.Layer) -> None:
             f"quantization_mode={layer.dtype_policy.quantization_mode!r}. Adapt and merge first, "
             "then quantize, or exclude the layer."
         )
-    if isinstance(layer, keras.layers.EinsumDense):
-        split_equation(layer.equation)
 
 
 def check_adapter_name(name: object) -> str:

@@ -45,8 +45,8 @@ class LoRADense(LoRALayer, keras.layers.Dense):
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
-    @property
-    def kernel_equation(self) -> str:
+    @staticmethod
+    def kernel_equation(layer: keras.layers.Layer) -> str:  # noqa: ARG004
         return "...x,xy->...y"
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
@@ -92,9 +92,9 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
-    @property
-    def kernel_equation(self) -> str:
-        return self.equation
+    @staticmethod
+    def kernel_equation(layer: keras.layers.Layer) -> str:
+        return layer.equation
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         return self._affine(inputs, training)

@@ -8,8 +8,9 @@ from typing import Any
 import keras
 
 from keras_lora.config import invalid
-from keras_lora.layers.base import LoRALayer, LoRAState
+from keras_lora.layers.base import LoRALayer, LoRAState, plain_class
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
+from keras_lora.lowrank import EinsumSplit, split_equation
 
 _LORA_CLASSES: dict[type, type[LoRALayer]] = {
     keras.layers.Dense: LoRADense,
@@ -39,7 +40,9 @@ def register_lora_class(layer_class: type, lora_class: type[LoRALayer]) -> None:
     ...     def call(self, inputs, training=None):
     ...         return 2 * ops.matmul(inputs, self.kernel)
     >>> class LoRADoubled(LoRALayer, Doubled):
-    ...     kernel_equation = "...x,xy->...y"
+    ...     @staticmethod
+    ...     def kernel_equation(layer):
+    ...         return "...x,xy->...y"
     ...     def call(self, inputs, training=None):
     ...         return 2 * self.adapted_product(inputs, training)
     >>> register_lora_class(Doubled, LoRADoubled)
@@ -97,6 +100,16 @@ def detach(layer: LoRALayer) -> LoRAState:
     del layer._lora
     layer.__class__ = state.base_class
     return state
+
+
+def split_kernel(layer: keras.layers.Layer) -> EinsumSplit:
+    """How a layer that can be adapted is factored.
+
+    Raises:
+        ValueError: its equation has a diagonal.
+    """
+    lora_class: Any = lora_class_for(plain_class(layer))
+    return split_equation(lora_class.kernel_equation(layer))
 
 
 def is_registered(layer: LoRALayer) -> bool:

@@ -1,0 +1,189 @@
+"""Time of a training step: keras_lora, Keras's `enable_lora`, full fine-tuning, and PEFT.
+
+    python benchmarks/step_time.py [--peft] [--check]
+
+A BERT-shaped KerasHub encoder with random weights and a classifier of two classes, Adam, one
+fixed batch, dropout 0.1 as KerasHub has it. `keras_lora` and `enable_lora` adapt the same
+layers at rank 8, with alpha 16, and train the classifier beside them. In the *floor* only the
+position embedding trains: gradients flow to the bottom through Keras's own layers and no
+gradient of a kernel is taken, so no LoRA without a rewrite of these layers is faster.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+import argparse
+import contextlib
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import keras
+import keras_hub
+import numpy as np
+from timing import Step, interleaved, print_bars, print_times, ratio
+
+import keras_lora as kl
+
+RANK, ALPHA, CLASSES, HEAD = 8, 16.0, 2, "classifier"
+
+
+def classifier(args: argparse.Namespace) -> keras.Model:
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=args.vocabulary,
+        num_layers=args.layers,
+        num_heads=max(1, args.width // 64),
+        hidden_dim=args.width,
+        intermediate_dim=4 * args.width,
+        dropout=args.dropout,
+        max_sequence_length=max(512, args.length),
+    )
+    logits = keras.layers.Dense(CLASSES, name=HEAD)(backbone.output["pooled_output"])
+    return keras.Model(backbone.input, logits)
+
+
+def train_only(model: keras.Model, chosen: Callable[[keras.Variable], bool]) -> None:
+    for variable in model.variables:
+        variable.trainable = chosen(variable)
+
+
+def with_keras_lora(model: keras.Model) -> None:
+    kl.apply_lora(model, kl.LoRAConfig(rank=RANK, alpha=ALPHA, layers_to_save=[HEAD]))
+
+
+def with_enable_lora(model: keras.Model) -> None:
+    targets = [target.layer for target in kl.find_targets(model)]
+    for layer in targets:
+        layer.enable_lora(RANK, lora_alpha=ALPHA)
+    train_only(model, lambda v: "lora_" in v.name or f"{HEAD}/" in v.path)
+
+
+def with_nothing_but_positions(model: keras.Model) -> None:
+    train_only(model, lambda v: "position_embedding" in v.path)
+
+
+def with_everything(model: keras.Model) -> None:
+    """Full fine-tuning: as `compile` finds the model."""
+
+
+VARIANTS: dict[str, Callable[[keras.Model], None]] = {
+    "keras_lora": with_keras_lora,
+    "enable_lora": with_enable_lora,
+    "floor": with_nothing_but_positions,
+    "full": with_everything,
+}
+
+
+def stepper(args: argparse.Namespace, prepare: Callable[[keras.Model], None], jit: bool) -> Step:
+    keras.utils.set_random_seed(0)
+    model = classifier(args)
+    prepare(model)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-4), loss, jit_compile=jit)
+    shape = (args.batch, args.length)
+    rng = np.random.default_rng(0)
+    x = {
+        "token_ids": rng.integers(0, args.vocabulary, shape, "int32"),
+        "segment_ids": np.zeros(shape, "int32"),
+        "padding_mask": np.ones(shape, "int32"),
+    }
+    y = rng.integers(0, CLASSES, args.batch)
+    trained = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    print(
+        f"{prepare.__name__.removeprefix('with_')}: {trained:,} of {model.count_params():,} train"
+    )
+
+    def step() -> None:
+        model.train_on_batch(x, y)
+
+    return step
+
+
+@contextlib.contextmanager
+def peft_stepper(args: argparse.Namespace) -> Iterator[Step]:
+    """A second process, which makes one step when asked and idles otherwise.
+
+    Its OpenMP threads sleep while they wait. Spinning, the default, would slow it several times
+    on a machine that does other work too.
+    """
+    settings = {**vars(args), "rank": RANK, "alpha": ALPHA, "classes": CLASSES}
+    command = [sys.executable, str(Path(__file__).with_name("peft_step.py")), json.dumps(settings)]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        requests, answers = child.stdin, child.stdout
+        print(answers.readline().strip())
+
+        def step() -> float:
+            requests.write("step\n")
+            requests.flush()
+            return float(answers.readline())
+
+        yield step
+        requests.close()  # the child ends at the end of its input
+
+
+def section(args: argparse.Namespace, jit: bool) -> dict[str, tuple[float, float, float]]:
+    """Time every variant and return the bars of this section."""
+    with contextlib.ExitStack() as stack:
+        steps = {name: stepper(args, VARIANTS[name], jit) for name in args.variants}
+        if args.peft:
+            steps["PEFT (torch)"] = stack.enter_context(peft_stepper(args))
+        times = interleaved(steps, args.steps)
+    title = f"Training step, XLA {'on' if jit else 'off'}, {args.layers} x {args.width}"
+    print_times(f"{title}, batch {args.batch} x {args.length}", times, "keras_lora")
+    highest = {"enable_lora": 1.00} if jit else {"enable_lora": 0.80, "floor": 1.05}
+    return {
+        f"keras_lora / {other}, XLA {'on' if jit else 'off'}": (
+            ratio(times, "keras_lora", other),
+            0.0,
+            high,
+        )
+        for other, high in highest.items()
+        if other in times
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768, help="a multiple of 64")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128, help="tokens")
+    parser.add_argument("--vocabulary", type=int, default=30522)
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the encoder itself")
+    parser.add_argument("--steps", type=int, default=9, help="rounds, after 2 that do not count")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument(
+        "--jit", action=argparse.BooleanOptionalAction, help="only with, or without"
+    )
+    parser.add_argument("--peft", action="store_true", help="time PEFT on torch too")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
+    args = parser.parse_args()
+    bars = {}
+    for jit in (False, True) if args.jit is None else (args.jit,):
+        bars |= section(args, jit)
+        keras.backend.clear_session()
+        gc.collect()
+    met = print_bars(bars)
+    if args.check and not met:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

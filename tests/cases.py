@@ -1,0 +1,155 @@
+"""The table of layers that every invariant runs over, and a float64 reference in NumPy.
+
+All dimensions are distinct primes, so that a transposed axis cannot go unseen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
+import numpy as np
+
+import keras_lora as kl
+from keras_lora.layers import Adapter
+
+RANK, ALPHA = 2, 5.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, what goes into it, and what its kernel's axes mean."""
+
+    id: str
+    make: Callable[..., keras.layers.Layer]
+    input_shape: tuple[int, ...]  # without the batch
+    equation: str  # for the input's actual rank, written out without an ellipsis
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def layer(self, **overrides: Any) -> keras.layers.Layer:
+        return self.make(name="case", **(self.options | overrides))
+
+    def model(self, **overrides: Any) -> keras.Model:
+        inputs = keras.Input(self.input_shape, dtype="float32")
+        model = keras.Model(inputs, self.layer(**overrides)(inputs))
+        randomize(model.weights)
+        return model
+
+    def batch(self, size: int = 3) -> np.ndarray:
+        return np.random.default_rng(1).normal(size=(size, *self.input_shape)).astype("float32")
+
+
+def dense(id_: str, *input_shape: int, **options: Any) -> Case:
+    labels = "abcde"[: len(input_shape)]
+    equation = f"{labels}x,xy->{labels}y"
+    return Case(id_, keras.layers.Dense, input_shape, equation, {"units": 7, **options})
+
+
+def einsum(
+    equation: str,
+    input_shape: tuple[int, ...],
+    output_shape: tuple[int | None, ...],
+    written_out: str | None = None,
+    **options: Any,
+) -> Case:
+    options = {"equation": equation, "output_shape": output_shape, **options}
+    return Case(equation, keras.layers.EinsumDense, input_shape, written_out or equation, options)
+
+
+CASES = [
+    dense("dense", 5),
+    dense("dense, no bias", 5, use_bias=False),
+    dense("dense, activation", 5, activation="gelu"),
+    dense("dense, sequence", 11, 5, activation="tanh"),
+    dense("dense, image", 2, 11, 5),
+    einsum("ab,bc->ac", (5,), (7,), bias_axes="c"),
+    einsum("btd,dnh->btnh", (11, 5), (None, 2, 7), bias_axes="nh", activation="gelu"),
+    einsum("btd,dnh->btnh", (11, 5), (None, 2, 7), bias_axes="n"),
+    einsum("btnh,nhd->btd", (11, 2, 7), (None, 5), bias_axes="d"),
+    einsum("btd,nhd->btnh", (11, 5), (None, 2, 7)),
+    einsum("btd,dnh->bnth", (11, 5), (2, None, 7)),
+    einsum("btd,hdn->bhnt", (11, 5), (7, 2, None)),
+    einsum("bdt,dnh->btnh", (5, 11), (None, 2, 7)),
+    einsum("...x,xy->...y", (11, 5), (7,), "abx,xy->aby", bias_axes="y"),
+    einsum("...ax,axy->...y", (11, 3, 5), (7,), "bcax,axy->bcy"),
+    einsum("ab...,bc->ac...", (5, 11), (7,), "abt,bc->act", bias_axes="c"),
+    einsum("bed,edf->bef", (3, 5), (3, 7), bias_axes="ef"),
+    einsum("betd,edf->betf", (3, 11, 5), (3, None, 7)),
+    einsum("btd,ed->bte", (11, 5), (None, 7)),
+    einsum("btd,d->bt", (11, 5), (None,)),
+    einsum("bsd,df->bf", (11, 5), (7,)),
+    einsum("bd,d->bd", (5,), (5,)),
+    einsum("bt,f->btf", (11,), (None, 7)),
+]
+IDS = [f"{i}: {case.id}" for i, case in enumerate(CASES)]
+
+
+def config(**options: Any) -> kl.LoRAConfig:
+    return kl.LoRAConfig(rank=RANK, alpha=ALPHA, targets=["case"], **options)
+
+
+def adapted(case: Case, base: keras.Model | None = None, **options: Any) -> keras.Model:
+    """The case's model with an adapter whose A and B are random, so that it does something."""
+    model = kl.apply_lora(case.model() if base is None else base, config(**options))
+    randomize(adapter(model).variables)
+    return model
+
+
+def adapter(model: keras.Model, name: str = "default") -> Adapter:
+    (layer,) = kl.lora_layers(model).values()
+    return layer.adapters[name]
+
+
+def randomize(variables: Any) -> None:
+    """Values of standard deviation 0.4, whatever the initializers are."""
+    rng = np.random.default_rng(3)
+    for variable in variables:
+        if np.issubdtype(np.dtype(variable.dtype), np.inexact) or variable.dtype == "bfloat16":
+            variable.assign(rng.normal(scale=0.4, size=variable.shape))
+
+
+def numpy_of(value: Any) -> np.ndarray:
+    """A copy in float64."""
+    return np.array(keras.ops.convert_to_numpy(value)).astype("float64")
+
+
+def snapshot(variables: Any) -> list[bytes]:
+    return [np.array(keras.ops.convert_to_numpy(v)).tobytes() for v in variables]
+
+
+def reference_delta(case: Case, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+    """s A B in the kernel's shape, by what the axes mean: contracted and shared ones are A's."""
+    _, kernel, output = _operands(case.equation)
+    shared = [c for c in kernel if c in _operands(case.equation)[0] and c in output]
+    contracted = [c for c in kernel if c not in output]
+    free = [c for c in kernel if c not in shared + contracted]
+    a_axes, b_axes = "".join([*shared, *contracted, "R"]), "".join([*shared, "R", *free])
+    return scale * np.einsum(f"{a_axes},{b_axes}->{kernel}", a, b)
+
+
+def reference_output(case: Case, model: keras.Model, x: np.ndarray, kernel: np.ndarray) -> Any:
+    """act(x W + b) in float64."""
+    layer = model.get_layer("case")
+    y = np.einsum(case.equation, x.astype("float64"), kernel)
+    if layer.bias is not None:
+        y = y + numpy_of(layer.bias)
+    if layer.activation is None:
+        return y
+    return _ACTIVATIONS[layer.activation.__name__](y)
+
+
+_ACTIVATIONS = {
+    "linear": lambda y: y,
+    "tanh": np.tanh,
+    "gelu": lambda y: y * (1 + np.vectorize(math.erf)(y / math.sqrt(2))) / 2,
+}
+
+
+def _operands(equation: str) -> tuple[str, str, str]:
+    inputs, rest = equation.split(",")
+    kernel, output = rest.split("->")
+    return inputs, kernel, output
