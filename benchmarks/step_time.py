@@ -21,33 +21,19 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import keras
-import keras_hub
-import numpy as np
-from timing import Step, interleaved, print_bars, print_times, ratio
+from encoder import CLASSES, HEAD, add_shape, classifier, compiled, fixed_batch
+from timing import Bars, Step, interleaved, print_bars, print_times, ratio
 
 import keras_lora as kl
 
-RANK, ALPHA, CLASSES, HEAD = 8, 16.0, 2, "classifier"
-
-
-def classifier(args: argparse.Namespace) -> keras.Model:
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=args.vocabulary,
-        num_layers=args.layers,
-        num_heads=max(1, args.width // 64),
-        hidden_dim=args.width,
-        intermediate_dim=4 * args.width,
-        dropout=args.dropout,
-        max_sequence_length=max(512, args.length),
-    )
-    logits = keras.layers.Dense(CLASSES, name=HEAD)(backbone.output["pooled_output"])
-    return keras.Model(backbone.input, logits)
+RANK, ALPHA = 8, 16.0
 
 
 def train_only(model: keras.Model, chosen: Callable[[keras.Variable], bool]) -> None:
@@ -82,24 +68,14 @@ VARIANTS: dict[str, Callable[[keras.Model], None]] = {
 }
 
 
-def stepper(args: argparse.Namespace, prepare: Callable[[keras.Model], None], jit: bool) -> Step:
+def stepper(args: argparse.Namespace, name: str, jit: bool) -> Step:
     keras.utils.set_random_seed(0)
     model = classifier(args)
-    prepare(model)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(1e-4), loss, jit_compile=jit)
-    shape = (args.batch, args.length)
-    rng = np.random.default_rng(0)
-    x = {
-        "token_ids": rng.integers(0, args.vocabulary, shape, "int32"),
-        "segment_ids": np.zeros(shape, "int32"),
-        "padding_mask": np.ones(shape, "int32"),
-    }
-    y = rng.integers(0, CLASSES, args.batch)
-    trained = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
-    print(
-        f"{prepare.__name__.removeprefix('with_')}: {trained:,} of {model.count_params():,} train"
-    )
+    VARIANTS[name](model)
+    compiled(model, jit)
+    x, y = fixed_batch(args)
+    trained = sum(math.prod(v.shape) for v in model.trainable_variables)
+    print(f"{name}: {trained:,} of {model.count_params():,} train")
 
     def step() -> None:
         model.train_on_batch(x, y)
@@ -138,10 +114,10 @@ def peft_stepper(args: argparse.Namespace) -> Iterator[Step]:
         requests.close()  # the child ends at the end of its input
 
 
-def section(args: argparse.Namespace, jit: bool) -> dict[str, tuple[float, float, float]]:
+def section(args: argparse.Namespace, jit: bool) -> Bars:
     """Time every variant and return the bars of this section."""
     with contextlib.ExitStack() as stack:
-        steps = {name: stepper(args, VARIANTS[name], jit) for name in args.variants}
+        steps = {name: stepper(args, name, jit) for name in args.variants}
         if args.peft:
             steps["PEFT (torch)"] = stack.enter_context(peft_stepper(args))
         times = interleaved(steps, args.steps)
@@ -161,12 +137,7 @@ def section(args: argparse.Namespace, jit: bool) -> dict[str, tuple[float, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768, help="a multiple of 64")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128, help="tokens")
-    parser.add_argument("--vocabulary", type=int, default=30522)
-    parser.add_argument("--dropout", type=float, default=0.1, help="of the encoder itself")
+    add_shape(parser, layers=12)
     parser.add_argument("--steps", type=int, default=9, help="rounds, after 2 that do not count")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument(
@@ -175,7 +146,7 @@ def main() -> None:
     parser.add_argument("--peft", action="store_true", help="time PEFT on torch too")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
     args = parser.parse_args()
-    bars = {}
+    bars: Bars = {}
     for jit in (False, True) if args.jit is None else (args.jit,):
         bars |= section(args, jit)
         keras.backend.clear_session()

@@ -11,6 +11,7 @@ from rich.table import Table
 
 Step = Callable[[], float | None]
 Times = dict[str, list[float]]
+Bars = dict[str, tuple[float, float, float]]
 
 
 def interleaved(steps: Mapping[str, Step], rounds: int, warmups: int = 2) -> Times:
@@ -21,7 +22,7 @@ def interleaved(steps: Mapping[str, Step], rounds: int, warmups: int = 2) -> Tim
     """
     times: Times = {name: [] for name in steps}
     for index in range(-warmups, rounds):
-        order = list(steps) if index % 2 == 0 else list(reversed(steps))
+        order = list(steps)[:: 1 if index % 2 == 0 else -1]
         for name in order:
             seconds = _timed(steps[name])
             if index >= 0:
@@ -44,7 +45,7 @@ def print_times(title: str, times: Times, subject: str) -> None:
     Console().print(table)
 
 
-def print_bars(bars: Mapping[str, tuple[float, float, float]]) -> bool:
+def print_bars(bars: Bars) -> bool:
     """Print each bar `{what: (value, lowest, highest)}`; whether all are met."""
     met = {what: low <= value <= high for what, (value, low, high) in bars.items()}
     table = Table("bar", "value", "from", "to", "")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import numbers
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -189,10 +190,11 @@ def _is_number(value: object) -> bool:
 
 
 def _check_targets(targets: object) -> None:
-    if callable(targets):
+    if callable(targets) or targets in PRESETS:
         return
     if isinstance(targets, str):
-        if targets in PRESETS or targets.startswith("re:"):
+        if targets.startswith("re:"):
+            _names("targets", [targets])
             return
         raise invalid(
             "targets",
@@ -207,9 +209,20 @@ def _check_targets(targets: object) -> None:
 def _names(field_name: str, names: object) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise invalid(field_name, "a list of names", names, "put the name in a list")
-    if not all(isinstance(name, str) and name for name in names):
-        raise invalid(field_name, "names, as non-empty strings", names)
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise invalid(field_name, "names, as non-empty strings", names)
+        if name.startswith("re:"):
+            _check_expression(field_name, name)
     return tuple(names)
+
+
+def _check_expression(field_name: str, name: str) -> None:
+    try:
+        re.compile(name[3:])
+    except re.error as error:
+        expected = f"a regular expression after 're:' ({error})"
+        raise invalid(field_name, expected, name) from error
 
 
 def _pattern(field_name: str, pattern: object, check: Callable[[object], None]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def _from_config(model: keras.Model) -> keras.Model:
     except Exception as error:
         raise ValueError(
             "inplace=False: expected a model that can be made from its get_config(). Received: "
-            f"{type(model).__name__}, which cannot ({type(error).__name__}: {error}). Use "
+            f"{type(model).__name__}, which cannot ({str(error).splitlines()[0]}). Use "
             "inplace=True, or implement get_config."
         ) from error
     return copy

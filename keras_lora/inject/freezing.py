@@ -51,6 +51,7 @@ def own_trainable_variables(layer: Layer) -> list[keras.Variable]:
     """The variables of a layer that train once nothing is frozen (no moving statistics)."""
     flags = [(v, v.trainable) for v in layer.variables]
     layers = [(item, item.trainable) for item in _layers(layer)]
+    layer.trainable = False  # on TensorFlow to set the flag that is there does nothing
     layer.trainable = True
     trainable = list(layer.trainable_variables)
     for item, flag in layers:

@@ -59,6 +59,8 @@ class LoRAState:
     # Between the constructor and `build`.
     pending: dict[str, AdapterSpec] = field(default_factory=dict)
     train_bias: bool = False
+    # Why the last weights file was refused.
+    refusal: str | None = None
     # Why a `.keras` file cannot hold this layer, or None: see `inject.guard_saving`.
     unsaveable: str | None = None
 
@@ -88,6 +90,15 @@ class LoRALayer(keras.layers.Layer):
         ValueError: an invalid spec, a kernel constraint, or Keras's own `lora_rank`.
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let a class go by the name of the class that it adapts.
+
+        Keras makes the paths of a weights file, and the names of layers, from `__name__`: so a
+        checkpoint of the base fits the adapted model, in whatever container its layers are.
+        """
+        super().__init_subclass__(**options)
+        cls.__name__ = _adapted_class(cls).__name__
+
     def __init__(
         self,
         *args: Any,
@@ -111,11 +122,14 @@ class LoRALayer(keras.layers.Layer):
         super().__init__(*args, **kwargs)
         check_adaptable(self)
         self._lora = LoRAState(
-            base_class=next(c for c in type(self).__mro__ if not issubclass(c, LoRALayer)),
+            base_class=_adapted_class(type(self)),
             pending=specs,
             active=tuple(specs if active is None else active),
             train_bias=train_bias,
         )
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(type(self).__name__, type(self).__qualname__, 1)
 
     @staticmethod
     @abstractmethod
@@ -275,9 +289,9 @@ class LoRALayer(keras.layers.Layer):
         saved = {key: store[key] for key in keys if key.startswith(_STATE_PREFIX)}
         if saved:
             self._check_state(saved)
-        else:
-            warnings.warn(_BASE_ONLY, stacklevel=2)
         super().load_own_variables({key: store[key] for key in keys if key not in saved})
+        if not saved:
+            warnings.warn(_BASE_ONLY, stacklevel=2)
         for key, variable in self._state_variables().items():
             if key in saved:
                 variable.assign(saved[key])
@@ -359,7 +373,7 @@ class LoRALayer(keras.layers.Layer):
 
     def _adapter_state(self) -> dict[str, Any]:
         scales = {
-            f"{_STATE_PREFIX}scaling.{name}": ops.convert_to_numpy(adapter.spec.scaling)
+            f"{_SCALING_PREFIX}{name}": ops.convert_to_numpy(adapter.spec.scaling)
             for name, adapter in self._lora.adapters.items()
         }
         return self._state_variables() | scales
@@ -373,30 +387,40 @@ class LoRALayer(keras.layers.Layer):
             received, expected = tuple(saved[key].shape), tuple(live[key].shape)
             if received != expected:
                 wrong.append(f"{key} has shape {received}, expected {expected}")
-            elif ".scaling." in f".{key}" and abs(saved[key][()] - live[key]) > 1e-6:
+            elif key.startswith(_SCALING_PREFIX) and abs(saved[key][()] - live[key]) > 1e-6:
                 wrong.append(f"{key} is {saved[key][()]}, expected {live[key]}")
         if wrong:
-            raise ValueError(
+            self._lora.refusal = (
                 f"Layer '{self.path}': the file's adapters are not this layer's: "
                 f"{'; '.join(sorted(wrong))}. Load it into a model that was adapted with the "
                 "same LoRAConfig: apply_lora(model, config), then load_weights."
             )
+            raise ValueError(self._lora.refusal)
 
     def _check_load_own_variables(self, store: Any) -> None:
         expected = len(self.base_variables)
         if len(store.keys()) != expected:
+            # Keras tries a layer that failed again at other, empty places of the file, and
+            # reports the last error only: the first is the one to see.
+            first = None if store.keys() else self._lora.refusal
             raise ValueError(
-                f"Layer '{self.path}' expected {expected} base variables in the file. "
+                first
+                or f"Layer '{self.path}' expected {expected} base variables in the file. "
                 f"Received: {len(store.keys())}."
             )
 
 
 _STATE_PREFIX = "lora_"
+_SCALING_PREFIX = f"{_STATE_PREFIX}scaling."
 _BASE_ONLY = (
     "The weights file holds no adapters: the base's weights were loaded and the adapters of the "
     "model were left as they are. If the file is of a merged model, its adapters now count "
     "twice: call unload_lora(model) first."
 )
+
+
+def _adapted_class(lora_class: type) -> type:
+    return next(c for c in lora_class.__mro__ if not issubclass(c, LoRALayer))
 
 
 def plain_class(layer: keras.layers.Layer) -> type:

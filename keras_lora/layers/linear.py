@@ -8,7 +8,7 @@ from keras_lora.layers.base import LoRALayer
 from keras_lora.lowrank import Tensor
 
 
-@keras.saving.register_keras_serializable(package="keras_lora")
+@keras.saving.register_keras_serializable(package="keras_lora", name="LoRADense")
 class LoRADense(LoRALayer, keras.layers.Dense):
     """A `Dense` layer with a frozen kernel and trainable low-rank adapters.
 
@@ -53,7 +53,7 @@ class LoRADense(LoRALayer, keras.layers.Dense):
         return self._affine(inputs, training)
 
 
-@keras.saving.register_keras_serializable(package="keras_lora")
+@keras.saving.register_keras_serializable(package="keras_lora", name="LoRAEinsumDense")
 class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
     """An `EinsumDense` layer with a frozen kernel and trainable low-rank adapters.
 

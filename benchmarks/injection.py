@@ -1,0 +1,95 @@
+"""Seconds and memory that `apply_lora` takes on a model of a billion parameters.
+
+    python benchmarks/injection.py [--dtype bfloat16] [--check]
+
+A Llama-shaped KerasHub backbone with random weights; every linear layer is adapted at rank 8.
+The memory is the highest resident size during the call, over that before it, less the adapters
+themselves.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import keras
+import keras_hub
+from timing import print_bars
+
+import keras_lora as kl
+
+MOST_SECONDS, MOST_PERCENT = 5.0, 2.0
+MIB = 2**20
+
+
+def billion(args: argparse.Namespace) -> keras.Model:
+    return keras_hub.models.LlamaBackbone(
+        vocabulary_size=32000,
+        num_layers=args.layers,
+        num_query_heads=args.width // 64,
+        num_key_value_heads=args.width // 256,
+        hidden_dim=args.width,
+        intermediate_dim=4 * args.width,
+        dtype=args.dtype,
+    )
+
+
+def size(variables: Iterable[keras.Variable]) -> int:
+    """Bytes."""
+    return sum(v.value.dtype.size * int(v.value.shape.num_elements()) for v in variables)
+
+
+def resident(key: str) -> int:
+    """Bytes of this process: `VmRSS` now, or `VmHWM` at most since `forget_peak`."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if key in line)
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--width", type=int, default=2048, help="a multiple of 256")
+    parser.add_argument("--dtype", default="float32", help="or bfloat16")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
+    args = parser.parse_args()
+
+    model = billion(args)
+    model_size, parameters = size(model.variables), model.count_params()
+    gc.collect()
+    forget_peak()
+    before, start = resident("VmRSS"), time.perf_counter()
+    kl.apply_lora(model, kl.LoRAConfig(rank=8))
+    seconds = time.perf_counter() - start
+    peak = resident("VmHWM") - before
+
+    adapters = size(v for x in kl.lora_layers(model).values() for v in x.adapter_variables)
+    percent = 100 * max(0, peak - adapters) / model_size
+    print(f"{parameters:,} parameters in {args.dtype}, {model_size / MIB:,.0f} MiB")
+    print(f"{len(kl.lora_layers(model))} layers adapted in {seconds:.2f} s")
+    print(f"peak +{peak / MIB:.1f} MiB, of which adapters {adapters / MIB:.1f} MiB")
+    met = print_bars(
+        {
+            "seconds": (seconds, 0.0, MOST_SECONDS),
+            "memory beside the adapters, % of the model": (percent, 0.0, MOST_PERCENT),
+        }
+    )
+    if args.check and not met:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Imports point one way, and what is optional or one backend's stays in its place."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import keras_lora
+
+ROOT = Path(keras_lora.__file__).parent
+# Each module may import from those before it.
+ORDER = [
+    "lowrank",
+    "config",
+    "initializers",
+    "layers.base",
+    "layers.linear",
+    "layers.registry",
+    "layers",
+    "walker",
+    "inject.freezing",
+    "inject.cloning",
+    "inject.compiled",
+    "inject.plan",
+    "inject.saving",
+    "inject.apply",
+    "inject.merge",
+    "inject",
+    "adapters",
+    "summary",
+    "export",
+    "",
+]
+SERVES_TENSORFLOW_ALONE = {"export"}
+PRIVATE_API = ("layers", "walker", "inject", "export")
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = [part for part in path.relative_to(ROOT).with_suffix("").parts]
+        name = ".".join(part for part in parts if part != "__init__")
+        found[name] = ast.parse(path.read_text())
+    return found
+
+
+def imports(tree: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names.add(node.module or "")
+    return names
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(modules()) == set(ORDER)
+
+
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for name, tree in modules().items():
+        ours = {n for n in imports(tree) if n.split(".")[0] == "keras_lora"}
+        for imported in sorted(n.removeprefix("keras_lora").removeprefix(".") for n in ours):
+            if ORDER.index(imported) >= ORDER.index(name):
+                wrong.append(f"{name} imports {imported}")
+    assert not wrong
+
+
+def test_tensorflow_is_imported_only_where_it_is_served() -> None:
+    users = {
+        n for n, t in modules().items() if any(i.split(".")[0] == "tensorflow" for i in imports(t))
+    }
+    assert users == SERVES_TENSORFLOW_ALONE
+
+
+def test_optional_packages_are_not_imported_at_the_top() -> None:
+    optional = {"keras_hub", "keras_nlp", "peft", "torch", "jax", "matplotlib", "transformers"}
+    for name, tree in modules().items():
+        assert not optional & {i.split(".")[0] for i in imports(tree)}, name
+
+
+def test_keras_internals_are_not_imported() -> None:
+    for name, tree in modules().items():
+        assert not [i for i in imports(tree) if i.startswith("keras.src")], name
+
+
+def test_private_attributes_of_keras_stay_in_their_files_and_are_listed_there() -> None:
+    ours = set()
+    for tree in modules().values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
+                ours.add(node.name)
+    ours |= {"_lora"}
+    for name, tree in modules().items():
+        used = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and node.attr.startswith("_")
+            and not node.attr.startswith("__")
+        } - ours
+        if used:
+            assert name.split(".")[0] in PRIVATE_API, (name, used)
+            documented = ast.get_docstring(tree) or ""
+            assert all(f"`{attribute}`" in documented for attribute in used), (name, used)
