@@ -29,7 +29,7 @@ from pathlib import Path
 
 import keras
 from encoder import CLASSES, HEAD, add_shape, classifier, compiled, fixed_batch
-from timing import Bars, Step, interleaved, print_bars, print_times, ratio
+from timing import Bars, Seconds, Step, interleaved, print_bars, print_times, ratio
 
 import keras_lora as kl
 
@@ -105,10 +105,11 @@ def peft_stepper(args: argparse.Namespace) -> Iterator[Step]:
         requests, answers = child.stdin, child.stdout
         print(answers.readline().strip())
 
-        def step() -> float:
+        def step() -> Seconds:
             requests.write("step\n")
             requests.flush()
-            return float(answers.readline())
+            wall, cpu = answers.readline().split()
+            return Seconds(float(wall), float(cpu))
 
         yield step
         requests.close()  # the child ends at the end of its input

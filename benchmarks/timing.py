@@ -5,25 +5,37 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-Step = Callable[[], float | None]
-Times = dict[str, list[float]]
+
+class Seconds(NamedTuple):
+    """What a step took on the clock, and of all processors together.
+
+    Work of other processes doubles the first and hardly touches the second, which in turn does
+    not see how well a step uses several processors.
+    """
+
+    wall: float
+    cpu: float
+
+
+Step = Callable[[], Seconds | None]
+Times = dict[str, list[Seconds]]
 Bars = dict[str, tuple[float, float, float]]
 
 
 def interleaved(steps: Mapping[str, Step], rounds: int, warmups: int = 2) -> Times:
-    """Seconds of every step: `A B C A B C ...`, so that load from elsewhere falls on all alike.
+    """The times of every step: `A B C A B C ...`, so that load from elsewhere falls on all alike.
 
     Every second round runs backwards, so that no step always follows the same other one. A step
-    that returns a number has timed itself.
+    that returns its time has measured itself.
     """
     times: Times = {name: [] for name in steps}
     for index in range(-warmups, rounds):
-        order = list(steps)[:: 1 if index % 2 == 0 else -1]
-        for name in order:
+        for name in list(steps)[:: 1 if index % 2 == 0 else -1]:
             seconds = _timed(steps[name])
             if index >= 0:
                 times[name].append(seconds)
@@ -31,17 +43,21 @@ def interleaved(steps: Mapping[str, Step], rounds: int, warmups: int = 2) -> Tim
 
 
 def ratio(times: Times, name: str, other: str) -> float:
-    """Ratio of medians."""
-    return median(times[name]) / median(times[other])
+    """Ratio of medians of wall time."""
+    return _median(times[name]).wall / _median(times[other]).wall
 
 
 def print_times(title: str, times: Times, subject: str) -> None:
-    """A table of medians and spreads, and of the subject's median over each of the others."""
-    table = Table("", "median s", "min s", "max s", f"{subject} / it", title=title)
+    """Medians and spreads, and the subject's median over each of the others."""
+    table = Table("", "wall s", "min", "max", "CPU s", title=title)
+    table.add_column(f"{subject} / it, wall")
+    table.add_column("CPU")
+    own = _median(times[subject])
     for name, seconds in times.items():
-        spread = (median(seconds), min(seconds), max(seconds))
-        quotient = "" if name == subject else f"{ratio(times, subject, name):.3f}"
-        table.add_row(name, *(f"{s:.3f}" for s in spread), quotient)
+        middle, walls = _median(seconds), [s.wall for s in seconds]
+        quotients = (own.wall / middle.wall, own.cpu / middle.cpu)
+        cells = [f"{s:.3f}" for s in (middle.wall, min(walls), max(walls), middle.cpu)]
+        table.add_row(name, *cells, *("" if name == subject else f"{q:.3f}" for q in quotients))
     Console().print(table)
 
 
@@ -57,7 +73,11 @@ def print_bars(bars: Bars) -> bool:
     return all(met.values())
 
 
-def _timed(step: Step) -> float:
-    start = time.perf_counter()
+def _median(seconds: list[Seconds]) -> Seconds:
+    return Seconds(median(s.wall for s in seconds), median(s.cpu for s in seconds))
+
+
+def _timed(step: Step) -> Seconds:
+    wall, cpu = time.perf_counter(), time.process_time()
     own = step()
-    return time.perf_counter() - start if own is None else own
+    return own or Seconds(time.perf_counter() - wall, time.process_time() - cpu)

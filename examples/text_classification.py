@@ -206,7 +206,9 @@ class Study:
             # Keras leaves XLA off on a CPU, where it makes these steps about half as long.
             jit_compile=True,
         )
-        model.fit(batches(self.train, self.steps, seed), verbose=0, callbacks=[steps])
+        model.fit(
+            batches(self.train, self.steps, seed), shuffle=False, verbose=0, callbacks=[steps]
+        )
 
 
 def batches(data: Data, steps: int, seed: int) -> tf.data.Dataset:

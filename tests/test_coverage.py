@@ -40,34 +40,44 @@ WIDTH = 6
 # --- What holds for every model -----------------------------------------------------------------
 
 
-def check_adapting(model: keras.Model, inputs: Any, targets: Targets = "all-linear") -> keras.Model:
-    """Adapt, train a step, give A and B random values, merge. Returns the merged model."""
+def check_adapting(
+    model: keras.Model,
+    inputs: Any,
+    targets: Targets = "all-linear",
+    rounding: float = 1e-6,
+    training: bool = True,
+) -> Any:
+    """Adapt, train a step, give A and B random values, merge. Returns what the merged one says.
+
+    `training=False` takes the step in inference mode.
+    """
     # Else all flags would be alike, and to restore them would prove little.
     next(layer for layer in model.layers if layer.weights).trainable = False
-    flags, base = trainable_flags(model), model(inputs)
+    flags, base = trainable_flags(model), model(inputs, training=False)
 
     kl.apply_lora(model, kl.LoRAConfig(rank=2, alpha=4, targets=targets))
-    assert difference(model(inputs), base) <= 1e-6
-    check_step(model, inputs)
+    assert difference(model(inputs, training=False), base) <= rounding
+    check_step(model, inputs, training)
 
     randomize(v for layer in kl.lora_layers(model).values() for v in layer.adapter_variables)
-    adapted = model(inputs)
+    adapted = model(inputs, training=False)
     assert difference(adapted, base) >= 1e-3
 
     assert kl.merge_lora(model) is model
-    assert difference(model(inputs), adapted) <= 1e-4
+    merged = model(inputs, training=False)
+    assert difference(merged, adapted) <= 1e-4
     assert kl.lora_layers(model) == {}
     assert trainable_flags(model) == flags
-    return model
+    return merged
 
 
-def check_step(model: keras.Model, inputs: Any) -> None:
+def check_step(model: keras.Model, inputs: Any, training: bool) -> None:
     """After a step of gradient descent nothing has moved but the adapters."""
     adapters = [a for layer in kl.lora_layers(model).values() for a in layer.adapters.values()]
     factors = {id(v) for adapter in adapters for v in adapter.variables}
     assert {id(v) for v in model.trainable_variables} == factors
     others = [v for v in model.weights if id(v) not in factors]
-    before, gradients = snapshot(others), step(model, inputs)
+    before, gradients = snapshot(others), step(model, inputs, training)
     assert snapshot(others) == before
 
     moved = [bool(np.any(numpy_of(adapter.b))) for adapter in adapters]
@@ -77,10 +87,10 @@ def check_step(model: keras.Model, inputs: Any) -> None:
     assert sum(moved) > len(moved) / 2
 
 
-def step(model: keras.Model, inputs: Any) -> dict[int, np.ndarray]:
+def step(model: keras.Model, inputs: Any, training: bool) -> dict[int, np.ndarray]:
     """One step of SGD. Returns the gradients that there are, by the id of their variable."""
     with tf.GradientTape() as tape:
-        loss = sum(weighted_square(y) for y in floating(model(inputs, training=True)))
+        loss = sum(weighted_square(y) for y in floating(model(inputs, training=training)))
     variables = model.trainable_variables
     gradients = tape.gradient(loss, [v.value for v in variables])
     pairs = [(g, v) for g, v in zip(gradients, variables, strict=True) if g is not None]
@@ -468,7 +478,7 @@ import keras, keras_hub, numpy as np
 def difference(path):
     with open(path + ".pickle", "rb") as file:
         inputs, expected = pickle.load(file)
-    received = keras.tree.flatten(keras.models.load_model(path)(inputs))
+    received = keras.tree.flatten(keras.models.load_model(path)(inputs, training=False))
     assert len(received) == len(expected)
     pairs = [(np.array(r, "float64"), e) for r, e in zip(received, expected)]
     return max(float(abs(r - e).max() / max(abs(e).max(), 1e-9)) for r, e in pairs)
@@ -503,19 +513,32 @@ def reader() -> Iterator[Callable[[Path], Any]]:
         yield ask
 
 
+# How Keras and KerasHub build and call some of these models.
+@pytest.mark.filterwarnings(r"ignore::UserWarning:keras(_hub)?\.src")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbone(name: str, reader: Callable[[Path], Any], tmp_path: Path) -> None:
     model, inputs = BACKBONES[name]()
     with left_out_layers(name):
-        model = check_adapting(model, inputs)
+        outputs = check_adapting(model, inputs, **PECULIAR.get(name, {}))
     path = tmp_path / "merged.keras"
     model.save(path)
-    expected = [numpy_of(y) for y in keras.tree.flatten(model(inputs))]
+    expected = [numpy_of(y) for y in keras.tree.flatten(outputs)]
     path.with_suffix(".keras.pickle").write_bytes(pickle.dumps((inputs, expected)))
     answer = reader(path)
     assert isinstance(answer, float), answer
     assert answer <= 1e-6
+
+
+PECULIAR: dict[str, dict[str, Any]] = {
+    # The adapted layer multiplies matrices where the plain one calls einsum: another order of
+    # summation, which these carry to a few units in the last place.
+    "EdRecBackbone": {"rounding": 5e-6},
+    "StableDiffusion3Backbone": {"rounding": 5e-6},
+    "T5Gemma2Backbone": {"rounding": 5e-6},
+    # Its codebook is a moving average, which is updated in training mode, frozen or not.
+    "RQVAEBackbone": {"training": False},
+}
 
 
 def left_out_layers(name: str) -> Any:

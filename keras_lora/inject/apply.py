@@ -50,7 +50,8 @@ def apply_lora(
         config: What to adapt and how; `LoRAConfig()` by default.
         name: Name of the adapter.
         inplace: False leaves the model untouched and adapts a copy; for models that can be made
-            from their `get_config`.
+            from their `get_config`. The copy is compiled as the model is, a KerasHub task with
+            its defaults.
 
     Returns:
         The adapted model: `model` itself, or the copy.

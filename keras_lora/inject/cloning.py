@@ -78,8 +78,8 @@ def _as_plain(layers: Sequence[LoRALayer]) -> Iterator[None]:
 
 
 def _compile_like(copy: keras.Model, model: keras.Model) -> None:
-    if not getattr(model, "compiled", False):
-        return
+    if not getattr(model, "compiled", False) or copy.compiled:
+        return  # a KerasHub task compiles itself, and its settings cannot be read back
     try:
         copy.compile_from_config(model.get_compile_config())
     except Exception as error:

@@ -1,8 +1,6 @@
 """What a model has compiled: functions go stale when its layers change, optimizers too.
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
-    `_compiled_trainable_state`: Keras warns that a flag changed after `compile`, although the
-        optimizer was renewed here.
     `_kernel`: the variable whose `tf.distribute` strategy the adapters must share.
 """
 
@@ -30,13 +28,6 @@ def models_around(layers: Iterable[keras.layers.Layer]) -> list[keras.Model]:
     wanted = {id(layer) for layer in layers}
     models = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
     return [m for m in models if any(id(node.layer) in wanted for node in walk(m))]
-
-
-def reset_functions(model: keras.Model) -> None:
-    """Drop the compiled functions; Keras makes new ones when they are next needed."""
-    for name in _FUNCTIONS:
-        if getattr(model, name, None) is not None:
-            setattr(model, name, None)
 
 
 def fresh_optimizer(model: keras.Model) -> Any | None:
@@ -89,9 +80,8 @@ def changing(model: keras.Model, layers: Sequence[keras.layers.Layer]) -> Iterat
 
 
 def refresh(models: Sequence[keras.Model]) -> None:
-    """Drop compiled functions, and let `fit` take the present flags for those of `compile`."""
+    """Drop the compiled functions; Keras makes new ones when they are next needed."""
     for model in models:
-        reset_functions(model)
-        if getattr(model, "compiled", False):
-            layers = [model, *(node.layer for node in walk(model))]
-            model._compiled_trainable_state = {layer: layer.trainable for layer in layers}
+        for name in _FUNCTIONS:
+            if getattr(model, name, None) is not None:
+                setattr(model, name, None)

@@ -1,0 +1,75 @@
+"""Each private Keras name that the package leans on, so that its change fails here, by name."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+from models import composite, functional, subclassed
+
+
+@pytest.mark.parametrize("layer_class", [keras.layers.Dense, keras.layers.EinsumDense])
+def test_kernel_attributes(layer_class: type) -> None:
+    layer = functional().get_layer("up")
+    if layer_class is keras.layers.EinsumDense:
+        layer = keras.layers.EinsumDense("ab,bc->ac", 7)
+        layer.build((None, 5))
+    assert layer._kernel is layer.kernel
+    assert layer.lora_enabled is False
+    assert layer.lora_rank is None
+
+
+def test_tracker() -> None:
+    layer = functional().get_layer("up")
+    assert layer._tracker.locked
+    layer._tracker.unlock()
+    variable = layer.add_weight(name="extra", shape=(2,))
+    layer._tracker.lock()
+    assert any(v is variable for v in layer.weights)
+    layer._untrack_variable(variable)
+    assert not any(v is variable for v in layer.weights)
+    layer._tracker.unlock()
+    layer._track_variable(variable)
+    seeds = keras.random.SeedGenerator(1)
+    layer._tracker.add_to_store("seed_generators", seeds)
+    assert any(v is seeds.state for v in layer.variables)
+    layer._tracker.untrack(seeds)
+    assert not any(v is seeds.state for v in layer.variables)
+
+
+def test_variables_are_counted_before_they_are_loaded() -> None:
+    layer = functional().get_layer("up")
+    with pytest.raises(ValueError, match="expected 2 variables"):
+        layer._check_load_own_variables({"0": np.zeros((5, 7))})
+
+
+def test_flatten_layers() -> None:
+    model = composite()
+    children = model._flatten_layers(include_self=False, recursive=False)
+    assert [layer.name for layer in children[1:3]] == ["block_0", "block_1"]
+    names = {layer.name for layer in children[1]._flatten_layers(include_self=False)}
+    assert {"attention", "query", "up", "down", "norm"} <= names
+
+
+def test_keras_history_leads_from_an_output_to_its_layer() -> None:
+    model = functional()
+    (output,) = model.outputs
+    history = output._keras_history
+    assert history.operation is model.get_layer("head")
+    node = history.operation._inbound_nodes[history.node_index]
+    assert [tuple(t.shape) for t in node.input_tensors] == [(None, 11)]
+
+
+def test_build_shapes_of_a_subclassed_model() -> None:
+    assert dict(subclassed()._build_shapes_dict) == {"input_shape": (1, 5)}
+
+
+def test_names_in_weight_files_come_from_the_class() -> None:
+    """Why an adapted class goes by the name of its base."""
+    import keras_lora as kl
+
+    model = kl.apply_lora(functional(), kl.LoRAConfig(rank=2))
+    layer = model.get_layer("up")
+    assert type(layer) is kl.LoRADense
+    assert type(layer).__name__ == "Dense"
+    assert repr(layer).startswith("<LoRADense name=up")

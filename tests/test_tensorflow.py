@@ -1,0 +1,138 @@
+"""What only TensorFlow has: strategies, `generate`, and the gradients that are not formed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import tensorflow as tf
+from cases import ALPHA, CASES, RANK, adapted, adapter, numpy_of
+from models import composite, data, functional, randomize_adapters
+
+import keras_lora as kl
+
+CONFIG = kl.LoRAConfig(rank=2, alpha=3)
+
+
+def test_float64_base_merges_in_float64() -> None:
+    model = CASES[0].model(dtype="float64")
+    w0 = numpy_of(model.get_layer("case").kernel)
+    adapted(CASES[0], model)
+    a, b = map(numpy_of, adapter(model).variables)
+    merged = numpy_of(kl.merge_lora(model).get_layer("case").kernel)
+    np.testing.assert_allclose(merged, w0 + ALPHA / RANK * a @ b, rtol=1e-14)
+
+
+@pytest.fixture(scope="module")
+def strategy() -> Any:
+    # The CPU as two devices, before anything runs: MirroredStrategy with real replicas.
+    devices = tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy([device.name for device in devices])
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_a_model_made_under_a_strategy(strategy: Any, compiled_first: bool) -> None:
+    with strategy.scope():
+        model = functional()
+        if compiled_first:
+            model.compile("adam", "mse")
+    x, y = data(model)
+    if compiled_first:
+        model.fit(x, y, batch_size=2, verbose=0)
+    kl.apply_lora(model, CONFIG)  # outside the scope, on purpose
+    mirrored = type(model.get_layer("up").base_kernel.value)
+    assert all(isinstance(v.value, mirrored) for v in model.trainable_variables)
+    if not compiled_first:
+        with strategy.scope():
+            model.compile("adam", "mse")
+    frozen = [numpy_of(v) for v in model.non_trainable_variables]
+    start = [numpy_of(v) for v in model.trainable_variables]
+    model.fit(x, y, batch_size=2, verbose=0)
+    for variable, value in zip(model.non_trainable_variables, frozen, strict=True):
+        np.testing.assert_array_equal(numpy_of(variable), value)
+    assert all(
+        (numpy_of(v) != s).any() for v, s in zip(model.trainable_variables, start, strict=True)
+    )
+    expected = model.predict(x, verbose=0)
+    kl.merge_lora(model)
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)
+
+
+def causal_lm() -> keras.Model:
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=31,
+        num_layers=2,
+        num_heads=3,
+        hidden_dim=15,
+        intermediate_dim=17,
+        max_sequence_length=13,
+    )
+    return keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
+
+
+def test_generate_follows_every_change() -> None:
+    model = causal_lm()
+    model.compile(sampler="greedy")
+    prompt = {
+        "token_ids": np.array([[3, 5, 7, 0, 0, 0, 0, 0, 0, 0, 0]]),
+        "padding_mask": np.array([[1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]]),
+    }
+
+    def generate() -> list[int]:
+        return list(model.generate(prompt, stop_token_ids=None)["token_ids"][0])
+
+    base = generate()
+    kl.apply_lora(model, kl.LoRAConfig(rank=2, alpha=64))
+    assert generate() == base
+    randomize_adapters(model)
+    moved = generate()
+    assert moved != base
+    with kl.disable_adapter(model):
+        assert generate() == base
+    kl.merge_lora(model)
+    assert generate() == moved
+
+
+def test_a_kerashub_task_round_trips_through_a_copy() -> None:
+    model = causal_lm()
+    inputs = {"token_ids": np.ones((2, 11), "int32"), "padding_mask": np.ones((2, 11), "int32")}
+    expected = numpy_of(model(inputs))
+    copy = kl.apply_lora(model, CONFIG, inplace=False)
+    np.testing.assert_allclose(numpy_of(copy(inputs)), expected, rtol=1e-5, atol=1e-6)
+    assert not kl.lora_layers(model)
+    with pytest.raises(ValueError, match=r"merge_lora\(model, inplace=False\)"):
+        copy.save_to_preset("nowhere")
+    with pytest.raises(ValueError, match=r"merge_lora\(model, inplace=False\)"):
+        copy.backbone.save_to_preset("nowhere")
+
+
+@pytest.mark.parametrize("make", [functional, composite])
+def test_the_gradient_of_a_frozen_kernel_is_not_in_the_training_graph(make: Any) -> None:
+    """No product of a training step has the shape of a frozen kernel."""
+    model = kl.apply_lora(make(), kl.LoRAConfig(rank=2, alpha=3))
+    x, _ = data(model)
+
+    @tf.function
+    def step(x: tf.Tensor) -> Any:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(x, training=True) ** 2)
+        return tape.gradient(loss, [v.value for v in model.trainable_variables])
+
+    graph = step.get_concrete_function(tf.TensorSpec(x.shape, tf.float32)).graph
+    needed, waiting = set(), [tensor.op for tensor in graph.outputs]
+    while waiting:
+        operation = waiting.pop()
+        if operation.name not in needed:
+            needed.add(operation.name)
+            waiting += [t.op for t in operation.inputs]
+    kernels = {tuple(layer.base_kernel.shape) for layer in kl.lora_layers(model).values()}
+    products = {
+        tuple(operation.outputs[0].shape)
+        for operation in map(graph.get_operation_by_name, needed)
+        if operation.type in {"MatMul", "BatchMatMulV2", "Einsum"}
+    }
+    assert products
+    assert not products & kernels
