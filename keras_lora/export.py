@@ -215,6 +215,8 @@ def _write(model: keras.Model, signature: Any, path: Path) -> None:
 
 def _output_names(model: keras.Model, outputs: Any) -> list[str]:
     names = getattr(model, "output_names", None)
+    if isinstance(model, keras.Sequential):
+        return [model.layers[-1].name]
     if isinstance(outputs, Mapping) or names is None:
         return _leaf_names(outputs, "output")
     return [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]

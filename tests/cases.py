@@ -142,7 +142,7 @@ def reference_output(case: Case, model: keras.Model, x: np.ndarray, kernel: np.n
     return _ACTIVATIONS[layer.activation.__name__](y)
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "linear": lambda y: y,
     "tanh": np.tanh,
     "gelu": lambda y: y * (1 + np.vectorize(math.erf)(y / math.sqrt(2))) / 2,

@@ -217,7 +217,7 @@ def test_a_high_rank_is_allowed_with_one_warning_that_names_the_layers() -> None
 
 
 def refused() -> dict[str, tuple[Callable[[keras.Model], object], str]]:
-    adapted = {"targets": ["up"], "rank": 2}
+    adapted: dict[str, Any] = {"targets": ["up"], "rank": 2}
     return {
         "no match": (lambda m: kl.apply_lora(m, kl.LoRAConfig(targets=["upp"])), "match none"),
         "partly": (lambda m: kl.apply_lora(m, kl.LoRAConfig(targets=["up", "x"])), r"\['x'\]"),
@@ -303,7 +303,8 @@ def test_merging_what_is_not_finite_is_refused(which: str, value: float) -> None
     variable = getattr(kl.lora_layers(model)["middle"].adapters["default"], which)
     variable.assign(np.full(variable.shape, value))
     before = state(model)
-    for call in (kl.merge_lora, lambda m: kl.merged(m).__enter__()):
+    calls: list[Callable[[Any], object]] = [kl.merge_lora, lambda m: kl.merged(m).__enter__()]
+    for call in calls:
         with pytest.raises(ValueError, match=r"NaN or infinity in \['middle'\]"):
             call(model)
     assert state(model) == before

@@ -38,7 +38,7 @@ PRIVATE_API = ("layers", "walker", "inject", "export")
 def modules() -> dict[str, ast.Module]:
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
-        parts = [part for part in path.relative_to(ROOT).with_suffix("").parts]
+        parts = path.relative_to(ROOT).with_suffix("").parts
         name = ".".join(part for part in parts if part != "__init__")
         found[name] = ast.parse(path.read_text())
     return found

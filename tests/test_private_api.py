@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from models import composite, functional, subclassed
 
+import keras_lora as kl
+
 
 @pytest.mark.parametrize("layer_class", [keras.layers.Dense, keras.layers.EinsumDense])
 def test_kernel_attributes(layer_class: type) -> None:
@@ -66,8 +68,6 @@ def test_build_shapes_of_a_subclassed_model() -> None:
 
 def test_names_in_weight_files_come_from_the_class() -> None:
     """Why an adapted class goes by the name of its base."""
-    import keras_lora as kl
-
     model = kl.apply_lora(functional(), kl.LoRAConfig(rank=2))
     layer = model.get_layer("up")
     assert type(layer) is kl.LoRADense

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -53,10 +54,11 @@ def test_a_keras_file_of_plain_layers_continues_exactly(bias: str, tmp_path: Pat
 def test_a_keras_file_that_could_not_come_back_is_refused_and_the_old_one_stays(
     tmp_path: Path,
 ) -> None:
-    for make, options in [
+    cases: list[tuple[Callable[..., keras.Model], dict[str, Any]]] = [
         (composite, {}),
         (functional, {"bias": "all", "targets": ["up"]}),  # one flag a layer in a config
-    ]:
+    ]
+    for make, options in cases:
         file = tmp_path / f"{make.__name__}.keras"
         model = make()
         model.save(file)
@@ -179,7 +181,8 @@ class Kill(keras.callbacks.Callback):
 
 x, y = models.data(model)
 backup = keras.callbacks.BackupAndRestore(directory)
-history = model.fit(x, y, batch_size=2, shuffle=False, epochs=5, verbose=0, callbacks=[backup, Kill()])
+options = {"batch_size": 2, "shuffle": False, "epochs": 5, "verbose": 0}
+history = model.fit(x, y, callbacks=[backup, Kill()], **options)
 print(json.dumps({"epochs": history.epoch, "loss": history.history["loss"]}))
 """
 
@@ -193,7 +196,7 @@ def test_backup_and_restore_resumes_a_killed_run_exactly(
         process = processes.start(RESUMABLE, make.__name__, tmp_path / directory, kill_at)
         output, _ = process.communicate(timeout=600)
         code = process.returncode
-        return code, (eval(output.splitlines()[-1]) if code == 0 else {})  # noqa: S307
+        return code, (json.loads(output.splitlines()[-1]) if code == 0 else {})
 
     _, unbroken = run("unbroken", 99)
     code, _ = run("broken", 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
@@ -144,8 +145,6 @@ def test_the_search_for_outer_models_keeps_none_alive() -> None:
     del inputs
     keras.backend.clear_session()
     inner._inbound_nodes.clear()
-    import gc
-
     gc.collect()
     assert outer() is None
 

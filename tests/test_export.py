@@ -1,0 +1,261 @@
+"""SavedModels: answered by TensorFlow's C library, without Keras and without this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+import processes
+import pytest
+import tensorflow as tf
+from models import Subclassed, composite, data, functional, randomize_adapters, state, subclassed
+
+import keras_lora as kl
+
+CONFIG = kl.LoRAConfig(rank=2, alpha=3)
+
+
+def classifier(dtype: str = "float32") -> keras.Model:
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=31,
+        num_layers=2,
+        num_heads=3,
+        hidden_dim=15,
+        intermediate_dim=17,
+        max_sequence_length=13,
+        dtype=dtype,
+    )
+    return keras_hub.models.BertTextClassifier(
+        backbone=backbone, num_classes=5, preprocessor=None, dtype=dtype
+    )
+
+
+def tokens() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "token_ids": rng.integers(0, 31, (3, 11)).astype("int32"),
+        "segment_ids": np.zeros((3, 11), "int32"),
+        "padding_mask": np.ones((3, 11), "int32"),
+    }
+
+
+def two_inputs() -> keras.Model:
+    a, b = keras.Input((5,), name="left"), keras.Input((7,), name="right")
+    x = keras.layers.Dense(11, activation="gelu", name="up")(keras.layers.Concatenate()([a, b]))
+    outputs = [keras.layers.Dense(3, name="class")(x), keras.layers.Dense(2, name="box")(x)]
+    return keras.Model([a, b], outputs)
+
+
+def sequential() -> keras.Model:
+    layers = [keras.layers.Dense(7, activation="tanh"), keras.layers.Dense(3, name="head")]
+    return keras.Sequential([keras.Input((5,), name="x"), *layers])
+
+
+def large() -> keras.Model:
+    layers = [keras.layers.Dense(257, name="up"), keras.layers.Dense(251, name="head")]
+    return keras.Sequential([keras.Input((263,), name="x"), *layers])
+
+
+def features(model: keras.Model) -> dict[str, np.ndarray]:
+    return {model.inputs[0].name: data(model)[0]}
+
+
+# A model, its feeds by signature name, and the names of its outputs.
+EXPORTS: dict[str, tuple[Callable[[], keras.Model], Callable[..., Any], list[str]]] = {
+    "functional": (functional, features, ["head"]),
+    "composite": (composite, features, ["head"]),
+    "sequential": (sequential, features, ["head"]),
+    "subclassed": (subclassed, lambda m: {"input_0": data(m)[0]}, ["output_0"]),
+    "kerashub task": (classifier, lambda _: tokens(), ["logits"]),
+    "bfloat16": (lambda: classifier("bfloat16"), lambda _: tokens(), ["logits"]),
+    "mixed float16": (lambda: functional(dtype="mixed_float16"), features, ["head"]),
+    "two inputs, two outputs": (
+        two_inputs,
+        lambda _: {"left": np.ones((3, 5), "float32"), "right": np.ones((3, 7), "float32")},
+        ["class", "box"],
+    ),
+}
+
+
+def predict(model: keras.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    values: Any = list(feeds.values())
+    named = isinstance(getattr(model, "input", None), dict)
+    given = feeds if named else values if len(values) > 1 else values[0]
+    outputs = model.predict(given, verbose=0)
+    return [np.array(y).astype("float32") for y in keras.tree.flatten(outputs)]
+
+
+def adapted(make: Callable[[], keras.Model]) -> keras.Model:
+    model = kl.apply_lora(make(), CONFIG)
+    randomize_adapters(model)
+    return model
+
+
+SERVE = """
+import sys, numpy as np, tensorflow as tf
+served = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
+feeds = {name: tf.constant(value) for name, value in np.load(sys.argv[2]).items()}
+np.savez(sys.argv[3], **{name: value.numpy() for name, value in served(**feeds).items()})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(EXPORTS))
+def test_answers_equal_predict_in_the_c_library_and_without_keras(
+    name: str, tmp_path: Path
+) -> None:
+    make, feed, outputs = EXPORTS[name]
+    model = adapted(make)
+    feeds = feed(model)
+    expected = predict(model, feeds)
+    tolerance = 2e-2 if name in {"bfloat16", "mixed float16"} else 1e-5
+    before = state(model)
+    kl.export_saved_model(model, tmp_path / "1")
+    assert state(model) == before
+    np.savez(tmp_path / "in.npz", **feeds)
+    paths = [tmp_path / "1", tmp_path / "in.npz"]
+    script = Path("examples/run_saved_model.py")
+    processes.run(
+        f"import runpy, sys; sys.argv[0] = {str(script)!r}; "
+        f"runpy.run_path({str(script)!r}, run_name='__main__')",
+        *paths,
+        tmp_path / "c.npz",
+        block=("keras", "keras_lora"),  # and the script itself refuses an imported tensorflow
+    )
+    processes.run(SERVE, *paths, tmp_path / "python.npz", block=("keras", "keras_lora"))
+    for file in ("c.npz", "python.npz"):
+        served = dict(np.load(tmp_path / file))
+        assert sorted(served) == sorted(outputs)
+        for output, value in zip(outputs, expected, strict=True):
+            assert served[output].dtype == np.float32
+            np.testing.assert_allclose(served[output], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_an_exported_model_takes_other_batch_and_sequence_lengths(tmp_path: Path) -> None:
+    model = adapted(composite)
+    kl.export_saved_model(model, tmp_path / "1")
+    served = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"]
+    x = np.random.default_rng(1).normal(size=(2, 17, 5)).astype("float32")
+    received = served(sequence=tf.constant(x))["head"].numpy()
+    np.testing.assert_allclose(received, np.array(model(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_variables_are_stored_once_and_nothing_names_the_package(tmp_path: Path) -> None:
+    model = adapted(large)
+    kl.export_saved_model(model, tmp_path / "ours")
+    merged = kl.merge_lora(model, inplace=False)
+    merged.export(tmp_path / "kerass", verbose=False)
+    written = {
+        name: (tmp_path / name / "variables/variables.data-00000-of-00001").stat().st_size
+        for name in ("ours", "kerass")
+    }
+    values = sum(np.array(v).nbytes for v in merged.weights)
+    assert values <= written["ours"] <= 1.02 * values + 4096
+    assert written["kerass"] > 1.7 * written["ours"]
+    for file in (tmp_path / "ours").rglob("*"):
+        assert not file.is_file() or b"lora" not in file.read_bytes()
+
+
+def test_the_graph_of_a_merged_model_is_as_large_as_the_base(tmp_path: Path) -> None:
+    base = kl.export_saved_model(classifier(), tmp_path / "base")
+    merged = kl.export_saved_model(adapted(classifier), tmp_path / "merged")
+    assert merged.operations == base.operations
+
+
+def test_merged_models_export_with_keras_alone(tmp_path: Path) -> None:
+    model = kl.merge_lora(adapted(functional))
+    model.export(tmp_path / "1", verbose=False)
+    report = kl.check_saved_model(tmp_path / "1")
+    assert not report.problems
+    assert report.operations > 0
+
+
+class PythonInside(keras.layers.Layer):
+    def call(self, inputs: Any) -> Any:
+        return tf.ensure_shape(tf.numpy_function(np.tanh, [inputs], tf.float32), inputs.shape)
+
+
+class Compiled(keras.layers.Layer):
+    def call(self, inputs: Any) -> Any:
+        return tf.function(tf.tanh, jit_compile=True)(inputs)
+
+
+class CacheUpdate(keras.layers.Layer):
+    """What KerasHub's caches do in `generate`."""
+
+    def call(self, inputs: Any) -> Any:
+        return keras.ops.slice_update(inputs, (0, 1), inputs[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (PythonInside, "operation PyFunc, which runs Python"),
+        (Compiled, "jit_compile=True"),
+        (CacheUpdate, "operation XlaDynamicUpdateSlice, which needs XLA"),
+    ],
+)
+def test_a_graph_that_a_server_cannot_run_is_refused(
+    layer: type, message: str, tmp_path: Path
+) -> None:
+    inputs = keras.Input((5,))
+    x = layer()(keras.layers.Dense(7, name="up")(inputs))
+    model = adapted(lambda: keras.Model(inputs, keras.layers.Dense(3, name="head")(x)))
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        kl.export_saved_model(model, tmp_path / "1")
+    assert state(model) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_check_sees_low_precision_in_signatures_of_others(tmp_path: Path) -> None:
+    merged = kl.merge_lora(adapted(lambda: classifier("bfloat16")))
+    merged.export(tmp_path / "1", verbose=False)
+    (problem, *_) = kl.check_saved_model(tmp_path / "1").problems
+    assert "DT_BFLOAT16" in problem
+    assert "no JSON form" in problem
+
+
+def test_an_existing_path_is_refused_or_replaced_whole(tmp_path: Path) -> None:
+    model, target = adapted(functional), tmp_path / "1"
+    target.mkdir()
+    (target / "precious").write_text("mine")
+    with pytest.raises(ValueError, match="overwrite=True"):
+        kl.export_saved_model(model, target)
+    assert [p.name for p in target.iterdir()] == ["precious"]
+    kl.export_saved_model(model, target, overwrite=True)
+    assert (target / "saved_model.pb").exists()
+    assert not (target / "precious").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a built keras\.Model"):
+        kl.export_saved_model(Subclassed(), tmp_path / "1")
+    for content in (None, b"not a graph"):
+        if content:
+            (tmp_path / "saved_model.pb").write_bytes(content)
+        with pytest.raises(ValueError, match="Expected a SavedModel"):
+            kl.check_saved_model(tmp_path)
+
+
+def test_strings_in_a_graph_name_their_text_operations(tmp_path: Path) -> None:
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "##s"]
+    tokenizer = keras_hub.models.BertTokenizer(vocabulary)
+    preprocessor = keras_hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=7)
+
+    class Served(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
+        def serve(self, text: Any) -> Any:
+            return {"token_ids": preprocessor(text)["token_ids"]}
+
+    served = Served()
+    served.tokenizer = tokenizer
+    tf.saved_model.save(served, tmp_path / "1", signatures={"serving_default": served.serve})
+    report = kl.check_saved_model(tmp_path / "1")
+    assert any(name.startswith("TFText>") for name in report.text_operations)
