@@ -1,0 +1,50 @@
+# On a fresh machine with Python 3.11+: `make demo` runs the main job, `make test` the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+# Notices of a library that looks for a GPU are no news on a machine without one.
+export CUDA_VISIBLE_DEVICES ?= -1
+
+.PHONY: demo test lint test-tensorflow test-backends docs bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/text_classification.py
+
+test: lint test-tensorflow test-backends docs
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy keras_lora tests examples benchmarks
+
+# Two processes: the tests are many and small, and TensorFlow's threads wait on each other.
+test-tensorflow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules
+
+# The invariants of the layers, and training, on the two other backends.
+test-backends: $(VENV)/.dev
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_layers.py tests/test_training.py
+	KERAS_BACKEND=torch $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_layers.py tests/test_training.py
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/injection.py
+	$(BIN)/python benchmarks/merged.py
+
+clean:
+	rm -rf $(VENV) .assets dist site
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet --editable ".[nlp]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@

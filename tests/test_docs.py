@@ -1,0 +1,20 @@
+"""The Python of the README and of the guides runs, as written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import processes
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run_in_order(page: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+    if blocks:
+        processes.run(f"import os; os.chdir({str(tmp_path)!r})\n" + "\n".join(blocks))
