@@ -347,3 +347,44 @@ def test_subclassed_models_keep_working_through_attributes_and_lists() -> None:
     kl.merge_lora(model)
     assert type(model.blocks[1]) is keras.layers.Dense
     np.testing.assert_allclose(numpy_of(model(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_keras_own_lora_on_an_adapted_layer_is_refused() -> None:
+    model = kl.apply_lora(functional(), CONFIG)
+    before = state(model)
+    with pytest.raises(ValueError, match="Keras's own LoRA.*apply_lora"):
+        model.get_layer("up").enable_lora(2)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"dropout": 1}, "dropout"),
+        ({"lora_rank": 2}, "Keras's own LoRA"),
+        ({"kernel_constraint": "non_neg"}, "no kernel constraint"),
+        ({"dtype": "int8_from_float32"}, "floating-point"),
+        ({"adapters": {"a/b": {"rank": 2, "alpha": 2}}}, "adapter name"),
+        ({"adapters": {"a": {"rank": 2, "alpha": 2}}, "active": ["b"]}, "active"),
+    ],
+)
+def test_layers_by_hand_refuse_what_apply_lora_refuses(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        kl.LoRADense(3, **options)
+
+
+def test_a_model_whose_constructor_failed_is_no_obstacle() -> None:
+    class Broken(keras.Model):
+        def __init__(self) -> None:
+            kept.append(self)
+            raise RuntimeError
+
+    kept: list[Any] = []
+    with pytest.raises(RuntimeError):
+        Broken()
+    assert kl.lora_layers(kl.apply_lora(functional(), CONFIG))
+    assert kept

@@ -1,6 +1,7 @@
 """What a model has compiled: functions go stale when its layers change, optimizers too.
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
+    `_layers`: missing from a model whose constructor failed, which may still be alive.
     `_kernel`: the variable whose `tf.distribute` strategy the adapters must share.
 """
 
@@ -26,7 +27,8 @@ def models_around(layers: Iterable[keras.layers.Layer]) -> list[keras.Model]:
     since `isinstance` would touch the lazy proxies that some libraries leave around.
     """
     wanted = {id(layer) for layer in layers}
-    models = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
+    found = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
+    models = [m for m in found if getattr(m, "_layers", None)]  # one may have failed in __init__
     return [m for m in models if any(id(node.layer) in wanted for node in walk(m))]
 
 

@@ -119,12 +119,15 @@ class LoRALayer(keras.layers.Layer):
             specs = {DEFAULT_ADAPTER: spec}
         else:
             specs = {check_adapter_name(n): AdapterSpec(**spec) for n, spec in adapters.items()}
+        acting = tuple(specs if active is None else active)
+        if not set(acting) <= set(specs):
+            raise invalid("active", f"names among {sorted(specs)}", active)
         super().__init__(*args, **kwargs)
         check_adaptable(self)
         self._lora = LoRAState(
             base_class=_adapted_class(type(self)),
             pending=specs,
-            active=tuple(specs if active is None else active),
+            active=acting,
             train_bias=train_bias,
         )
 
@@ -273,6 +276,14 @@ class LoRALayer(keras.layers.Layer):
             "active": list(self._lora.active),
             "train_bias": self._trains_bias(),
         }
+
+    def enable_lora(self, *_: Any, **__: Any) -> None:
+        """Refused: Keras's own adapters would add to these, unseen by merging and saving."""
+        raise ValueError(
+            f"Layer '{self.path}': expected a layer without adapters of keras_lora to enable "
+            f"Keras's own LoRA on. Received: adapters {list(self._lora.adapters)}. Add another "
+            "adapter with apply_lora(model, config, name=...)."
+        )
 
     def save_own_variables(self, store: Any) -> None:
         """The base's variables under the base's keys; the adapters under keys of their own.
