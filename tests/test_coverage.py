@@ -406,11 +406,6 @@ def test_application_without_dense(name: str) -> None:
 # --- KerasHub and KerasNLP ------------------------------------------------------------------------
 
 
-def tokens() -> dict[str, np.ndarray]:
-    ids = np.random.default_rng(1).integers(1, 19, size=(2, 7)).astype("int32")
-    return {"token_ids": ids, "padding_mask": np.ones_like(ids)}
-
-
 def bert_classifier() -> keras.Model:
     backbone = keras_nlp.models.BertBackbone(
         vocabulary_size=19,
@@ -436,35 +431,52 @@ def gemma_lm() -> keras.Model:
     return keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
 
 
-BERT = [f"bert_backbone/transformer_layer_{i}" for i in range(2)]
-GEMMA = [f"gemma_backbone/decoder_block_{i}" for i in range(2)]
-BERT_ATTENTION = projections(*(f"{block}/self_attention_layer" for block in BERT))
-GEMMA_ATTENTION = projections(*(f"{block}/attention" for block in GEMMA))
+def blocks(prefix: str, *names: str) -> list[str]:
+    return [f"{prefix}_{i}/{name}" for i in range(2) for name in names]
+
+
+BERT, GEMMA = "bert_backbone/transformer_layer", "gemma_backbone/decoder_block"
 BERT_DENSE = ("feedforward_intermediate_dense", "feedforward_output_dense")
 GEMMA_DENSE = ("ffw_gating", "ffw_gating_2", "ffw_linear")
+# What makes the model, the paths that "attention" finds, and those that "all-linear" finds too.
+TASKS: dict[str, tuple[Callable[[], keras.Model], list[str], list[str]]] = {
+    "BertTextClassifier of keras_nlp": (
+        bert_classifier,
+        blocks(BERT, *projections("self_attention_layer")),
+        [*blocks(BERT, *BERT_DENSE), "bert_backbone/pooled_dense"],
+    ),
+    "GemmaCausalLM of keras_hub": (
+        gemma_lm,
+        blocks(GEMMA, *projections("attention")),
+        blocks(GEMMA, *GEMMA_DENSE),
+    ),
+}
 
 
-def test_keras_nlp_classifier() -> None:
-    model = bert_classifier()
-    dense_paths = [f"{block}/{name}" for block in BERT for name in BERT_DENSE]
-    expected = {*BERT_ATTENTION, *dense_paths, "bert_backbone/pooled_dense"}
-    assert set(paths(model)) == expected
-    assert paths(model, "attention") == BERT_ATTENTION
-    check_adapting(model, tokens() | {"segment_ids": np.zeros((2, 7), "int32")})
+def task(name: str) -> tuple[keras.Model, dict[str, np.ndarray]]:
+    model = TASKS[name][0]()
+    ids = np.random.default_rng(1).integers(1, 19, size=(2, 7)).astype("int32")
+    inputs = {
+        "token_ids": ids,
+        "padding_mask": np.ones_like(ids),
+        "segment_ids": np.zeros_like(ids),
+    }
+    return model, {key: inputs[key] for key in model.input}
 
 
-def test_keras_hub_causal_lm() -> None:
-    model = gemma_lm()
-    dense_paths = [f"{block}/{name}" for block in GEMMA for name in GEMMA_DENSE]
-    assert set(paths(model)) == {*GEMMA_ATTENTION, *dense_paths}
-    assert paths(model, "attention") == GEMMA_ATTENTION
-    check_adapting(model, tokens())
+@pytest.mark.parametrize("name", TASKS)
+def test_task(name: str) -> None:
+    model, inputs = task(name)
+    _, attention, other = TASKS[name]
+    assert set(paths(model)) == {*attention, *other}
+    check_adapting(model, inputs)
 
 
-@pytest.mark.parametrize(("make", "inputs"), [(bert_classifier, True), (gemma_lm, False)])
-def test_attention_alone(make: Callable[[], keras.Model], inputs: bool) -> None:
-    segments = {"segment_ids": np.zeros((2, 7), "int32")} if inputs else {}
-    check_adapting(make(), tokens() | segments, "attention")
+@pytest.mark.parametrize("name", TASKS)
+def test_task_attention_alone(name: str) -> None:
+    model, inputs = task(name)
+    assert paths(model, "attention") == TASKS[name][1]
+    check_adapting(model, inputs, "attention")
 
 
 # Reads paths from its input, one a line, and answers each with a line of JSON: how far the outputs
@@ -499,7 +511,6 @@ def reader() -> Iterator[Callable[[Path], Any]]:
         [sys.executable, "-c", READER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
         text=True,
     )
 
