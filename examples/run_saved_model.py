@@ -228,7 +228,7 @@ def main() -> None:
     imported = {"tensorflow", "keras", "keras_lora"} & sys.modules.keys()
     if imported:
         raise RuntimeError(f"This process must do without {sorted(imported)}.")
-    np.savez(outputs, **results)
+    np.savez(outputs, **results)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
