@@ -414,6 +414,7 @@ def bert_classifier() -> keras.Model:
         hidden_dim=8,
         intermediate_dim=12,
         max_sequence_length=7,
+        name="bert",
     )
     return keras_nlp.models.BertTextClassifier(backbone, num_classes=3, preprocessor=None)
 
@@ -427,6 +428,7 @@ def gemma_lm() -> keras.Model:
         hidden_dim=8,
         intermediate_dim=12,
         head_dim=6,
+        name="gemma",
     )
     return keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
 
@@ -435,7 +437,7 @@ def blocks(prefix: str, *names: str) -> list[str]:
     return [f"{prefix}_{i}/{name}" for i in range(2) for name in names]
 
 
-BERT, GEMMA = "bert_backbone/transformer_layer", "gemma_backbone/decoder_block"
+BERT, GEMMA = "bert/transformer_layer", "gemma/decoder_block"
 BERT_DENSE = ("feedforward_intermediate_dense", "feedforward_output_dense")
 GEMMA_DENSE = ("ffw_gating", "ffw_gating_2", "ffw_linear")
 # What makes the model, the paths that "attention" finds, and those that "all-linear" finds too.
@@ -443,7 +445,7 @@ TASKS: dict[str, tuple[Callable[[], keras.Model], list[str], list[str]]] = {
     "BertTextClassifier of keras_nlp": (
         bert_classifier,
         blocks(BERT, *projections("self_attention_layer")),
-        [*blocks(BERT, *BERT_DENSE), "bert_backbone/pooled_dense"],
+        [*blocks(BERT, *BERT_DENSE), "bert/pooled_dense"],
     ),
     "GemmaCausalLM of keras_hub": (
         gemma_lm,
