@@ -25,8 +25,8 @@ MODES: dict[str, dict[str, Any]] = {
     },
 }
 if keras.backend.backend() == "torch":
-    # torch.compile wants a C++ compiler at run time, and Keras runs eagerly there in any case.
-    del MODES["jit"]
+    # torch.compile wants a C++ compiler at run time; Keras has no steps_per_execution on torch.
+    del MODES["jit"], MODES["steps per execution"]
 
 
 def numpy_of(value: Any) -> np.ndarray:
