@@ -277,13 +277,3 @@ def test_kernel_is_the_variable_itself_where_nothing_acts() -> None:
     (layer,) = kl.lora_layers(model).values()
     with layer.disabled():
         assert layer.kernel is layer._kernel
-
-
-def test_float64_base_merges_in_float64() -> None:
-    case = CASES[0]
-    model = case.model(dtype="float64")
-    w0 = numpy_of(model.get_layer("case").kernel)
-    adapted(case, model)
-    a, b = map(numpy_of, adapter(model).variables)
-    merged = numpy_of(kl.merge_lora(model).get_layer("case").kernel)
-    np.testing.assert_allclose(merged, w0 + SCALE * a @ b, rtol=1e-14)
