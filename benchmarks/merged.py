@@ -31,8 +31,8 @@ TOLERANCE = 0.03
 def merged(model: keras.Model) -> keras.Model:
     kl.apply_lora(model, kl.LoRAConfig(rank=8))
     for layer in kl.lora_layers(model).values():
-        for variable in layer.adapter_variables:
-            variable.assign(keras.random.normal(variable.shape, stddev=0.02))
+        for factor in layer.adapters["default"].factors:
+            factor.assign(keras.random.normal(factor.shape, stddev=0.02))
     return kl.merge_lora(model)
 
 

@@ -1,6 +1,6 @@
 """LoRA for Keras 3: adapt, `fit`, merge, serve."""
 
-from keras_lora.adapters import disable_adapter, set_adapter
+from keras_lora.adapters import delete_adapter, disable_adapter, scale_adapter, set_adapter
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.export import GraphReport, check_saved_model, export_saved_model
 from keras_lora.inject import apply_lora, merge_lora, merged, unload_lora
@@ -21,6 +21,7 @@ __all__ = [
     "Target",
     "apply_lora",
     "check_saved_model",
+    "delete_adapter",
     "disable_adapter",
     "export_saved_model",
     "find_targets",
@@ -29,6 +30,7 @@ __all__ = [
     "merge_lora",
     "merged",
     "register_lora_class",
+    "scale_adapter",
     "set_adapter",
     "unload_lora",
 ]

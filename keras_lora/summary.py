@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_lora.inject import adapted, original_flag
-from keras_lora.layers import kernel_shape
+from keras_lora.layers import Factor, LoRALayer, kernel_shape
 
 # Adam keeps two moments of each trained parameter, in float32.
 _OPTIMIZER_BYTES = 2 * 4
@@ -125,7 +125,7 @@ def lora_summary(model: keras.Model, console: Console | None = None) -> LoRASumm
             layer.base_class.__name__,
             name,
             adapter.spec.rank,
-            adapter.spec.scaling,
+            adapter.scaling,
             name in layer.active_adapters,
             adapter.parameters,
             math.prod(kernel_shape(layer)),
@@ -135,23 +135,30 @@ def lora_summary(model: keras.Model, console: Console | None = None) -> LoRASumm
     ]
     ours = {id(v) for layer in layers.values() for v in layer.adapter_variables}
     base = [v for v in model.weights if id(v) not in ours]
+    # Adapters as they are, not the slots that hold them, which may be of a higher rank.
+    trained = [f for layer in layers.values() for f in _trained_factors(layer)]
     summary = LoRASummary(
         rows,
-        sum(map(_size, model.weights)),
-        _cost(model.trainable_variables),
+        sum(map(_size, base)) + sum(row.parameters for row in rows),
+        _cost([*trained, *(v for v in model.trainable_variables if id(v) not in ours)]),
         _cost([v for v in base if original_flag(v)]),
     )
     (Console() if console is None else console).print(summary)
     return summary
 
 
-def _cost(variables: Sequence[keras.Variable]) -> Cost:
+def _trained_factors(layer: LoRALayer) -> list[Factor]:
+    names = layer.active_adapters if layer.trains_adapters else ()
+    return [factor for name in names for factor in layer.adapters[name].factors]
+
+
+def _cost(variables: Sequence[keras.Variable | Factor]) -> Cost:
     parameters = sum(map(_size, variables))
     weights = sum(_size(v) * np.dtype(v.dtype).itemsize for v in variables)
     return Cost(parameters, weights, weights, parameters * _OPTIMIZER_BYTES)
 
 
-def _size(variable: keras.Variable) -> int:
+def _size(variable: keras.Variable | Factor) -> int:
     return math.prod(variable.shape)
 
 

@@ -95,7 +95,7 @@ def config(**options: Any) -> kl.LoRAConfig:
 def adapted(case: Case, base: keras.Model | None = None, **options: Any) -> keras.Model:
     """The case's model with an adapter whose A and B are random, so that it does something."""
     model = kl.apply_lora(case.model() if base is None else base, config(**options))
-    randomize(adapter(model).variables)
+    randomize(adapter(model).factors)
     return model
 
 

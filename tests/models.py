@@ -88,7 +88,7 @@ def randomize_adapters(model: keras.Model, scale: float = 0.3) -> None:
     rng = np.random.default_rng(11)
     for layer in kl.lora_layers(model).values():
         for adapter in layer.adapters.values():
-            for variable in adapter.variables:
+            for variable in adapter.factors:
                 variable.assign(rng.normal(scale=scale, size=variable.shape))
 
 

@@ -59,7 +59,7 @@ def check_adapting(
     assert difference(model(inputs, training=False), base) <= rounding
     check_step(model, inputs, training)
 
-    randomize(v for layer in kl.lora_layers(model).values() for v in layer.adapter_variables)
+    randomize(f for x in kl.lora_layers(model).values() for f in x.adapters["default"].factors)
     adapted = model(inputs, training=False)
     assert difference(adapted, base) >= 1e-3
 
@@ -74,7 +74,7 @@ def check_adapting(
 def check_step(model: keras.Model, inputs: Any, training: bool) -> None:
     """After a step of gradient descent nothing has moved but the adapters."""
     adapters = [a for layer in kl.lora_layers(model).values() for a in layer.adapters.values()]
-    factors = {id(v) for adapter in adapters for v in adapter.variables}
+    factors = {id(v) for adapter in adapters for v in adapter.factors}
     assert {id(v) for v in model.trainable_variables} == factors
     others = [v for v in model.weights if id(v) not in factors]
     before, gradients = snapshot(others), step(model, inputs, training)

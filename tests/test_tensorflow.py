@@ -21,7 +21,7 @@ def test_float64_base_merges_in_float64() -> None:
     model = CASES[0].model(dtype="float64")
     w0 = numpy_of(model.get_layer("case").kernel)
     adapted(CASES[0], model)
-    a, b = map(numpy_of, adapter(model).variables)
+    a, b = map(numpy_of, adapter(model).factors)
     merged = numpy_of(kl.merge_lora(model).get_layer("case").kernel)
     np.testing.assert_allclose(merged, w0 + ALPHA / RANK * a @ b, rtol=1e-14)
 

@@ -1,19 +1,41 @@
 """Adapting a model and taking the adapters out again: conversions in place."""
 
-from keras_lora.inject.apply import apply_lora
-from keras_lora.inject.compiled import around, changing, refresh
-from keras_lora.inject.freezing import freeze, original_flag
-from keras_lora.inject.merge import adapted, merge_lora, merged, unload_lora
+from keras_lora.inject.apply import apply_lora, drop, install
+from keras_lora.inject.compiled import changing
+from keras_lora.inject.freezing import original_flag
+from keras_lora.inject.merge import merge_lora, merged, unload_lora
+from keras_lora.inject.optimizers import forget_optimizer_states
+from keras_lora.inject.plan import Plan, check_name_is_new
+from keras_lora.inject.saving import guard_saving, models_in
+from keras_lora.inject.switching import (
+    activate,
+    active_names,
+    adapted,
+    adapter_names,
+    check_names,
+    groups,
+    switch,
+)
 
 __all__ = [
+    "Plan",
+    "activate",
+    "active_names",
     "adapted",
+    "adapter_names",
     "apply_lora",
-    "around",
     "changing",
-    "freeze",
+    "check_name_is_new",
+    "check_names",
+    "drop",
+    "forget_optimizer_states",
+    "groups",
+    "guard_saving",
+    "install",
     "merge_lora",
     "merged",
+    "models_in",
     "original_flag",
-    "refresh",
+    "switch",
     "unload_lora",
 ]

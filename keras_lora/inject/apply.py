@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import keras
 
 from keras_lora.config import LoRAConfig, invalid
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import changing, strategy_scope
-from keras_lora.inject.freezing import freeze, own_trainable_variables
 from keras_lora.inject.plan import Plan, make_plan, warn_of_high_ranks
 from keras_lora.inject.saving import guard_saving
-from keras_lora.layers import DEFAULT_ADAPTER, LoRALayer, attach, check_adapter_name, detach
+from keras_lora.inject.switching import activate, active_names, refreeze
+from keras_lora.layers import (
+    DEFAULT_ADAPTER,
+    LoRALayer,
+    attach,
+    check_adapter_name,
+    detach,
+    hold,
+    release,
+)
 from keras_lora.walker import lora_layers
 
 
@@ -31,7 +37,7 @@ def apply_lora(
     `config.bias` selects and `config.layers_to_save` train. A fresh adapter changes no output.
 
     Called again with another name it adds a second adapter, which then acts and trains alone;
-    `set_adapter` switches.
+    `set_adapter` switches. Each adapter has its own values of the biases and layers that it trains.
 
     The compiled functions of every model around the layers are dropped and made anew when next
     needed; a compiled optimizer is replaced by a fresh one of the same configuration. Functions
@@ -67,7 +73,7 @@ def apply_lora(
     >>> model = keras.Sequential([keras.Input((3,)), up, head])
     >>> model = kl.apply_lora(model, kl.LoRAConfig(rank=2, layers_to_save=["head"]))
     >>> [v.name for v in model.trainable_variables]
-    ['lora_a_default', 'lora_b_default', 'kernel', 'bias']
+    ['lora_a', 'lora_b', 'kernel', 'bias']
 
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.
     """
@@ -84,45 +90,48 @@ def apply_lora(
         model = plain_copy(model)
         plan = make_plan(model, config, name)
     warn_of_high_ranks(plan)
-    with changing(model, [target.layer for target, _ in plan.specs]):
-        _carry_out(plan, model)
+    install(model, plan)
     return model
 
 
-def _carry_out(plan: Plan, model: keras.Model) -> None:
-    done: list[LoRALayer] = []
-    try:
-        for target, spec in plan.specs:
-            with strategy_scope(target.layer):
-                adapted = isinstance(target.layer, LoRALayer)
-                layer = target.layer if adapted else attach(target.layer)
-                done.append(layer)
-                layer.add_adapter(plan.name, spec)
-    except BaseException:
-        _undo(done, plan.name)
-        raise
+def install(model: keras.Model, plan: Plan, acts: bool = True, trainable: bool = True) -> None:
+    """Add an adapter as planned. It acts and trains alone, or waits."""
+    before = active_names(lora_layers(model))
+    switched = (before, [plan.name]) if acts else None
+    with changing(model, [target.layer for target, _ in plan.specs], switched):
+        try:
+            _add(plan)
+            if acts:
+                activate(model, [plan.name], trainable)
+        except BaseException:
+            activate(model, before)
+            drop(model, plan.name)
+            raise
+        if acts:
+            refreeze(model, plan.group.trained if trainable else ())
+        guard_saving(model)
+
+
+def _add(plan: Plan) -> None:
+    for target, spec in plan.specs:
+        with strategy_scope(target.layer):
+            adapted = isinstance(target.layer, LoRALayer)
+            layer = target.layer if adapted else attach(target.layer)
+            adapter = layer.add_adapter(plan.name, spec, plan.group)
+        for factor, value in zip(adapter.factors, plan.factors.get(target.path, ()), strict=False):
+            factor.assign(value)
+    for variable in plan.held:
+        item = hold(variable, plan.name)
+        if id(variable) in plan.values:
+            item.assign(plan.name, plan.values[id(variable)])
+
+
+def drop(model: keras.Model, name: str) -> None:
+    """Take an adapter that does not act out of a model; a layer without any is plain again."""
     for layer in lora_layers(model).values():
-        layer.activate([plan.name] if plan.name in layer.adapters else [])
-    freeze(model, _selected(plan, model))
-    guard_saving(model)
-
-
-def _undo(layers: Sequence[LoRALayer], name: str) -> None:
-    for layer in layers:
         if name in layer.adapters:
             layer.remove_adapter(name)
         if not layer.adapters:
             detach(layer)
-
-
-def _selected(plan: Plan, model: keras.Model) -> list[keras.Variable]:
-    """What trains: the new adapters, the biases asked for, and the layers trained in full."""
-    layers = [target.layer for target, _ in plan.specs]
-    selected = [v for layer in layers for v in layer.adapters[plan.name].variables]
-    if plan.bias == "lora_only":
-        selected += [layer.bias for layer in layers if layer.bias is not None]
-    if plan.bias == "all":
-        selected += [v for v in model.variables if v.name == "bias"]
-    for node in plan.trained_layers:
-        selected += own_trainable_variables(node.layer)
-    return selected
+    for variable in model.variables:
+        release(variable, name)

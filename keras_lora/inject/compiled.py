@@ -14,9 +14,10 @@ from typing import Any
 
 import keras
 
+from keras_lora.inject.optimizers import fresh_optimizer, switch_optimizer
 from keras_lora.walker import walk
 
-_FUNCTIONS = ("train_function", "test_function", "predict_function", "generate_function")
+FUNCTIONS = ("train_function", "test_function", "predict_function", "generate_function")
 
 
 def models_around(layers: Iterable[keras.layers.Layer]) -> list[keras.Model]:
@@ -30,26 +31,6 @@ def models_around(layers: Iterable[keras.layers.Layer]) -> list[keras.Model]:
     found = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
     models = [m for m in found if getattr(m, "_layers", None)]  # one may have failed in __init__
     return [m for m in models if any(id(node.layer) in wanted for node in walk(m))]
-
-
-def fresh_optimizer(model: keras.Model) -> Any | None:
-    """A new optimizer of the same configuration, or None where the model has none built.
-
-    Raises:
-        ValueError: the optimizer cannot be made from its own config.
-    """
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None or not optimizer.built:
-        return None
-    try:
-        return type(optimizer).from_config(optimizer.get_config())
-    except Exception as error:
-        raise ValueError(
-            "The variables that train are about to change, and the compiled optimizer must be "
-            f"built anew. Expected one that from_config(get_config()) can make. Received: "
-            f"{type(optimizer).__name__}, which cannot ({error}). Compile the model after this "
-            "call instead: set model.optimizer = None first."
-        ) from error
 
 
 def strategy_scope(layer: keras.layers.Layer) -> contextlib.AbstractContextManager[Any]:
@@ -66,8 +47,16 @@ def around(model: keras.Model, layers: Sequence[keras.layers.Layer]) -> list[ker
 
 
 @contextlib.contextmanager
-def changing(model: keras.Model, layers: Sequence[keras.layers.Layer]) -> Iterator[None]:
-    """Around a change of layers: drop what was compiled, and renew optimizers that must be."""
+def changing(
+    model: keras.Model,
+    layers: Sequence[keras.layers.Layer],
+    switched: tuple[Sequence[str], Sequence[str]] | None = None,
+    functions: Sequence[str] = FUNCTIONS,
+) -> Iterator[None]:
+    """Around a change of layers: drop what was compiled, and renew optimizers that must be.
+
+    `switched` are the names of the adapters that act before and after.
+    """
     models = around(model, layers)
     with strategy_scope(layers[0]):
         renewed = [fresh_optimizer(m) for m in models]
@@ -75,15 +64,24 @@ def changing(model: keras.Model, layers: Sequence[keras.layers.Layer]) -> Iterat
     try:
         yield
     finally:
-        refresh(models)
+        refresh(models, functions)
     for m, optimizer, trained in zip(models, renewed, before, strict=True):
         if optimizer is not None and trained != [id(v) for v in m.trainable_variables]:
             m.optimizer = optimizer
+        elif optimizer is not None and switched is not None:
+            switch_optimizer(m, *switched)
 
 
-def refresh(models: Sequence[keras.Model]) -> None:
+def refresh(models: Sequence[keras.Model], functions: Sequence[str] = FUNCTIONS) -> None:
     """Drop the compiled functions; Keras makes new ones when they are next needed."""
     for model in models:
-        for name in _FUNCTIONS:
+        for name in functions:
             if getattr(model, name, None) is not None:
                 setattr(model, name, None)
+
+
+def stale_when_flags_change() -> Sequence[str]:
+    """What depends on which variables train. On JAX, whose functions are given the variables in
+    two lists, those that train and the others, it is everything.
+    """
+    return ("train_function",) if keras.backend.backend() == "tensorflow" else FUNCTIONS

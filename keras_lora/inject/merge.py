@@ -14,7 +14,8 @@ from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import around, changing, refresh
 from keras_lora.inject.freezing import freeze, thaw
 from keras_lora.inject.saving import allow_saving, guard_saving
-from keras_lora.layers import LoRALayer, attach, detach
+from keras_lora.inject.switching import activate, active_names, adapted, adapter_names
+from keras_lora.layers import LoRALayer, attach, detach, forget
 from keras_lora.walker import lora_layers, walk
 
 
@@ -49,7 +50,7 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
     Reference: Hu et al. 2021, section 4.1, "No Additional Inference Latency".
     """
     layers = _mergeable(model)
-    dropped = sorted({n for x in layers.values() for n in x.adapters} - _active_names(layers))
+    dropped = sorted({*adapter_names(layers)} - {*active_names(layers)})
     if dropped:
         warnings.warn(f"Merging drops the adapters that are not active: {dropped}.", stacklevel=2)
     if not inplace:
@@ -64,8 +65,8 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
 def unload_lora(model: keras.Model) -> keras.Model:
     """Drop every adapter: the base again, bit for bit, with its trainable flags.
 
-    Layers of `layers_to_save` and biases that were trained keep what they learned: they are
-    the base's own variables.
+    Layers of `layers_to_save` and biases that were trained have the base's values again: what
+    they learned belongs to the adapter, and is dropped with it.
 
     Args:
         model: An adapted model.
@@ -86,6 +87,7 @@ def unload_lora(model: keras.Model) -> keras.Model:
     """
     layers = adapted(model)
     with changing(model, list(layers.values())):
+        activate(model, [])
         _strip(model)
     return model
 
@@ -114,8 +116,8 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     >>> with kl.merged(model) as plain:
     ...     len(plain.weights)
     2
-    >>> len(model.weights)
-    4
+    >>> [v.name for v in model.trainable_weights]
+    ['lora_a', 'lora_b']
     """
     layers = list(_mergeable(model).values())
     models = around(model, layers)
@@ -150,33 +152,16 @@ def _merged_copy(model: keras.Model, layers: Mapping[str, LoRALayer]) -> keras.M
 def _strip(model: keras.Model) -> None:
     for layer in lora_layers(model).values():
         detach(layer)
+    for variable in model.variables:
+        forget(variable)
     thaw(model)
     allow_saving(model)
-
-
-def adapted(model: keras.Model) -> dict[str, LoRALayer]:
-    """The adapted layers by path.
-
-    Raises:
-        ValueError: there are none.
-    """
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError(
-            f"Expected a model with adapters. Received: {model.name!r}, which has none. It was "
-            "never adapted, or its adapters were merged or unloaded: call apply_lora first."
-        )
-    return layers
-
-
-def _active_names(layers: Mapping[str, LoRALayer]) -> set[str]:
-    return {name for layer in layers.values() for name in layer.active_adapters}
 
 
 def _mergeable(model: keras.Model) -> dict[str, LoRALayer]:
     """The adapted layers, once every kernel is known to be finite after merging."""
     layers = adapted(model)
-    if not _active_names(layers):
+    if not active_names(layers):
         raise ValueError(
             "Expected at least one active adapter to merge. Received: a model whose adapters are "
             "all inactive. Activate one with set_adapter, or drop them with unload_lora."

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 
 from keras_lora.config import AdapterSpec, LoRAConfig
-from keras_lora.layers import split_kernel
+from keras_lora.inject.freezing import own_trainable_variables
+from keras_lora.layers import Group, LoRALayer, all_held, split_kernel
 from keras_lora.walker import Node, Target, find_targets, lora_layers, match_names, matches, walk
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An adapter's name, the spec of each target, and what else trains."""
+    """An adapter's name, the spec of each target, and what else it trains and keeps."""
 
     name: str
     specs: Sequence[tuple[Target, AdapterSpec]]
-    trained_layers: Sequence[Node]
-    bias: str
+    group: Group
+    held: Sequence[keras.Variable]
+    # Of an adapter that exists already: its factors by path, and its values of held variables.
+    factors: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    values: Mapping[int, Any] = field(default_factory=dict)
 
 
 def make_plan(model: keras.Model, config: LoRAConfig, name: str) -> Plan:
@@ -29,17 +33,48 @@ def make_plan(model: keras.Model, config: LoRAConfig, name: str) -> Plan:
     targets = find_targets(model, config.targets, config.exclude)
     trained = match_names(config.layers_to_save, nodes, "layers_to_save")
     targets = _without_trained(targets, trained, config)
+    check_name_is_new(model, name)
+    _check_disjoint(model, targets, trained)
+    ranks = _by_pattern(config.rank_pattern, targets, "rank_pattern")
+    alphas = _by_pattern(config.alpha_pattern, targets, "alpha_pattern")
+    specs = [(t, config.spec(rank=ranks.get(t.path), alpha=alphas.get(t.path))) for t in targets]
+    full = [v for node in trained for v in own_trainable_variables(node.layer)]
+    group = Group(config, unique([*_biases(model, targets, config.bias), *full]))
+    held = unique([*group.trained, *(v for node in trained for v in node.layer.weights)])
+    return Plan(name, specs, group, held)
+
+
+def unique(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
+    return list({id(v): v for v in variables}.values())
+
+
+def check_name_is_new(model: keras.Model, name: str) -> None:
     taken = [p for p, layer in lora_layers(model).items() if name in layer.adapters]
     if taken:
         raise ValueError(
             f"Expected a new adapter name. Received: name={name!r}, which the model has on "
             f"{taken[0]!r}{' and others' if len(taken) > 1 else ''}. Choose another name, or "
-            "remove the adapters first: unload_lora(model)."
+            "remove the old one: delete_adapter(model, {name!r})."
         )
-    ranks = _by_pattern(config.rank_pattern, targets, "rank_pattern")
-    alphas = _by_pattern(config.alpha_pattern, targets, "alpha_pattern")
-    specs = [(t, config.spec(rank=ranks.get(t.path), alpha=alphas.get(t.path))) for t in targets]
-    return Plan(name, specs, trained, config.bias)
+
+
+def _biases(model: keras.Model, targets: Sequence[Target], which: str) -> list[keras.Variable]:
+    if which == "lora_only":
+        return [t.layer.bias for t in targets if t.layer.bias is not None]
+    return [v for v in model.variables if v.name == "bias"] if which == "all" else []
+
+
+def _check_disjoint(model: keras.Model, targets: Sequence[Target], trained: Sequence[Node]) -> None:
+    """A layer is adapted or trains in full, for all adapters alike: its kernel is frozen or not."""
+    nodes = [n for t in trained for n in [t, *walk(t.layer)]]
+    both = [n.path for n in nodes if isinstance(n.layer, LoRALayer)]
+    both += [t.path for t in targets if all_held(t.layer.weights[:1])]
+    if both:
+        raise ValueError(
+            "Expected layers that every adapter either adapts or trains in full (layers_to_save). "
+            f"Received: {both}, which another adapter of {model.name!r} uses the other way. "
+            "Exclude them from the new one, or delete the other."
+        )
 
 
 def _without_trained(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 import keras
 
 from keras_lora.inject.freezing import own_trainable_variables
-from keras_lora.layers import LoRALayer, is_registered
+from keras_lora.layers import BASE, LoRALayer, all_held, is_registered
 from keras_lora.walker import lora_layers, walk
 
 
@@ -20,18 +20,26 @@ def guard_saving(model: keras.Model) -> None:
     an older file; `LoRALayer.save_assets` is the second line, for outer models.
     """
     layers = lora_layers(model)
+    _keep_held_values(model, list(layers.values()))
     message = None if _config_holds(model, layers) else _UNSAVEABLE.format(model=model.name)
     for layer in layers.values():
         layer._lora.unsaveable = message
-    for inner in _models(model):
+    for inner in models_in(model):
         if message:
             inner.save = partial(_refuse, message)
         if hasattr(inner, "save_to_preset"):
             inner.save_to_preset = partial(_refuse, _UNSAVEABLE.format(model=model.name))
 
 
+def _keep_held_values(model: keras.Model, layers: Sequence[LoRALayer]) -> None:
+    """Let the first adapted layer write, into weights files, values that no variable has now."""
+    for layer in layers:
+        layer._lora.held = []
+    layers[0]._lora.held = all_held(model.variables)
+
+
 def allow_saving(model: keras.Model) -> None:
-    for inner in _models(model):
+    for inner in models_in(model):
         for name in {"save", "save_to_preset"} & vars(inner).keys():
             delattr(inner, name)
 
@@ -48,7 +56,8 @@ def _refuse(message: str, *_: Any, **__: Any) -> NoReturn:
     raise ValueError(message)
 
 
-def _models(model: keras.Model) -> list[keras.Model]:
+def models_in(model: keras.Model) -> list[keras.Model]:
+    """A model and those that are layers of it."""
     layers = [model, *(node.layer for node in walk(model))]
     return [layer for layer in layers if isinstance(layer, keras.Model)]
 
@@ -58,6 +67,11 @@ def _config_holds(model: keras.Model, layers: Mapping[str, LoRALayer]) -> bool:
     if not all(is_registered(layer) for layer in layers.values()):
         return False
     if any(_mixed_flags(node.layer) for node in walk(model)):
+        return False
+    # A file has one value for a variable.
+    if any(item.names != {BASE, item.holder} for item in all_held(model.variables)):
+        return False
+    if any(item.holder == BASE for item in all_held(model.variables)):
         return False
     try:
         return _count_adapted(model.get_config()) == len(layers)

@@ -9,7 +9,6 @@ inverse.
 from keras_lora.layers.base import (
     DEFAULT_ADAPTER,
     WAS_TRAINABLE,
-    Adapter,
     LoRALayer,
     check_adaptable,
     check_adapter_name,
@@ -17,6 +16,7 @@ from keras_lora.layers.base import (
     plain_class,
     remember_flag,
 )
+from keras_lora.layers.held import BASE, Held, all_held, forget, hold, release
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
 from keras_lora.layers.registry import (
     attach,
@@ -27,23 +27,32 @@ from keras_lora.layers.registry import (
     split_kernel,
     supported_base,
 )
+from keras_lora.layers.slots import Adapter, Factor, Group
 
 __all__ = [
+    "BASE",
     "DEFAULT_ADAPTER",
     "WAS_TRAINABLE",
     "Adapter",
+    "Factor",
+    "Group",
+    "Held",
     "LoRADense",
     "LoRAEinsumDense",
     "LoRALayer",
+    "all_held",
     "attach",
     "check_adaptable",
     "check_adapter_name",
     "detach",
+    "forget",
+    "hold",
     "is_registered",
     "kernel_shape",
     "lora_class_for",
     "plain_class",
     "register_lora_class",
+    "release",
     "remember_flag",
     "split_kernel",
     "supported_base",

@@ -14,38 +14,25 @@ import contextlib
 import dataclasses
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_lora.config import AdapterSpec, invalid
 from keras_lora.initializers import a_initializer
+from keras_lora.layers.held import Held
+from keras_lora.layers.slots import Adapter, Factor, Group, Slot, dropped
 from keras_lora.lowrank import EinsumSplit, Shape, Tensor, split_equation
 
 DEFAULT_ADAPTER = "default"
 # Marks a variable or a layer that was frozen here with the flag that it had before.
 WAS_TRAINABLE = "_lora_was_trainable"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter of one layer: its spec and its two float32 variables."""
-
-    spec: AdapterSpec
-    a: keras.Variable
-    b: keras.Variable
-
-    @property
-    def variables(self) -> tuple[keras.Variable, keras.Variable]:
-        return self.a, self.b
-
-    @property
-    def parameters(self) -> int:
-        return sum(int(ops.size(v)) for v in self.variables)
 
 
 @dataclass
@@ -54,8 +41,12 @@ class LoRAState:
 
     base_class: type
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    slots: list[Slot] = field(default_factory=list)
     active: tuple[str, ...] = ()
+    # There once an adapter has dropout; then the masks are part of the computation for good.
     seeds: keras.random.SeedGenerator | None = None
+    # What a checkpoint of this layer holds for its model: see `inject.apply`.
+    held: list[Held] = field(default_factory=list)
     # Between the constructor and `build`.
     pending: dict[str, AdapterSpec] = field(default_factory=dict)
     train_bias: bool = False
@@ -164,6 +155,11 @@ class LoRALayer(keras.layers.Layer):
         return self._lora.active
 
     @property
+    def slots(self) -> Sequence[Slot]:
+        """The variables that the layer computes with; a slot for each adapter that acts, or more."""
+        return tuple(self._lora.slots)
+
+    @property
     def base_class(self) -> type:
         """The class that the layer has without its adapters."""
         return self._lora.base_class
@@ -182,7 +178,7 @@ class LoRALayer(keras.layers.Layer):
     def adapter_variables(self) -> list[keras.Variable]:
         """Every variable that the layer has beyond its base's, dropout seeds included."""
         seeds = [] if self._lora.seeds is None else [self._lora.seeds.state]
-        return [v for adapter in self._lora.adapters.values() for v in adapter.variables] + seeds
+        return [v for slot in self._lora.slots for v in slot.variables] + seeds
 
     @property
     def base_variables(self) -> list[keras.Variable]:
@@ -190,49 +186,77 @@ class LoRALayer(keras.layers.Layer):
         ours = {id(v) for v in self.adapter_variables}
         return [v for v in self.weights if id(v) not in ours]
 
-    def add_adapter(self, name: str, spec: AdapterSpec) -> Adapter:
-        """Make the variables of a new adapter. It does not act until it is activated."""
-        split = self._split()
-        shape = kernel_shape(self)
-        a_shape, b_shape = split.factor_shapes(shape, spec.rank)
-        fan_in, _ = split.matrix_shape(shape)
-        with self._unlocked():
-            a = self._factor(f"lora_a_{name}", a_shape, a_initializer(spec, fan_in))
-            try:
-                b = self._factor(f"lora_b_{name}", b_shape, "zeros")
-            except BaseException:
-                self._untrack_variable(a)
-                raise
-            if spec.dropout and self._lora.seeds is None:
-                self._lora.seeds = keras.random.SeedGenerator()
-                self._tracker.add_to_store("seed_generators", self._lora.seeds)
-        self._lora.adapters[name] = Adapter(spec, a, b)
-        return self._lora.adapters[name]
+    def add_adapter(self, name: str, spec: AdapterSpec, group: Group | None = None) -> Adapter:
+        """Make the factors of a new adapter. It does not act until it is activated."""
+        a_shape, b_shape = self._factor_shapes(spec.rank)
+        fan_in, _ = self._split().matrix_shape(kernel_shape(self))
+        a = ops.convert_to_numpy(a_initializer(spec, fan_in)(a_shape, "float32"))
+        adapter = self.adapter_of(spec, a, np.zeros(b_shape), group)
+        self._lora.adapters[name] = adapter
+        return adapter
+
+    def adapter_of(self, spec: AdapterSpec, a: Any, b: Any, group: Group | None = None) -> Adapter:
+        """An adapter with these factors, for this layer; not in it yet."""
+        shared = len(self._split().shared)
+        return Adapter(spec, Factor(a, len(np.shape(a)) - 1), Factor(b, shared), group)
+
+    def replace_adapter(self, name: str, adapter: Adapter) -> None:
+        """Put another adapter under the name of one, also into its slot, if it fits there."""
+        for slot in self._lora.slots:
+            if slot.holds is self._lora.adapters[name]:
+                slot.park()
+                slot.put(adapter)
+        self._lora.adapters[name] = adapter
+
+    def set_strength(self, name: str, strength: float) -> None:
+        self._lora.adapters[name].strength = strength
+        for slot in self._lora.slots:
+            if slot.holds is self._lora.adapters[name]:
+                slot.refresh()
 
     def remove_adapter(self, name: str) -> None:
-        """The inverse of `add_adapter`."""
-        self._untrack_adapters()
+        """The inverse of `add_adapter`; the slot that it was in stays, empty."""
+        self.activate([n for n in self._lora.active if n != name], self.trains_adapters)
         del self._lora.adapters[name]
-        self._lora.active = tuple(n for n in self._lora.active if n != name)
-        if not any(adapter.spec.dropout for adapter in self._lora.adapters.values()):
-            self._lora.seeds = None
-        self._track_adapters()
 
-    def activate(self, names: Sequence[str]) -> None:
-        """Let exactly these adapters act, and exactly these train."""
+    def fits(self, names: Sequence[str]) -> bool:
+        """Whether these adapters can act without new variables, which need a new trace."""
+        specs = [self._lora.adapters[name].spec for name in names]
+        enough = len(specs) <= len(self._lora.slots)
+        masked = self._lora.seeds is not None or not any(spec.dropout for spec in specs)
+        pairs = zip(specs, self._lora.slots, strict=False)
+        return enough and masked and all(spec.rank <= slot.rank for spec, slot in pairs)
+
+    def activate(self, names: Sequence[str], trainable: bool = True) -> None:
+        """Let exactly these adapters act, and train or not; makes slots where they do not fit."""
+        adapters = [self._lora.adapters[name] for name in names]
+        self._reserve([adapter.spec for adapter in adapters])
+        for slot in self._lora.slots:
+            slot.park()
+        for slot, adapter in zip(self._lora.slots, adapters, strict=False):
+            slot.put(adapter)
+        for slot in self._lora.slots[len(adapters) :]:
+            slot.clear()
         self._lora.active = tuple(names)
-        for name, adapter in self._lora.adapters.items():
-            for variable in adapter.variables:
-                variable.trainable = name in self._lora.active
+        self.train_adapters(trainable)
+
+    @property
+    def trains_adapters(self) -> bool:
+        return any(v.trainable for slot in self._lora.slots for v in slot.factors)
+
+    def train_adapters(self, trainable: bool) -> None:
+        for slot in self._lora.slots:
+            for variable in slot.factors:
+                variable.trainable = trainable
 
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within the context no adapter acts; no flag of any variable changes."""
-        active, self._lora.active = self._lora.active, ()
+    def without_slots(self) -> Iterator[None]:
+        """Within the context the layer is its base, bit for bit. Not for what is compiled."""
+        slots, self._lora.slots = self._lora.slots, []
         try:
             yield
         finally:
-            self._lora.active = active
+            self._lora.slots = slots
 
     @property
     def kernel(self) -> Tensor:
@@ -242,33 +266,32 @@ class LoRALayer(keras.layers.Layer):
         `W0` itself, as a variable, where no adapter acts.
         """
         base = super().kernel
-        if not self._lora.active:
+        if not self._lora.slots:
             return base
-        dtype = keras.backend.standardize_dtype(base.dtype)
-        wide = "float64" if dtype == "float64" else "float32"
+        wide = self._wide_dtype()
         split = self._split()
         total = ops.cast(base, wide)
-        for adapter in self._active():
-            a, b = (ops.cast(v, wide) for v in adapter.variables)
+        for slot in self._lora.slots:
+            a, b = (ops.cast(v, wide) for v in slot.factors)
             # Not `+=`: on torch `total` is still the memory of the variable.
-            total = total + split.delta(a, adapter.spec.scaling * b)
-        return ops.cast(total, dtype)
+            total = total + split.delta(a, ops.cast(slot.scaling, wide) * b)
+        return ops.cast(total, base.dtype)
 
     def adapted_product(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """`x W0 + sum_i s_i (drop_i(x) A_i) B_i`: the layer before bias and activation."""
         terms = []
-        for adapter in self._active():
-            spec = adapter.spec
+        for slot in self._lora.slots:
             x = inputs
-            if training and spec.dropout:
-                x = keras.random.dropout(x, spec.dropout, seed=self._lora.seeds)
-            a, b = (ops.cast(v, self.compute_dtype) for v in adapter.variables)
-            terms.append((x, a, spec.scaling * b))
+            if training and self._lora.seeds is not None:
+                x = dropped(x, slot.rate, self._lora.seeds)
+            scaled = ops.multiply(slot.scaling, slot.b)
+            a, b = (ops.cast(v, self.compute_dtype) for v in (slot.a, scaled))
+            terms.append((x, a, b))
         split = self._split(len(inputs.shape))
         return split.adapted_product(inputs, ops.convert_to_tensor(self._kernel), terms)
 
     def get_config(self) -> dict[str, Any]:
-        built = {name: adapter.spec for name, adapter in self._lora.adapters.items()}
+        built = {name: adapter.acting_spec for name, adapter in self._lora.adapters.items()}
         specs = self._lora.pending | built
         return {
             **super().get_config(),
@@ -290,7 +313,7 @@ class LoRALayer(keras.layers.Layer):
 
         So a checkpoint of the base loads into the adapted layer.
         """
-        with self.disabled():  # the base class stores `self.kernel`
+        with self.without_slots():  # the base class stores `self.kernel`
             super().save_own_variables(store)
         for key, value in self._adapter_state().items():
             store[key] = value
@@ -303,9 +326,11 @@ class LoRALayer(keras.layers.Layer):
         super().load_own_variables({key: store[key] for key in keys if key not in saved})
         if not saved:
             warnings.warn(_BASE_ONLY, stacklevel=2)
-        for key, variable in self._state_variables().items():
+        for key, assign in self._assigners().items():
             if key in saved:
-                variable.assign(saved[key])
+                assign(saved[key])
+        for slot in self._lora.slots:
+            slot.refresh()
 
     def save_assets(self, dir_path: str) -> None:  # noqa: ARG002
         """Stop the writing of a `.keras` file that could not be read back.
@@ -319,8 +344,8 @@ class LoRALayer(keras.layers.Layer):
         """Nothing: `save_assets` writes nothing."""
 
     def _affine(self, inputs: Tensor, training: bool | None) -> Tensor:
-        """`act(x W0 + b + delta)`; the base's own `call` where no adapter acts."""
-        if not self._lora.active:
+        """`act(x W0 + b + delta)`; the base's own `call` where there is no slot."""
+        if not self._lora.slots:
             return super().call(inputs, training=training)
         x = self.adapted_product(inputs, training)
         if self.bias is not None:
@@ -332,34 +357,74 @@ class LoRALayer(keras.layers.Layer):
             return self._lora.train_bias
         return self.bias is not None and self.bias.trainable
 
-    def _active(self) -> list[Adapter]:
-        return [self._lora.adapters[name] for name in self._lora.active]
-
     def _split(self, input_rank: int | None = None) -> EinsumSplit:
         return split_equation(self.kernel_equation(self), input_rank)
 
-    def _factor(self, name: str, shape: Shape, initializer: Any) -> keras.Variable:
-        return self.add_weight(
-            name=name, shape=shape, initializer=initializer, dtype="float32", trainable=True
-        )
+    def _factor_shapes(self, rank: int) -> tuple[Shape, Shape]:
+        return self._split().factor_shapes(kernel_shape(self), rank)
+
+    def _wide_dtype(self) -> str:
+        """The dtype of sums that are rounded once."""
+        dtype = keras.backend.standardize_dtype(self._kernel.dtype)
+        return "float64" if dtype == "float64" else "float32"
+
+    def _reserve(self, specs: Sequence[AdapterSpec]) -> None:
+        """Make slots until these adapters fit into the first of them."""
+        with self._unlocked():
+            if any(spec.dropout for spec in specs) and self._lora.seeds is None:
+                self._lora.seeds = keras.random.SeedGenerator()
+                self._tracker.add_to_store("seed_generators", self._lora.seeds)
+            for index, spec in enumerate(specs):
+                if index == len(self._lora.slots):
+                    self._lora.slots.append(self._new_slot(index, spec.rank))
+                elif self._lora.slots[index].rank < spec.rank:
+                    self._widen(index, spec.rank)
+
+    def _widen(self, index: int, rank: int) -> None:
+        narrow, wide = self._lora.slots[index], self._new_slot(index, rank)
+        adapter = narrow.holds
+        narrow.park()
+        if adapter is not None:
+            wide.put(adapter)
+        self._lora.slots[index] = wide
+        self._untrack(narrow.variables)
+
+    def _new_slot(self, index: int, rank: int) -> Slot:
+        made: list[keras.Variable] = []
+
+        def new(name: str, shape: Shape, trainable: bool) -> keras.Variable:
+            dtype = "float32" if trainable else self._wide_dtype()
+            options = {"initializer": "zeros", "dtype": dtype, "trainable": trainable}
+            made.append(self.add_weight(name=name, shape=shape, **options))
+            return made[-1]
+
+        try:
+            return Slot.make(new, index, self._factor_shapes(rank), rank)
+        except BaseException:
+            self._untrack(made)
+            raise
 
     def _track_adapters(self) -> None:
-        active = self._lora.active
+        trains = self.trains_adapters
         with self._unlocked():
-            for adapter in self._lora.adapters.values():
-                for variable in adapter.variables:
+            for slot in self._lora.slots:
+                for variable in slot.factors:
                     variable.trainable = True  # else Keras files it with the statistics
+                for variable in slot.variables:
                     self._track_variable(variable)
             if self._lora.seeds is not None:
                 self._tracker.add_to_store("seed_generators", self._lora.seeds)
-        self.activate(active)
+        self.train_adapters(trains)
 
     def _untrack_adapters(self) -> None:
-        for adapter in self._lora.adapters.values():
-            for variable in adapter.variables:
-                self._untrack_variable(variable)
+        for slot in self._lora.slots:
+            self._untrack(slot.variables)
         with self._unlocked():
             self._tracker.untrack(self._lora.seeds)
+
+    def _untrack(self, variables: Sequence[keras.Variable]) -> None:
+        for variable in variables:
+            self._untrack_variable(variable)
 
     @contextlib.contextmanager
     def _unlocked(self) -> Iterator[None]:
@@ -371,29 +436,44 @@ class LoRALayer(keras.layers.Layer):
             if locked:
                 self._tracker.lock()
 
-    def _state_variables(self) -> dict[str, keras.Variable]:
-        """What a checkpoint holds for the adapters, by key, and may be assigned."""
+    def _adapter_state(self) -> dict[str, np.ndarray]:
+        """What a checkpoint holds for the adapters, by key."""
         state = {}
         for name, adapter in self._lora.adapters.items():
-            state[f"{_STATE_PREFIX}a.{name}"] = adapter.a
-            state[f"{_STATE_PREFIX}b.{name}"] = adapter.b
+            state[f"{_STATE_PREFIX}a.{name}"] = np.array(adapter.a)
+            state[f"{_STATE_PREFIX}b.{name}"] = np.array(adapter.b)
+            state[f"{_SCALING_PREFIX}{name}"] = np.array(adapter.scaling, "float32")
         if self._lora.seeds is not None:
             # Else a resumed run would draw other dropout masks than an unbroken one.
-            state[f"{_STATE_PREFIX}seeds"] = self._lora.seeds.state
-        return state
+            state[f"{_STATE_PREFIX}seeds"] = ops.convert_to_numpy(self._lora.seeds.state)
+        return state | {key: item.aside[name] for key, item, name in self._held_values()}
 
-    def _adapter_state(self) -> dict[str, Any]:
-        scales = {
-            f"{_SCALING_PREFIX}{name}": ops.convert_to_numpy(adapter.spec.scaling)
-            for name, adapter in self._lora.adapters.items()
-        }
-        return self._state_variables() | scales
+    def _assigners(self) -> dict[str, Callable[[Any], None]]:
+        """How each value of `_adapter_state` but the scales is put back."""
+        put: dict[str, Callable[[Any], None]] = {}
+        for name, adapter in self._lora.adapters.items():
+            put[f"{_STATE_PREFIX}a.{name}"] = adapter.a.assign
+            put[f"{_STATE_PREFIX}b.{name}"] = adapter.b.assign
+        if self._lora.seeds is not None:
+            put[f"{_STATE_PREFIX}seeds"] = self._lora.seeds.state.assign
+        return put | {key: partial(item.assign, name) for key, item, name in self._held_values()}
+
+    def _held_values(self) -> list[tuple[str, Held, str]]:
+        """The values held aside, by key: those of other adapters, and the base's own."""
+        pairs = [(i, item, n) for i, item in enumerate(self._lora.held) for n in item.aside]
+        return [
+            (f"{_STATE_PREFIX}held.{i}.{name}" if name else f"{_BASE_PREFIX}{i}", item, name)
+            for i, item, name in pairs
+        ]
 
     def _check_state(self, saved: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose adapters are not those of this layer."""
         live = self._adapter_state()
-        wrong = [f"{key} is missing" for key in live if key not in saved]
-        wrong += [f"{key} is not expected" for key in saved if key not in live]
+        # A model from a `.keras` file does not know its base's own values.
+        missing = {key for key in live.keys() - saved.keys() if not key.startswith(_BASE_PREFIX)}
+        extra = {key for key in saved.keys() - live.keys() if not key.startswith(_BASE_PREFIX)}
+        wrong = [f"{key} is missing" for key in missing]
+        wrong += [f"{key} is not expected" for key in extra]
         for key in live.keys() & saved.keys():
             received, expected = tuple(saved[key].shape), tuple(live[key].shape)
             if received != expected:
@@ -423,6 +503,7 @@ class LoRALayer(keras.layers.Layer):
 
 _STATE_PREFIX = "lora_"
 _SCALING_PREFIX = f"{_STATE_PREFIX}scaling."
+_BASE_PREFIX = f"{_STATE_PREFIX}base."
 _BASE_ONLY = (
     "The weights file holds no adapters: the base's weights were loaded and the adapters of the "
     "model were left as they are. If the file is of a merged model, its adapters now count "

@@ -1,0 +1,80 @@
+"""Optimizers of models whose adapters change.
+
+An optimizer has moments for the variables that train, and these are the variables of slots: when
+another adapter moves into a slot, the moments are another's. So they move with the adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import keras
+import numpy as np
+from keras import ops
+
+State = list[np.ndarray]
+# For each optimizer, the states that wait, by the names of the active adapters.
+_PARKED: WeakKeyDictionary[Any, dict[tuple[str, ...], State]] = WeakKeyDictionary()
+
+
+def fresh_optimizer(model: keras.Model) -> Any | None:
+    """A new optimizer of the same configuration, or None where the model has none built.
+
+    Raises:
+        ValueError: the optimizer cannot be made from its own config.
+    """
+    optimizer = built_optimizer(model)
+    if optimizer is None:
+        return None
+    try:
+        return type(optimizer).from_config(optimizer.get_config())
+    except Exception as error:
+        raise ValueError(
+            "The variables that train are about to change, and the compiled optimizer must be "
+            f"built anew. Expected one that from_config(get_config()) can make. Received: "
+            f"{type(optimizer).__name__}, which cannot ({error}). Compile the model after this "
+            "call instead: set model.optimizer = None first."
+        ) from error
+
+
+def built_optimizer(model: keras.Model) -> Any | None:
+    optimizer = getattr(model, "optimizer", None)
+    return optimizer if optimizer is not None and optimizer.built else None
+
+
+def switch_optimizer(model: keras.Model, left: Sequence[str], entered: Sequence[str]) -> None:
+    """Put aside what the optimizer knows of the adapters that leave, and take up the others'.
+
+    What never trained starts as a fresh optimizer does. The learning rate is the model's.
+    """
+    optimizer = built_optimizer(model)
+    if optimizer is None:
+        return
+    parked = _PARKED.setdefault(optimizer, {})
+    parked[tuple(left)] = [_copy(v) for v in _state(optimizer)]
+    state = parked.pop(tuple(entered), None)
+    for variable, value in zip(_state(optimizer), state or _initial(model), strict=True):
+        variable.assign(value)
+
+
+def forget_optimizer_states(model: keras.Model, name: str) -> None:
+    """Drop what is parked for an adapter that was deleted or replaced."""
+    parked = _PARKED.get(built_optimizer(model), {}) if built_optimizer(model) else {}
+    for names in [names for names in parked if name in names]:
+        del parked[names]
+
+
+def _state(optimizer: Any) -> list[keras.Variable]:
+    return [v for v in optimizer.variables if v is not optimizer.learning_rate]
+
+
+def _initial(model: keras.Model) -> State:
+    fresh: Any = fresh_optimizer(model)
+    fresh.build(model.trainable_variables)
+    return [_copy(v) for v in _state(fresh)]
+
+
+def _copy(variable: keras.Variable) -> np.ndarray:
+    return np.array(ops.convert_to_numpy(variable), copy=True)

@@ -1,0 +1,279 @@
+"""Adapters of a KerasHub backbone, from and to its `.lora.h5` files.
+
+KerasHub gives the layers of a backbone numbers, and no names, in these files (`kerashub_h5`);
+and Keras factors each kernel in its own way (`per_axis`). Here both meet a model.
+
+Private Keras API in this file, and why:
+    `_flatten_layers`: KerasHub numbers the layers of a backbone in its order.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lora.config import check_rank, invalid
+from keras_lora.kerashub_h5 import (
+    PathLike,
+    file_error,
+    read_keras_hub_lora,
+    write_keras_hub_arrays,
+)
+from keras_lora.layers import kernel_shape, lora_class_for, plain_class, split_kernel
+from keras_lora.lowrank import Shape
+from keras_lora.per_axis import Pair, from_per_axis, to_per_axis
+from keras_lora.walker import Node, _is_backbone, walk
+
+
+def keras_hub_layers(model: keras.layers.Layer) -> dict[int, Node]:
+    """The layers of a model's KerasHub backbone, by the number that KerasHub gives them.
+
+    Args:
+        model: A backbone, a task, or any model that holds one backbone. The nodes' paths are
+            from this model on.
+
+    Raises:
+        ValueError: there is no backbone, or more than one.
+    """
+    nodes = {id(node.layer): node for node in walk(model)}
+    layers = _backbone(model)._flatten_layers(include_self=False)
+    return {i: nodes[id(v)] for i, v in enumerate(v for v in layers if v.weights)}
+
+
+def _backbone(model: keras.layers.Layer) -> Any:
+    found = [v for v in (model, *(n.layer for n in walk(model))) if _is_backbone(v)]
+    inside = {id(node.layer) for backbone in found for node in walk(backbone)}
+    outermost = [backbone for backbone in found if id(backbone) not in inside]
+    if len(outermost) != 1:
+        raise invalid(
+            "model",
+            "a KerasHub backbone, or a model that holds one",
+            [backbone.name for backbone in outermost] or model,
+            "pass the backbone itself",
+        )
+    return outermost[0]
+
+
+def keras_hub_factors(
+    model: keras.layers.Layer, path: PathLike, *, skip_unsupported: bool = False
+) -> dict[str, Pair]:
+    """Read a file of `backbone.save_lora_weights` as factors for the layers of a model.
+
+    Args:
+        model: The backbone, or a model that holds it.
+        path: A file whose name ends in `.lora.h5`.
+        skip_unsupported: Leave out, with a warning, layers that cannot be adapted here, such as
+            a convolution.
+
+    Returns:
+        `{path of the layer: (A, B)}` in float64, at scale 1: the delta is `A B`.
+
+    Raises:
+        AdapterFileError: the file is not such a file, or not one of this model.
+
+    Example:
+
+    >>> import tempfile, keras_hub
+    >>> backbone = keras_hub.models.GPT2Backbone(
+    ...     vocabulary_size=11, num_layers=1, num_heads=2, hidden_dim=6, intermediate_dim=5
+    ... )
+    >>> backbone.enable_lora(rank=1)
+    >>> file = f"{tempfile.mkdtemp()}/x.lora.h5"
+    >>> backbone.save_lora_weights(file)
+    >>> for path, (a, b) in keras_hub_factors(backbone, file).items():
+    ...     print(path, a.shape, b.shape)
+    transformer_layer_0/self_attention/value (6, 2) (2, 2, 3)
+    transformer_layer_0/self_attention/query (6, 2) (2, 2, 3)
+    """
+    pairs = read_keras_hub_lora(path)
+    nodes = match_keras_hub_layers(model, pairs, path, skip_unsupported=skip_unsupported)
+    return {n.path: from_per_axis(split_kernel(n.layer), *pairs[i]) for i, n in nodes.items()}
+
+
+def match_keras_hub_layers(
+    model: keras.layers.Layer,
+    pairs: Mapping[int, Pair],
+    source: PathLike,
+    *,
+    skip_unsupported: bool = False,
+) -> dict[int, Node]:
+    """The layer of a model that each number of a file stands for, after checking that it fits.
+
+    A file has no names, so one of another model could fit by chance. But KerasHub enables all
+    layers of a name, or none: a file that has some of them only is of another model.
+
+    Raises:
+        AdapterFileError: every way in which file and model differ.
+    """
+    layers = keras_hub_layers(model)
+    named = {i: layers[i] for i in pairs if i in layers}
+    supported = {i: n for i, n in named.items() if _is_supported(n.layer)}
+    skipped = [
+        f"lora/{i} ('{n.path}')"
+        for i, n in named.items()
+        if i not in supported and np.tensordot(*pairs[i], 1).any()
+    ]
+    problems = _not_as_enabled(layers, pairs)
+    problems += [p for i, n in supported.items() if (p := _misfit(i, n, pairs[i]))]
+    if not skip_unsupported:
+        hint = "skip_unsupported=True leaves it out"
+        problems += [f"{s}, which cannot be adapted here ({hint})" for s in skipped]
+    if problems:
+        fix = "build the backbone that the file was saved from"
+        raise file_error(source, "factors for layers of this model", problems, fix)
+    if skipped:
+        warnings.warn(f"{os.fspath(source)}: left out {', '.join(skipped)}", stacklevel=3)
+    return supported
+
+
+def _not_as_enabled(layers: Mapping[int, Node], numbers: Collection[int]) -> list[str]:
+    """Where the numbers of a file are not those of all layers of some names."""
+    expected = _enabled(layers, {layers[i].layer.name for i in numbers if i in layers})
+    beyond = [f"lora/{i}, of {len(layers)} layers with weights" for i in numbers if i not in layers]
+    surplus = [
+        f"lora/{i} ('{layers[i].path}'), a layer without LoRA in Keras"
+        for i in numbers
+        if i in layers and i not in expected
+    ]
+    missing = [
+        f"nothing for lora/{i} ('{node.path}'), but for others called {node.layer.name!r}"
+        for i, node in expected.items()
+        if i not in numbers
+    ]
+    return beyond + surplus + missing
+
+
+def _misfit(i: int, node: Node, pair: Pair) -> str | None:
+    a, b = pair
+    shape, rank = kernel_shape(node.layer), len(b)
+    if (*a.shape[:-1], b.shape[-1]) == shape:
+        return None
+    return (
+        f"lora/{i} ('{node.path}') of shapes {a.shape} and {b.shape}, not "
+        f"{(*shape[:-1], rank)} and {(rank, shape[-1])}"
+    )
+
+
+def _is_supported(layer: keras.layers.Layer) -> bool:
+    if lora_class_for(plain_class(layer)) is None:
+        return False
+    try:
+        split_kernel(layer)
+    except ValueError:  # a diagonal
+        return False
+    return True
+
+
+def _enabled(layers: Mapping[int, Node], names: Collection[str]) -> dict[int, Node]:
+    """What `backbone.enable_lora(rank, target_layer_names=names)` enables, by its own test."""
+    return {
+        i: node
+        for i, node in layers.items()
+        if node.layer.name in names and hasattr(node.layer, "enable_lora")
+    }
+
+
+def write_keras_hub_lora(
+    path: PathLike,
+    model: keras.layers.Layer,
+    factors: Mapping[str, Pair],
+    *,
+    rank: int | None = None,
+    target_layer_names: Sequence[str] | None = None,
+) -> int:
+    """Write factors so that `backbone.load_lora_weights(path)` of KerasHub reads them.
+
+    KerasHub enables every layer whose name is among `target_layer_names`, all with one rank, and
+    demands each of them of the file: a layer without factors is written as zeros, and lower
+    ranks are filled up with zeros, which load exactly and do not train further.
+
+    A kernel of several free axes needs more rank there than here: factors of rank `R` of
+    `btd,dnh->btnh` need `min(n R, h, d n)` in general. See `to_per_axis`.
+
+    Args:
+        path: A file name that ends in `.lora.h5`. A file of that name is replaced.
+        model: The backbone, or a model that holds it.
+        factors: `{path of the layer: (A, B)}`; the delta is `A B`, the scale being folded in.
+        rank: The rank that the file is to have; by default the least that all layers need.
+        target_layer_names: As in `backbone.enable_lora`, which has then to be called with the
+            same names and the rank of the file before loading. By default the backbone's own
+            `default_lora_layer_names()`, and loading enables them itself.
+
+    Returns:
+        The rank of the file.
+
+    Raises:
+        ValueError: everything that such a file cannot hold, layer by layer; nothing is written.
+        AdapterFileError: the file cannot be written.
+    """
+    names = target_layer_names or _backbone(model).default_lora_layer_names()
+    enabled = _enabled(keras_hub_layers(model), set(names))
+    _check_writable(enabled, factors, names)
+    pairs = {
+        i: to_per_axis(split_kernel(n.layer), kernel_shape(n.layer), *factors[n.path])
+        for i, n in enabled.items()
+        if n.path in factors
+    }
+    rank = _file_rank(rank, max(len(b) for _, b in pairs.values()))
+    shapes = {i: kernel_shape(node.layer) for i, node in enabled.items()}
+    padded = {i: _padded(pairs.get(i), shape, rank) for i, shape in shapes.items()}
+    write_keras_hub_arrays(path, rank, padded)
+    return rank
+
+
+def _check_writable(
+    enabled: Mapping[int, Node], factors: Mapping[str, Pair], names: Collection[str]
+) -> None:
+    nodes = {node.path: node for node in enabled.values()}
+    problems = [
+        p for path, pair in factors.items() if (p := _unwritable(nodes.get(path), path, pair))
+    ]
+    problems += [
+        f"'{path}' is an embedding, whose factors KerasHub neither writes nor reads"
+        for path, node in nodes.items()
+        if isinstance(node.layer, keras.layers.Embedding)
+    ]
+    if problems or not factors:
+        raise ValueError(
+            "Expected factors of layers of the backbone that "
+            f"enable_lora(target_layer_names={list(names)}) reaches. Received: "
+            f"{'; '.join(problems) or 'none'}. Give `target_layer_names` the names of the layers, "
+            "or leave layers out."
+        )
+
+
+def _unwritable(node: Node | None, path: str, pair: Pair) -> str | None:
+    if node is None:
+        return f"'{path}', which it does not reach"
+    if not _is_supported(node.layer):
+        return f"'{path}', which cannot be adapted here"
+    a, b = pair
+    rank = a.shape[-1] if a.ndim and a.size else 1
+    expected = split_kernel(node.layer).factor_shapes(kernel_shape(node.layer), rank)
+    if (a.shape, b.shape) != expected:
+        return f"'{path}' of shapes {a.shape} and {b.shape}, not {expected[0]} and {expected[1]}"
+    if not all((abs(x) <= np.finfo("float32").max).all() for x in pair):
+        return f"'{path}' of values that are not finite in float32"
+    return None
+
+
+def _file_rank(rank: int | None, needed: int) -> int:
+    if rank is None:
+        return needed
+    check_rank(rank)
+    if rank < needed:
+        expected = f"{needed} or more, which these factors need"
+        raise invalid("rank", expected, rank, "truncate the factors, or leave it out")
+    return rank
+
+
+def _padded(pair: Pair | None, shape: Shape, rank: int) -> Pair:
+    a, b = np.zeros((*shape[:-1], rank)), np.zeros((rank, shape[-1]))
+    if pair is not None:
+        a[..., : len(pair[1])], b[: len(pair[1])] = pair
+    return a, b
