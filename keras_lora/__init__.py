@@ -1,16 +1,24 @@
 """LoRA for Keras 3: adapt, `fit`, merge, serve."""
 
-from keras_lora.adapters import delete_adapter, disable_adapter, scale_adapter, set_adapter
+from keras_lora.adapters import (
+    combine_adapters,
+    delete_adapter,
+    disable_adapter,
+    scale_adapter,
+    set_adapter,
+)
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.export import GraphReport, check_saved_model, export_saved_model
+from keras_lora.files import AdapterFileError, read_adapter_config, read_adapter_files
 from keras_lora.inject import apply_lora, merge_lora, merged, unload_lora
 from keras_lora.layers import LoRADense, LoRAEinsumDense, LoRALayer, register_lora_class
+from keras_lora.serialization import load_adapter, save_adapter
 from keras_lora.summary import LoRASummary, lora_summary
+from keras_lora.version import __version__
 from keras_lora.walker import Target, find_targets, lora_layers
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "AdapterFileError",
     "AdapterSpec",
     "GraphReport",
     "LoRAConfig",
@@ -19,17 +27,23 @@ __all__ = [
     "LoRALayer",
     "LoRASummary",
     "Target",
+    "__version__",
     "apply_lora",
     "check_saved_model",
+    "combine_adapters",
     "delete_adapter",
     "disable_adapter",
     "export_saved_model",
     "find_targets",
+    "load_adapter",
     "lora_layers",
     "lora_summary",
     "merge_lora",
     "merged",
+    "read_adapter_config",
+    "read_adapter_files",
     "register_lora_class",
+    "save_adapter",
     "scale_adapter",
     "set_adapter",
     "unload_lora",

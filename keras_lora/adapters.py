@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import keras
+import numpy as np
 
-from keras_lora.config import check_alpha, invalid
+from keras_lora.combining import Combination, Term, combine
+from keras_lora.config import AdapterSpec, invalid, is_finite
 from keras_lora.inject import (
     activate,
     active_names,
@@ -18,11 +22,15 @@ from keras_lora.inject import (
     check_names,
     drop,
     forget_optimizer_states,
+    groups,
     guard_saving,
+    install,
     models_in,
+    plan_factors,
     switch,
     unload_lora,
 )
+from keras_lora.layers import Group, LoRALayer, all_held, kernel_shape, split_kernel
 
 
 def set_adapter(
@@ -168,7 +176,8 @@ class scale_adapter:  # noqa: N801
 
     def __init__(self, model: keras.Model, name: str, factor: float) -> None:
         (self._name,) = check_names(model, [name])
-        _check_factor(factor)
+        if not is_finite(factor):
+            raise invalid("factor", "a finite number", factor)
         layers = [layer for layer in adapted(model).values() if name in layer.adapters]
         self._before = [(layer, layer.adapters[name].strength) for layer in layers]
         for layer in layers:
@@ -188,8 +197,119 @@ class scale_adapter:  # noqa: N801
                 layer.set_strength(self._name, strength)
 
 
-def _check_factor(factor: object) -> None:
+def combine_adapters(
+    model: keras.Model,
+    weights: Mapping[str, float],
+    name: str,
+    method: str = "cat",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    majority_sign: str = "total",
+    seed: int = 0,
+) -> None:
+    """Add an adapter that is a weighted combination of others, which stay as they are.
+
+    For each layer, over the adapters that it has, with `c_i = w_i s_i`:
+
+    - `"cat"`: `sum_i c_i A_i B_i`, exactly; the ranks add up.
+    - `"svd"`: the best approximation of that of rank `rank`; exact at full rank.
+    - `"linear"`: `(sum_i sign(c_i) sqrt|c_i| A_i) (sum_i sqrt|c_i| B_i)`, which is the sum above
+      and cross terms `A_i B_j`. The ranks must be equal.
+    - `"magnitude_prune"`, `"ties"`, `"dare_linear"`, `"dare_ties"`: as `"linear"`, of factors of
+      which a share `density` is kept, in the way of each method. The ranks must be equal.
+
+    The new adapter has the scale 1. It waits for `set_adapter`, or acts at once where none does. A
+    head or bias that one of the adapters trained goes along.
+
+    Args:
+        model: An adapted model.
+        weights: `{name: weight}`; weights may be negative.
+        name: Name of the new adapter.
+        method: One of the above; `keras_lora.combining` has the equations.
+        rank: For `svd`: the rank to keep; all of it by default.
+        density: For the last four methods: the share of entries that is kept, in (0, 1].
+        majority_sign: For the two `ties` methods: elect signs by `"total"` or `"frequency"`.
+        seed: For the two `dare` methods: of the entries that are dropped.
+
+    Raises:
+        ValueError: unknown names or options, a name that is taken, a weight that is not finite,
+            unequal ranks where they must be equal, or two adapters with a head of their own.
+
+    Example:
+
+    >>> import keras, keras_lora as kl
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
+    >>> config = kl.LoRAConfig(targets=["up"], rank=2)
+    >>> model = kl.apply_lora(kl.apply_lora(model, config, name="fr"), config, name="de")
+    >>> kl.combine_adapters(model, {"fr": 0.7, "de": 0.3}, "both")
+    >>> kl.lora_layers(model)["up"].adapters["both"].spec.rank
+    4
+
+    References: Yadav et al. 2023 (TIES), https://arxiv.org/abs/2306.01708; Yu et al. 2023 (DARE),
+    https://arxiv.org/abs/2311.03099.
+    """
+    names = check_names(model, list(weights))
+    options = Combination(
+        method=method, rank=rank, density=density, majority_sign=majority_sign, seed=seed
+    )
+    _check_weights(weights)
+    layers = adapted(model)
+    values = _values_of_one(model, names)
+    factors = {}
+    for index, (path, layer) in enumerate(layers.items()):
+        terms = [_term(layer, n, weights[n]) for n in names if n in layer.adapters]
+        if terms:
+            # Of its own for each layer: else layers of one shape would lose the same entries.
+            own = dataclasses.replace(options, seed=seed + index)
+            factors[path] = _combined(path, layer, terms, own)
+    known = groups(layers)
+    trained = [v for n in names if n in known for v in known[n].trained]
+    plan = plan_factors(model, name, Group(None, trained), factors, values)
+    install(model, plan, acts=not active_names(layers))
+
+
+def _term(layer: LoRALayer, name: str, weight: float) -> Term:
+    adapter = layer.adapters[name]
+    a, b = split_kernel(layer).matrices(
+        np.array(adapter.a), np.array(adapter.b), kernel_shape(layer)
+    )
+    return Term(a, b, weight * adapter.scaling)
+
+
+def _combined(
+    path: str, layer: LoRALayer, terms: Sequence[Term], options: Combination
+) -> tuple[AdapterSpec, Any, Any]:
     try:
-        check_alpha(factor)
-    except ValueError:
-        raise invalid("factor", "a finite number", factor) from None
+        a, b = combine(terms, options)
+    except ValueError as error:
+        raise ValueError(f"Layer '{path}': {error}") from error
+    rank = a.shape[-1]
+    factors = split_kernel(layer).factors(a, b, kernel_shape(layer))
+    return AdapterSpec(rank=rank, alpha=rank), *factors
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    if not weights:
+        raise invalid("weights", "at least one adapter", weights)
+    for weight in weights.values():
+        if not is_finite(weight):
+            raise invalid("weights", "finite numbers", dict(weights))
+
+
+def _values_of_one(
+    model: keras.Model, names: Sequence[str]
+) -> list[tuple[keras.Variable, np.ndarray]]:
+    """The values that adapters have of the base's variables, where one at most has one."""
+    values = []
+    for item in all_held(model.variables):
+        owners = [name for name in names if name in item.names]
+        if len(owners) > 1:
+            raise invalid(
+                "weights",
+                f"adapters of which one at most has its own '{item.variable.path}'",
+                owners,
+                "there is no combination of heads: leave all but one out",
+            )
+        values += [(item.variable, item.value(name)) for name in owners]
+    return values

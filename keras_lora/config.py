@@ -181,8 +181,12 @@ def check_rank(rank: object) -> None:
 
 
 def check_alpha(alpha: object) -> None:
-    if not _is_number(alpha) or not math.isfinite(alpha):  # type: ignore[arg-type]
+    if not is_finite(alpha):
         raise invalid("alpha", "a finite number", alpha, "try alpha=2 * rank")
+
+
+def is_finite(value: object) -> bool:
+    return _is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _is_number(value: object) -> bool:

@@ -27,7 +27,7 @@ from keras_lora.kerashub_h5 import (
 from keras_lora.layers import kernel_shape, lora_class_for, plain_class, split_kernel
 from keras_lora.lowrank import Shape
 from keras_lora.per_axis import Pair, from_per_axis, to_per_axis
-from keras_lora.walker import Node, _is_backbone, walk
+from keras_lora.walker import Node, is_backbone, walk
 
 
 def keras_hub_layers(model: keras.layers.Layer) -> dict[int, Node]:
@@ -46,7 +46,7 @@ def keras_hub_layers(model: keras.layers.Layer) -> dict[int, Node]:
 
 
 def _backbone(model: keras.layers.Layer) -> Any:
-    found = [v for v in (model, *(n.layer for n in walk(model))) if _is_backbone(v)]
+    found = [v for v in (model, *(n.layer for n in walk(model))) if is_backbone(v)]
     inside = {id(node.layer) for backbone in found for node in walk(backbone)}
     outermost = [backbone for backbone in found if id(backbone) not in inside]
     if len(outermost) != 1:

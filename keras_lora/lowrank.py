@@ -132,6 +132,17 @@ class EinsumSplit:
         size = {**self.sizes(kernel_shape), self.rank_label: rank}
         return tuple(size[c] for c in self.a), tuple(size[c] for c in self.b)
 
+    def matrices(self, a: Tensor, b: Tensor, kernel_shape: Shape) -> tuple[Tensor, Tensor]:
+        """`A` and `B` as `(shared, d, r)` and `(shared, r, k)`."""
+        d, k = self.matrix_shape(kernel_shape)
+        rank = a.shape[-1]
+        return a.reshape(-1, d, rank), b.reshape(-1, rank, k)
+
+    def factors(self, a: Tensor, b: Tensor, kernel_shape: Shape) -> tuple[Tensor, Tensor]:
+        """The inverse of `matrices`."""
+        shapes = self.factor_shapes(kernel_shape, a.shape[-1])
+        return a.reshape(shapes[0]), b.reshape(shapes[1])
+
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
         """`A B` in the shape of the kernel."""
         return ops.einsum(f"{self.a},{self.b}->{self.kernel}", a, b)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -33,11 +34,16 @@ Layer: TypeAlias = "keras.layers.Layer"
 
 @dataclass(frozen=True)
 class Node:
-    """A layer in the tree of a model. `path` joins the layers' names from below the root."""
+    """A layer in the tree of a model.
+
+    `path` joins the layers' names from below the root. `stable_path` is what it would be in the
+    first model of a process: Keras numbers the layers that are given no name, over all models.
+    """
 
     path: str
     layer: Layer
     parent: Layer
+    stable_path: str
 
 
 @dataclass(frozen=True)
@@ -62,19 +68,34 @@ class Target:
 
 def walk(model: Layer) -> Iterator[Node]:
     """Every layer below `model`, parents first, each object once: at the first path to it."""
-    yield from _walk(model, "", {id(model)})
+    yield from _walk(model, "", "", {id(model)})
 
 
-def _walk(parent: Layer, prefix: str, seen: set[int]) -> Iterator[Node]:
-    names: dict[str, int] = {}
+def _walk(parent: Layer, prefix: str, stable_prefix: str, seen: set[int]) -> Iterator[Node]:
+    names: Counter[str] = Counter()
+    stable_names: Counter[str] = Counter()
     for layer in parent._flatten_layers(include_self=False, recursive=False):
         if id(layer) in seen:
             continue
         seen.add(id(layer))
-        count = names[layer.name] = names.get(layer.name, 0) + 1
-        path = f"{prefix}{layer.name}" + (f"#{count}" if count > 1 else "")
-        yield Node(path, layer, parent)
-        yield from _walk(layer, f"{path}/", seen)
+        path = prefix + numbered(layer.name, names)
+        stable = stable_prefix + numbered(_unnumbered(layer), stable_names)
+        yield Node(path, layer, parent, stable)
+        yield from _walk(layer, f"{path}/", f"{stable}/", seen)
+
+
+def numbered(name: str, seen: Counter[str]) -> str:
+    """`name`, and for further ones of that name `name#2`, `name#3`..."""
+    seen[name] += 1
+    return name if seen[name] == 1 else f"{name}#{seen[name]}"
+
+
+def _unnumbered(layer: Layer) -> str:
+    """The layer's name, without the number where Keras made the name from the class."""
+    given = re.sub(r"([a-z])([A-Z])", r"\1_\2", type(layer).__name__)
+    given = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", given)
+    snake = re.sub("_+", "_", given).lower()
+    return snake if re.fullmatch(rf"{re.escape(snake)}_\d+", layer.name) else str(layer.name)
 
 
 def lora_layers(model: Layer) -> dict[str, LoRALayer]:
@@ -293,7 +314,7 @@ def _without(
 
 def output_heads(model: Layer) -> set[int]:
     """The ids of the linear layers that make a model's outputs; see `find_targets`."""
-    if _is_backbone(model):
+    if is_backbone(model):
         return set()
     if isinstance(model, keras.Sequential) or not _is_functional(model):
         children = model._flatten_layers(include_self=False, recursive=False)
@@ -331,7 +352,7 @@ def _is_functional(model: Layer) -> bool:
     return isinstance(model, keras.Model) and getattr(model, "outputs", None) is not None
 
 
-def _is_backbone(model: Layer) -> bool:
+def is_backbone(model: Layer) -> bool:
     """Whether this is a KerasHub backbone, told by name so that KerasHub is not imported."""
     names = {f"{c.__module__}.{c.__name__}" for c in type(model).__mro__}
     return "keras_hub.src.models.backbone.Backbone" in names

@@ -10,6 +10,7 @@ import keras_lora
 ROOT = Path(keras_lora.__file__).parent
 # Each module may import from those before it.
 ORDER = [
+    "version",
     "lowrank",
     "per_axis",
     "config",
@@ -36,6 +37,7 @@ ORDER = [
     "kerashub_h5",
     "kerashub",
     "adapters",
+    "serialization",
     "summary",
     "export",
     "",

@@ -4,8 +4,8 @@ from keras_lora.inject.apply import apply_lora, drop, install
 from keras_lora.inject.compiled import changing
 from keras_lora.inject.freezing import original_flag
 from keras_lora.inject.merge import merge_lora, merged, unload_lora
-from keras_lora.inject.optimizers import forget_optimizer_states
-from keras_lora.inject.plan import Plan, check_name_is_new
+from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
+from keras_lora.inject.plan import plan_factors
 from keras_lora.inject.saving import guard_saving, models_in
 from keras_lora.inject.switching import (
     activate,
@@ -18,14 +18,12 @@ from keras_lora.inject.switching import (
 )
 
 __all__ = [
-    "Plan",
     "activate",
     "active_names",
     "adapted",
     "adapter_names",
     "apply_lora",
     "changing",
-    "check_name_is_new",
     "check_names",
     "drop",
     "forget_optimizer_states",
@@ -36,6 +34,8 @@ __all__ = [
     "merged",
     "models_in",
     "original_flag",
+    "plan_factors",
+    "reset_optimizer",
     "switch",
     "unload_lora",
 ]

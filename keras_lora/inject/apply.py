@@ -117,9 +117,11 @@ def _add(plan: Plan) -> None:
         with strategy_scope(target.layer):
             adapted = isinstance(target.layer, LoRALayer)
             layer = target.layer if adapted else attach(target.layer)
-            adapter = layer.add_adapter(plan.name, spec, plan.group)
-        for factor, value in zip(adapter.factors, plan.factors.get(target.path, ()), strict=False):
-            factor.assign(value)
+            if target.path in plan.factors:
+                factors = plan.factors[target.path]
+                layer.put_adapter(plan.name, layer.adapter_of(spec, *factors, plan.group))
+            else:
+                layer.add_adapter(plan.name, spec, plan.group)
     for variable in plan.held:
         item = hold(variable, plan.name)
         if id(variable) in plan.values:

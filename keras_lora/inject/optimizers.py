@@ -59,9 +59,18 @@ def switch_optimizer(model: keras.Model, left: Sequence[str], entered: Sequence[
         variable.assign(value)
 
 
+def reset_optimizer(model: keras.Model) -> None:
+    """Let the optimizer start anew, with the same learning rate and nothing traced again."""
+    optimizer = built_optimizer(model)
+    if optimizer is not None:
+        for variable, value in zip(_state(optimizer), _initial(model), strict=True):
+            variable.assign(value)
+
+
 def forget_optimizer_states(model: keras.Model, name: str) -> None:
     """Drop what is parked for an adapter that was deleted or replaced."""
-    parked = _PARKED.get(built_optimizer(model), {}) if built_optimizer(model) else {}
+    optimizer = built_optimizer(model)
+    parked = {} if optimizer is None else _PARKED.get(optimizer, {})
     for names in [names for names in parked if name in names]:
         del parked[names]
 

@@ -11,7 +11,7 @@ import keras
 
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.inject.freezing import own_trainable_variables
-from keras_lora.layers import Group, LoRALayer, all_held, split_kernel
+from keras_lora.layers import Group, LoRALayer, all_held, check_adapter_name, split_kernel
 from keras_lora.walker import Node, Target, find_targets, lora_layers, match_names, matches, walk
 
 
@@ -42,6 +42,43 @@ def make_plan(model: keras.Model, config: LoRAConfig, name: str) -> Plan:
     group = Group(config, unique([*_biases(model, targets, config.bias), *full]))
     held = unique([*group.trained, *(v for node in trained for v in node.layer.weights)])
     return Plan(name, specs, group, held)
+
+
+def plan_factors(
+    model: keras.Model,
+    name: str,
+    group: Group,
+    factors: Mapping[str, tuple[AdapterSpec, Any, Any]],
+    values: Sequence[tuple[keras.Variable, Any]] = (),
+) -> Plan:
+    """To add an adapter that exists already: spec, `A` and `B` by path, and held variables.
+
+    Raises:
+        ValueError: a name that is taken or malformed, or layers that cannot take the factors.
+    """
+    check_adapter_name(name)
+    check_name_is_new(model, name)
+    targets = find_targets(model, lambda target: target.path in factors)
+    wrong = sorted(set(factors) - {target.path for target in targets})
+    wrong += [t.path for t in targets if not _takes(t, *factors[t.path])]
+    if wrong:
+        raise ValueError(
+            "Expected factors for layers that can be adapted, of the shapes that belong to their "
+            f"kernels. Received others for: {wrong}. Check the model that they were made for."
+        )
+    return Plan(
+        name,
+        [(target, factors[target.path][0]) for target in targets],
+        group,
+        [variable for variable, _ in values],
+        {path: (a, b) for path, (_, a, b) in factors.items()},
+        {id(variable): value for variable, value in values},
+    )
+
+
+def _takes(target: Target, spec: AdapterSpec, a: Any, b: Any) -> bool:
+    expected = split_kernel(target.layer).factor_shapes(target.kernel_shape, spec.rank)
+    return (tuple(a.shape), tuple(b.shape)) == expected
 
 
 def unique(variables: Iterable[keras.Variable]) -> list[keras.Variable]:

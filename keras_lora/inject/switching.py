@@ -138,7 +138,8 @@ def _trained_variables(model: keras.Model, names: Sequence[str]) -> list[keras.V
 
 
 def _fit(layers: Mapping[str, LoRALayer], names: Sequence[str]) -> bool:
-    return all(layer.fits([n for n in names if n in layer.adapters]) for layer in layers.values())
+    adapters = [[x.adapters[n].spec for n in names if n in x.adapters] for x in layers.values()]
+    return all(x.fits(specs) for x, specs in zip(layers.values(), adapters, strict=True))
 
 
 def _same_flags(

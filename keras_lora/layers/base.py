@@ -156,7 +156,7 @@ class LoRALayer(keras.layers.Layer):
 
     @property
     def slots(self) -> Sequence[Slot]:
-        """The variables that the layer computes with; a slot for each adapter that acts, or more."""
+        """The variables that the layer computes with; at least a slot for each that acts."""
         return tuple(self._lora.slots)
 
     @property
@@ -200,10 +200,14 @@ class LoRALayer(keras.layers.Layer):
         shared = len(self._split().shared)
         return Adapter(spec, Factor(a, len(np.shape(a)) - 1), Factor(b, shared), group)
 
-    def replace_adapter(self, name: str, adapter: Adapter) -> None:
-        """Put another adapter under the name of one, also into its slot, if it fits there."""
+    def put_adapter(self, name: str, adapter: Adapter) -> None:
+        """Take an adapter in, in the place of one of that name where there is one.
+
+        Whether it acts is as before. What acts must fit (`fits`).
+        """
+        old = self._lora.adapters.get(name)
         for slot in self._lora.slots:
-            if slot.holds is self._lora.adapters[name]:
+            if old is not None and slot.holds is old:
                 slot.park()
                 slot.put(adapter)
         self._lora.adapters[name] = adapter
@@ -219,11 +223,15 @@ class LoRALayer(keras.layers.Layer):
         self.activate([n for n in self._lora.active if n != name], self.trains_adapters)
         del self._lora.adapters[name]
 
-    def fits(self, names: Sequence[str]) -> bool:
-        """Whether these adapters can act without new variables, which need a new trace."""
-        specs = [self._lora.adapters[name].spec for name in names]
+    @property
+    def masks(self) -> bool:
+        """Whether dropout is part of what the layer computes in training."""
+        return self._lora.seeds is not None
+
+    def fits(self, specs: Sequence[AdapterSpec]) -> bool:
+        """Whether such adapters can act without new variables, which need a new trace."""
         enough = len(specs) <= len(self._lora.slots)
-        masked = self._lora.seeds is not None or not any(spec.dropout for spec in specs)
+        masked = self.masks or not any(spec.dropout for spec in specs)
         pairs = zip(specs, self._lora.slots, strict=False)
         return enough and masked and all(spec.rank <= slot.rank for spec, slot in pairs)
 

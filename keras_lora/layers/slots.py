@@ -38,7 +38,7 @@ class Factor:
         self._rank_axis = rank_axis
         self.shape: Shape = self._parked.shape
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: ARG002
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self._value(), dtype, copy=True)
 
     def assign(self, value: Any) -> None:
@@ -87,10 +87,11 @@ class Factor:
 class Group:
     """What the adapters of one name have in common, over all layers of a model.
 
-    `trained` are variables of the base that train with them: selected biases, `layers_to_save`.
+    `config` is what `apply_lora` was given; None where the adapter was made otherwise. `trained`
+    are variables of the base that train with it: selected biases, `layers_to_save`.
     """
 
-    config: LoRAConfig
+    config: LoRAConfig | None
     trained: list[keras.Variable] = field(default_factory=list)
 
 

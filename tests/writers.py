@@ -1,0 +1,80 @@
+"""Processes that save one of two adapters over the other, and are killed.
+
+They import `files.py` by its path: the package imports Keras, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+spec = importlib.util.spec_from_file_location(
+    "files_alone", Path(__file__).parent.parent / "keras_lora" / "files.py"
+)
+assert spec
+assert spec.loader
+files = sys.modules["files_alone"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+
+ADAPTERS: dict[str, dict[str, np.ndarray]] = {
+    "old": {"a": np.full(70_001, 1, "float32"), "b": np.full((3, 5), 1, "float16")},
+    "new": {"a": np.full(30_011, 2, "float32"), "c": np.full((7,), 2, "float64")},
+}
+# Of the events that Python audits, those at which saving changes a directory.
+STEPS = {"open", "os.rename", "os.remove", "os.mkdir"}
+
+
+def write(name: str, directory: str) -> None:
+    files.write_adapter_files(directory, {"name": name}, ADAPTERS[name], overwrite=True)
+
+
+def read(directory: str) -> str | None:
+    """The name of the adapter, after making sure that it is whole; None where there is none."""
+    if not Path(directory, files.TENSORS_FILE).exists():
+        return None
+    loaded = files.read_adapter_files(directory)
+    name: str = loaded.config["name"]
+    assert loaded.config == {"name": name}
+    assert set(loaded.tensors) == set(ADAPTERS[name])
+    for key, array in ADAPTERS[name].items():
+        np.testing.assert_array_equal(loaded.tensors[key], array, strict=True)
+    return name
+
+
+def write_until_killed(directory: str) -> None:
+    assert not {"keras", "keras_lora", "tensorflow"} & set(sys.modules)
+    print("started", flush=True)
+    for name in itertools.cycle(ADAPTERS):
+        write(name, directory)
+
+
+def die_at_step(step: int) -> None:
+    left = iter(range(step))
+
+    def hook(event: str, _: Any) -> None:
+        if event in STEPS and next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def die_at_every_step(directory: str) -> None:
+    """Save in children that die before their first step, their second, and so on to the end."""
+    for name in ("old", "new"):
+        for step in itertools.count():
+            child = os.fork()
+            if child == 0:
+                die_at_step(step)
+                write(name, directory)
+                os._exit(0)
+            status = os.waitpid(child, 0)[1]
+            print(name, "killed" if status == signal.SIGKILL else status, read(directory))
+            if status == 0:
+                break
