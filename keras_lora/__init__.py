@@ -11,6 +11,7 @@ from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.export import GraphReport, check_saved_model, export_saved_model
 from keras_lora.files import AdapterFileError, read_adapter_config, read_adapter_files
 from keras_lora.inject import apply_lora, merge_lora, merged, unload_lora
+from keras_lora.kerashub import ConvertedLayer, load_keras_hub_lora, save_keras_hub_lora
 from keras_lora.layers import LoRADense, LoRAEinsumDense, LoRALayer, register_lora_class
 from keras_lora.serialization import load_adapter, save_adapter
 from keras_lora.summary import LoRASummary, lora_summary
@@ -20,6 +21,7 @@ from keras_lora.walker import Target, find_targets, lora_layers
 __all__ = [
     "AdapterFileError",
     "AdapterSpec",
+    "ConvertedLayer",
     "GraphReport",
     "LoRAConfig",
     "LoRADense",
@@ -36,6 +38,7 @@ __all__ = [
     "export_saved_model",
     "find_targets",
     "load_adapter",
+    "load_keras_hub_lora",
     "lora_layers",
     "lora_summary",
     "merge_lora",
@@ -44,6 +47,7 @@ __all__ = [
     "read_adapter_files",
     "register_lora_class",
     "save_adapter",
+    "save_keras_hub_lora",
     "scale_adapter",
     "set_adapter",
     "unload_lora",

@@ -12,22 +12,150 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_lora.config import check_rank, invalid
+from keras_lora.combining import truncate
+from keras_lora.config import AdapterSpec, check_rank, invalid
+from keras_lora.inject import active_names, adapted, check_names, install, plan_factors
 from keras_lora.kerashub_h5 import (
     PathLike,
     file_error,
     read_keras_hub_lora,
     write_keras_hub_arrays,
 )
-from keras_lora.layers import kernel_shape, lora_class_for, plain_class, split_kernel
+from keras_lora.layers import (
+    DEFAULT_ADAPTER,
+    Group,
+    kernel_shape,
+    lora_class_for,
+    plain_class,
+    split_kernel,
+)
 from keras_lora.lowrank import Shape
 from keras_lora.per_axis import Pair, from_per_axis, to_per_axis
-from keras_lora.walker import Node, is_backbone, walk
+from keras_lora.walker import Node, is_backbone, lora_layers, walk
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """How a layer's factors came out of a KerasHub file.
+
+    `error` is `|dW - dW_file| / |dW_file|` (Frobenius): 0 where nothing was truncated.
+    """
+
+    path: str
+    file_rank: int
+    rank: int
+    error: float
+
+
+def load_keras_hub_lora(
+    model: keras.Model,
+    path: PathLike,
+    name: str = DEFAULT_ADAPTER,
+    *,
+    rank: int | None = None,
+    skip_unsupported: bool = False,
+) -> list[ConvertedLayer]:
+    """Add an adapter from a file of KerasHub's `backbone.save_lora_weights`.
+
+    Keras factors the last axis of a kernel only, so that a query kernel `(d, n, h)` has a factor
+    for each of `n` heads: its delta has the rank `n r`, or `min(d, n h)` if that is less. The
+    conversion is exact at that rank.
+
+    It acts at once where no other adapter does, and else waits for `set_adapter`.
+
+    Args:
+        model: The backbone, or a model that holds it, without Keras's own LoRA enabled.
+        path: A file whose name ends in `.lora.h5`.
+        name: The adapter's name.
+        rank: Truncate to this rank, to the best approximation there is (SVD).
+        skip_unsupported: Leave out, with a warning, layers that cannot be adapted here.
+
+    Returns:
+        The rank in the file, the rank here and the error of each layer.
+
+    Raises:
+        ValueError: a name that is taken, or a rank that is not a positive integer.
+        AdapterFileError: the file is not such a file, or not one of this model.
+
+    Example:
+
+    >>> import tempfile, keras_hub, keras_lora as kl
+    >>> def backbone():
+    ...     return keras_hub.models.GPT2Backbone(
+    ...         vocabulary_size=11, num_layers=1, num_heads=2, hidden_dim=6, intermediate_dim=5
+    ...     )
+    >>> saved = backbone()
+    >>> saved.enable_lora(rank=1)
+    >>> file = f"{tempfile.mkdtemp()}/x.lora.h5"
+    >>> saved.save_lora_weights(file)
+    >>> [(layer.file_rank, layer.rank) for layer in kl.load_keras_hub_lora(backbone(), file)]
+    [(1, 2), (1, 2)]
+    """
+    if rank is not None:
+        check_rank(rank)
+    exact = keras_hub_factors(model, path, skip_unsupported=skip_unsupported)
+    nodes = {node.path: node for node in walk(model)}
+    file_ranks = _file_ranks(model, path)
+    factors, report = {}, []
+    for layer_path, pair in exact.items():
+        a, b, error = _at_rank(nodes[layer_path], pair, rank)
+        factors[layer_path] = AdapterSpec(rank=a.shape[-1], alpha=a.shape[-1]), a, b
+        report.append(ConvertedLayer(layer_path, file_ranks[layer_path], a.shape[-1], error))
+    plan = plan_factors(model, name, Group(None), factors)
+    install(model, plan, acts=not active_names(lora_layers(model)))
+    return report
+
+
+def save_keras_hub_lora(
+    model: keras.Model,
+    path: PathLike,
+    name: str = DEFAULT_ADAPTER,
+    *,
+    target_layer_names: Sequence[str] | None = None,
+) -> int:
+    """Write an adapter for KerasHub's `backbone.load_lora_weights`: see `write_keras_hub_lora`.
+
+    Args:
+        model: An adapted backbone, or a model that holds one.
+        path: A file name that ends in `.lora.h5`. A file of that name is replaced.
+        name: The adapter.
+        target_layer_names: As in `backbone.enable_lora`; the backbone's own names by default.
+
+    Returns:
+        The rank of the file.
+
+    Raises:
+        ValueError: no such adapter, or what such a file cannot hold, layer by layer.
+        AdapterFileError: the file cannot be written.
+    """
+    (name,) = check_names(model, [name])
+    factors = {
+        layer_path: (adapter.scaling * np.array(adapter.a, "float64"), np.array(adapter.b))
+        for layer_path, layer in adapted(model).items()
+        for adapter in [layer.adapters.get(name)]
+        if adapter is not None
+    }
+    return write_keras_hub_lora(path, model, factors, target_layer_names=target_layer_names)
+
+
+def _file_ranks(model: keras.Model, path: PathLike) -> dict[str, int]:
+    pairs, layers = read_keras_hub_lora(path), keras_hub_layers(model)
+    return {layers[i].path: len(b) for i, (_, b) in pairs.items()}
+
+
+def _at_rank(node: Node, pair: Pair, rank: int | None) -> tuple[np.ndarray, np.ndarray, float]:
+    a, b = pair
+    if rank is None or a.shape[-1] <= rank:
+        return a, b, 0.0
+    split, shape = split_kernel(node.layer), kernel_shape(node.layer)
+    kept = truncate(*split.matrices(a, b, shape), rank)
+    return *split.factors(kept.a, kept.b, shape), kept.relative_error
 
 
 def keras_hub_layers(model: keras.layers.Layer) -> dict[int, Node]:

@@ -238,6 +238,56 @@ def test_kernels_are_those_of_keras(name: str, rank: int, file: Path) -> None:
     assert_equal_deltas(our_deltas(model, factors), keras_deltas(model))
 
 
+def adapted_kernels(model: Any, name: str) -> Deltas:
+    """Effective kernel minus base of each layer that has the adapter."""
+    layers = {i: node.layer for i, node in keras_hub_layers(model).items()}
+    return {
+        i: numpy_of(v.kernel) - numpy_of(v.base_kernel)
+        for i, v in layers.items()
+        if isinstance(v, kl.LoRALayer) and name in v.adapters
+    }
+
+
+@pytest.mark.parametrize("name", ["BertBackbone", "GPT2Backbone", "GemmaBackbone"])
+def test_a_file_becomes_an_adapter_and_an_adapter_a_file(name: str, file: Path) -> None:
+    theirs = trained(backbone(name))
+    theirs.save_lora_weights(file)
+    ours = backbone(name)
+    report = kl.load_keras_hub_lora(ours, file, "hub")
+    assert_equal_deltas(adapted_kernels(ours, "hub"), keras_deltas(theirs))
+    assert {layer.file_rank for layer in report} == {2}
+    assert max(layer.rank for layer in report) > 2  # a factor for each head
+    assert not any(layer.error for layer in report)
+    with kl.scale_adapter(ours, "hub", 0.5):
+        kl.save_keras_hub_lora(ours, file, "hub")
+    fresh = backbone(name)
+    fresh.load_lora_weights(file)
+    halved = {i: delta / 2 for i, delta in keras_deltas(theirs).items()}
+    assert_equal_deltas(keras_deltas(fresh), halved)
+
+
+def test_an_adapter_is_truncated_as_well_as_can_be(file: Path) -> None:
+    theirs = trained(backbone("BertBackbone"), 3)
+    theirs.save_lora_weights(file)
+    ours = backbone("BertBackbone")
+    report = kl.load_keras_hub_lora(ours, file, rank=2)
+    nodes = {node.path: i for i, node in keras_hub_layers(ours).items()}
+    exact = keras_deltas(theirs)
+    for layer in report:
+        delta = exact[nodes[layer.path]]
+        values = np.linalg.svd(delta.reshape(len(delta), -1), compute_uv=False)
+        expected = np.linalg.norm(values[2:]) / np.linalg.norm(values)
+        assert layer.rank == 2
+        assert layer.error == pytest.approx(expected, rel=1e-4)
+        received = adapted_kernels(ours, "default")[nodes[layer.path]]
+        error = np.linalg.norm(received - delta) / np.linalg.norm(delta)
+        assert error == pytest.approx(expected, rel=1e-3)
+    wrong: list[dict[str, Any]] = [{"rank": 0}, {"name": "default"}, {"name": "a/b"}]
+    for options in wrong:
+        with pytest.raises(ValueError, match="rank|name"):
+            kl.load_keras_hub_lora(ours, file, **options)
+
+
 @pytest.mark.parametrize("name", ["BertBackbone", "GPT2Backbone", "GemmaBackbone"])
 def test_factors_of_true_rank_load_into_keras_hub(name: str, file: Path) -> None:
     model = backbone(name)
