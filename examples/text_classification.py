@@ -20,45 +20,50 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 import argparse
-import contextlib
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import assets
 import keras
-import keras_hub
 import numpy as np
-import tensorflow as tf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 from safetensors.numpy import save_file
+from training import (
+    BATCH,
+    CONFIG,
+    Data,
+    Features,
+    Steps,
+    argument_parser,
+    batches,
+    classifier,
+    compile_for_training,
+    folder_bytes,
+    megabytes,
+    output_folder,
+    positive,
+    progress_bars,
+    tokenise,
+)
 
 import keras_lora as kl
 
 SEQUENCE_LENGTH = 32
-BATCH = 32
+CLASSES = 2
 STEPS = 96
 # A divisor of both the validation and the test rows: a smaller last batch would compile again.
 SCORED_AT_ONCE = 100
-# The first steps compile.
-WARM_UP = 5
 TOLERANCE = 1e-4
 SERVER = Path(__file__).with_name("run_saved_model.py")
-
-# Sentence embeddings are means over tokens, so this encoder's pooler never saw a task: it is as
-# fresh as the classifier itself.
-HEAD = ("pooled_dense", "logits")
-CONFIG = kl.LoRAConfig(rank=8, alpha=16, layers_to_save=HEAD)
-
-Features = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,6 @@ class Method:
     @property
     def learning_rate(self) -> float:
         return max(self.sweep, key=lambda rate: self.sweep[rate])
-
-
-@dataclass(frozen=True)
-class Data:
-    """Tokenised rows."""
-
-    features: Features
-    labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -116,23 +113,6 @@ METHODS = (
 )
 
 
-def classifier() -> keras.Model:
-    """The encoder with a fresh head, on tokenised rows."""
-    return keras_hub.models.BertTextClassifier.from_preset(
-        str(assets.minilm()), num_classes=2, preprocessor=None
-    )
-
-
-def tokenise(rows: assets.Rows) -> Data:
-    preprocessor = keras_hub.models.BertTextClassifierPreprocessor.from_preset(
-        str(assets.minilm()), sequence_length=SEQUENCE_LENGTH
-    )
-    features = preprocessor(list(rows.texts))
-    return Data(
-        {name: np.asarray(x, "int32") for name, x in features.items()}, np.array(rows.labels)
-    )
-
-
 class Scorer:
     """The accuracy of any method's model, through one plain classifier that is compiled once.
 
@@ -141,37 +121,14 @@ class Scorer:
 
     def __init__(self, data: Data) -> None:
         self._data = data
-        self._plain = classifier()
+        self._plain = classifier(CLASSES)
         self._plain.compile(jit_compile=True)
 
     def accuracy(self, model: keras.Model) -> float:
         plain = kl.merge_lora(model, inplace=False) if kl.lora_layers(model) else model
         self._plain.set_weights(plain.get_weights())
         logits = self._plain.predict(self._data.features, batch_size=SCORED_AT_ONCE, verbose=0)
-        return float(np.mean(np.argmax(logits, axis=-1) == self._data.labels))
-
-
-class Steps(keras.callbacks.Callback):
-    """Lowers the learning rate linearly to 0, times each step and moves a progress bar."""
-
-    def __init__(self, rate: float, total: int, progress: Progress, title: str) -> None:
-        super().__init__()
-        self._rate, self._total, self._progress = rate, total, progress
-        self._bar = progress.add_task(title, total=total, loss="compiling")
-        self._started = 0.0
-        self.seconds: list[float] = []
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
-        self.model.optimizer.learning_rate = self._rate * (1 - batch / self._total)
-        self._started = time.perf_counter()
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
-        self.seconds.append(time.perf_counter() - self._started)
-        self._progress.update(self._bar, advance=1, loss=f"loss {logs['loss']:.3f}")
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds[WARM_UP:] or self.seconds)
+        return self._data.accuracy(logits)
 
 
 @dataclass(frozen=True)
@@ -186,7 +143,7 @@ class Study:
 
     def untrained(self, seed: int) -> Outcome:
         keras.utils.set_random_seed(seed)
-        return Outcome(self.scorer.accuracy(classifier()))
+        return Outcome(self.scorer.accuracy(classifier(CLASSES)))
 
     def run(self, model: keras.Model, method: Method, rate: float, seed: int) -> Outcome:
         """Train `model`, which is `trainee(method)`, from the start of this seed."""
@@ -207,36 +164,21 @@ class Study:
 
 def trainee(method: Method) -> keras.Model:
     """A model that is ready for every run of a method, so that it compiles only once."""
-    model = classifier()
+    model = classifier(CLASSES)
     method.prepare(model)
-    model.compile(
-        optimizer=keras.optimizers.Adam(),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        # Keras leaves XLA off on a CPU, where it makes these steps about half as long.
-        jit_compile=True,
-    )
+    compile_for_training(model)
     return model
 
 
 def restart(model: keras.Model, method: Method, seed: int) -> None:
     """All that a new model has with this seed, dropout included; an optimizer without memory."""
     keras.utils.set_random_seed(seed)
-    fresh = classifier()
+    fresh = classifier(CLASSES)
     method.prepare(fresh)
     for variable, value in zip(model.variables, fresh.variables, strict=True):
         variable.assign(value)
     for variable in model.optimizer.variables:
         variable.assign(keras.ops.zeros_like(variable))
-
-
-def batches(data: Data, steps: int, seed: int) -> tf.data.Dataset:
-    """`steps` batches of rows in a random order, each row once before any comes again."""
-    rng = np.random.default_rng(seed)
-    epochs = -(-steps * BATCH // len(data.labels))
-    order = np.concatenate([rng.permutation(len(data.labels)) for _ in range(epochs)])
-    order = order[: steps * BATCH]
-    features = {name: x[order] for name, x in data.features.items()}
-    return tf.data.Dataset.from_tensor_slices((features, data.labels[order])).batch(BATCH)
 
 
 def save_trained(model: keras.Model, path: Path) -> int:
@@ -324,48 +266,13 @@ def answers(saved_model: Path, feeds: Features) -> np.ndarray:
             return np.asarray(arrays["logits"])
 
 
-def folder_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB"
-
-
-@contextlib.contextmanager
-def output_folder(path: Path | None) -> Iterator[Path]:
-    """The folder asked for, or one that is gone afterwards."""
-    if path is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        yield path
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} rows; {STEPS}")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each method; 1")
+    parser = argument_parser(__doc__, STEPS)
+    parser.add_argument("--seeds", type=positive, default=1, help="runs of each method; 1")
     parser.add_argument(
         "--sweep", action="store_true", help="try learning rates, on validation rows"
     )
-    parser.add_argument("--out", type=Path, help="keep the files here; by default they are dropped")
-    options = parser.parse_args(arguments)
-    if min(options.steps, options.seeds) < 1:
-        parser.error("--steps and --seeds must be at least 1")
-    return options
-
-
-def progress_bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeElapsedColumn(),
-        console=console,
-    )
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -373,8 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     with console.status("Downloading and tokenising"):
         splits = assets.rotten_tomatoes()
-        train = tokenise(splits.train)
-        scored = tokenise(splits.validation if options.sweep else splits.test)
+        train = tokenise(splits.train, SEQUENCE_LENGTH)
+        held_out = splits.validation if options.sweep else splits.test
+        scored = tokenise(held_out, SEQUENCE_LENGTH)
     with output_folder(options.out) as folder, progress_bars(console) as progress:
         study = Study(train, Scorer(scored), options.steps, folder, progress)
         if options.sweep:

@@ -25,7 +25,7 @@ from keras_lora.inject import (
     groups,
     guard_saving,
     install,
-    models_in,
+    known_models,
     plan_factors,
     switch,
     unload_lora,
@@ -144,7 +144,7 @@ def delete_adapter(model: keras.Model, name: str) -> None:
     with changing(model, emptied) if emptied else contextlib.nullcontext():
         drop(model, name)
     guard_saving(model)
-    for inner in models_in(model):
+    for inner in known_models(model):
         forget_optimizer_states(inner, name)
 
 

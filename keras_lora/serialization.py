@@ -30,7 +30,7 @@ from keras_lora.inject import (
     forget_optimizer_states,
     groups,
     install,
-    models_in,
+    known_models,
     plan_factors,
     reset_optimizer,
 )
@@ -419,7 +419,7 @@ def _replace(model: keras.Model, name: str, loaded: _Loaded) -> None:
             layer.activate(names, layer.trains_adapters)
     for variable, value in loaded.values:
         hold(variable, name).assign(name, value)
-    for inner in models_in(model):
+    for inner in known_models(model):
         forget_optimizer_states(inner, name)
         if name in active:
             reset_optimizer(inner)

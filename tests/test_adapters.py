@@ -282,8 +282,7 @@ def test_merging_keeps_the_head_of_what_acts() -> None:
     x, _ = data(model)
     kl.set_adapter(model, "one")
     expected = numpy_of(model.predict(x, verbose=0))
-    with pytest.warns(UserWarning, match=r"\['two'\]"):
-        merged = kl.merge_lora(model, inplace=False)
+    merged = kl.merge_lora(model, inplace=False)
     np.testing.assert_allclose(numpy_of(merged.predict(x, verbose=0)), expected, rtol=1e-4)
     with pytest.warns(UserWarning, match=r"\['two'\]"):
         kl.merge_lora(model)
@@ -380,6 +379,31 @@ def test_two_models_around_one_encoder_have_a_task_each() -> None:
     for name in ["two", "four", "two"]:
         kl.set_adapter(tasks[name], name)
         np.testing.assert_array_equal(numpy_of(tasks[name].predict(x, verbose=0)), expected[name])
+
+
+def test_each_of_two_models_around_an_encoder_keeps_its_optimizer() -> None:
+    def run(turns: str) -> keras.Model:
+        keras.utils.set_random_seed(6)
+        inputs = keras.Input((5,))
+        encoder = keras.Model(inputs, keras.layers.Dense(7, activation="gelu", name="up")(inputs))
+        x = np.random.default_rng(2).normal(size=(6, 5)).astype("float32")
+        models = {
+            name: keras.Model(inputs, keras.layers.Dense(units, name="head")(encoder(inputs)))
+            for name, units in [("a", 2), ("b", 4)]
+        }
+        for name, model in models.items():
+            kl.apply_lora(model, kl.LoRAConfig(rank=2, layers_to_save=["head"]), name=name)
+            model.compile("adam", "mse")
+        for name in turns:
+            kl.set_adapter(models[name], name)
+            models[name].fit(x, np.ones((6, models[name].output_shape[-1])), verbose=0)
+        return models["a"]
+
+    turns, unbroken = run("aba"), run("aa")
+    kl.set_adapter(turns, "a")
+    received, expected = (list(factors(m, "a").values()) for m in (turns, unbroken))
+    assert received == expected
+    assert int(turns.optimizer.iterations) == 2
 
 
 def test_a_name_twice_is_refused() -> None:

@@ -73,15 +73,15 @@ def check_adapting(
 
 def check_step(model: keras.Model, inputs: Any, training: bool) -> None:
     """After a step of gradient descent nothing has moved but the adapters."""
-    adapters = [a for layer in kl.lora_layers(model).values() for a in layer.adapters.values()]
-    factors = {id(v) for adapter in adapters for v in adapter.factors}
+    slots = [slot for layer in kl.lora_layers(model).values() for slot in layer.slots]
+    factors = {id(v) for slot in slots for v in slot.factors}
     assert {id(v) for v in model.trainable_variables} == factors
     others = [v for v in model.weights if id(v) not in factors]
     before, gradients = snapshot(others), step(model, inputs, training)
     assert snapshot(others) == before
 
-    moved = [bool(np.any(numpy_of(adapter.b))) for adapter in adapters]
-    pulled = [bool(np.any(gradients.get(id(adapter.b), 0))) for adapter in adapters]
+    moved = [bool(np.any(numpy_of(slot.b))) for slot in slots]
+    pulled = [bool(np.any(gradients.get(id(slot.b), 0))) for slot in slots]
     assert moved == pulled
     # Not all: at random initialisation some layers of some backbones do not reach an output.
     assert 2 * sum(moved) >= len(moved)

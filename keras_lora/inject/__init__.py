@@ -6,7 +6,7 @@ from keras_lora.inject.freezing import original_flag
 from keras_lora.inject.merge import merge_lora, merged, unload_lora
 from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
 from keras_lora.inject.plan import plan_factors
-from keras_lora.inject.saving import guard_saving, models_in
+from keras_lora.inject.saving import guard_saving
 from keras_lora.inject.switching import (
     activate,
     active_names,
@@ -14,6 +14,7 @@ from keras_lora.inject.switching import (
     adapter_names,
     check_names,
     groups,
+    known_models,
     switch,
 )
 
@@ -30,9 +31,9 @@ __all__ = [
     "groups",
     "guard_saving",
     "install",
+    "known_models",
     "merge_lora",
     "merged",
-    "models_in",
     "original_flag",
     "plan_factors",
     "reset_optimizer",

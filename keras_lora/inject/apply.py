@@ -9,7 +9,7 @@ from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import changing, strategy_scope
 from keras_lora.inject.plan import Plan, make_plan, warn_of_high_ranks
 from keras_lora.inject.saving import guard_saving
-from keras_lora.inject.switching import activate, active_names, refreeze
+from keras_lora.inject.switching import activate, active_names, known_models, refreeze
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     LoRALayer,
@@ -110,6 +110,7 @@ def install(model: keras.Model, plan: Plan, acts: bool = True, trainable: bool =
         if acts:
             refreeze(model, plan.group.trained if trainable else ())
         guard_saving(model)
+        known_models(model)
 
 
 def _add(plan: Plan) -> None:

@@ -26,7 +26,7 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
 
     No class, variable or config of keras_lora is left: the model saves, loads and exports
     without this package. Every trainable flag is what it was before `apply_lora`. Adapters that
-    are not active are dropped, with a warning that names them.
+    are not active are dropped, with a warning that names them; a copy is made of those that act.
 
     Args:
         model: An adapted model.
@@ -50,11 +50,11 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
     Reference: Hu et al. 2021, section 4.1, "No Additional Inference Latency".
     """
     layers = _mergeable(model)
+    if not inplace:
+        return _merged_copy(model, layers)
     dropped = sorted({*adapter_names(layers)} - {*active_names(layers)})
     if dropped:
         warnings.warn(f"Merging drops the adapters that are not active: {dropped}.", stacklevel=2)
-    if not inplace:
-        return _merged_copy(model, layers)
     with changing(model, list(layers.values())):
         for layer in layers.values():
             layer.fold()

@@ -82,8 +82,8 @@ def switch(model: keras.Model, names: Sequence[str], trainable: bool = True) -> 
     fit = _fit(layers, names)
     if fit and _same_flags(model, layers, extra, trainable):
         activate(model, names, trainable)
-        for inner in models_in(model):
-            switch_optimizer(inner, *switched)
+        for known in known_models(model):
+            switch_optimizer(known, *switched)
     else:
         stale = stale_when_flags_change() if fit else FUNCTIONS
         with changing(model, list(layers.values()), switched, stale):
@@ -105,6 +105,18 @@ def activate(model: keras.Model, names: Sequence[str], trainable: bool | None = 
             layer.activate([n for n in names if n in layer.adapters], trains)
     for item, owner in owners:
         item.switch(owner)
+
+
+def known_models(model: keras.Model) -> list[keras.Model]:
+    """The models that were adapted or switched with layers of this one, and those in it.
+
+    Where one encoder serves several models, each has an optimizer with moments of the same slots.
+    """
+    layers = lora_layers(model).values()
+    inside = models_in(model)
+    for layer in layers:
+        layer._lora.models.update(inside)
+    return list({id(m): m for layer in layers for m in layer._lora.models}.values())
 
 
 def refreeze(model: keras.Model, extra: Iterable[keras.Variable]) -> None:

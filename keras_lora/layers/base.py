@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakSet
 
 import keras
 import numpy as np
@@ -47,6 +48,8 @@ class LoRAState:
     seeds: keras.random.SeedGenerator | None = None
     # What a checkpoint of this layer holds for its model: see `inject.apply`.
     held: list[Held] = field(default_factory=list)
+    # Models that were adapted or switched with this layer in them: their optimizers know of it.
+    models: WeakSet[Any] = field(default_factory=WeakSet)
     # Between the constructor and `build`.
     pending: dict[str, AdapterSpec] = field(default_factory=dict)
     train_bias: bool = False
