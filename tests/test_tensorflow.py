@@ -96,6 +96,30 @@ def test_generate_follows_every_change() -> None:
     assert generate() == moved
 
 
+def test_switching_does_not_trace_generate_again() -> None:
+    model = causal_lm()
+    model.compile(sampler="greedy")
+    for name, rank in [("one", 2), ("two", 3), ("three", 1)]:
+        kl.apply_lora(model, kl.LoRAConfig(rank=rank, alpha=64), name=name)
+    randomize_adapters(model)
+    prompt = {
+        "token_ids": np.array([[3, 5, 7, 0, 0, 0, 0, 0, 0, 0, 0]]),
+        "padding_mask": np.array([[1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]]),
+    }
+    texts: dict[str, set[tuple[int, ...]]] = {"one": set(), "two": set(), "three": set()}
+    kl.set_adapter(model, "two")
+    model.generate(prompt, stop_token_ids=None)
+    function = model.generate_function
+    for name in ["one", "two", "three", "one", "two", "three"]:
+        kl.set_adapter(model, name)
+        tokens = model.generate(prompt, stop_token_ids=None)["token_ids"][0]
+        texts[name].add(tuple(map(int, tokens)))
+    assert model.generate_function is function
+    assert function.experimental_get_tracing_count() == 1
+    assert {len(seen) for seen in texts.values()} == {1}
+    assert len({seen.pop() for seen in texts.values()}) == 3
+
+
 def test_a_kerashub_task_round_trips_through_a_copy() -> None:
     model = causal_lm()
     inputs = {"token_ids": np.ones((2, 11), "int32"), "padding_mask": np.ones((2, 11), "int32")}
