@@ -15,10 +15,12 @@ from keras_lora.kerashub import ConvertedLayer, load_keras_hub_lora, save_keras_
 from keras_lora.layers import LoRADense, LoRAEinsumDense, LoRALayer, register_lora_class
 from keras_lora.serialization import load_adapter, save_adapter
 from keras_lora.summary import LoRASummary, lora_summary
+from keras_lora.training import AdapterCheckpoint
 from keras_lora.version import __version__
 from keras_lora.walker import Target, find_targets, lora_layers
 
 __all__ = [
+    "AdapterCheckpoint",
     "AdapterFileError",
     "AdapterSpec",
     "ConvertedLayer",

@@ -32,16 +32,16 @@ FORMAT_VERSION = "1"
 
 _TEMPORARY = re.compile(r"\.adapter(_config\.json|\.safetensors)\.[0-9a-f]{32}\.tmp")
 # Bytes: parsed JSON takes up to some twenty-five times its size in memory.
-_CONFIG_LIMIT = 2**20
+CONFIG_LIMIT = 2**20
 _HEADER_LIMIT = 2**24  # 100,000 tensors take about 10 MB
 # safetensors names these, and its numpy functions cannot read the first.
-_DTYPES = {
+DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
-_CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
+CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
 class AdapterFileError(ValueError):
@@ -76,6 +76,7 @@ def write_adapter_files(
     tensors: Mapping[str, np.ndarray],
     *,
     overwrite: bool,
+    finite: bool = True,
 ) -> None:
     """Write an adapter such that a process killed at any moment leaves the old one or the new one.
 
@@ -85,9 +86,10 @@ def write_adapter_files(
     Args:
         directory: Where to; made, with its parents, if it does not exist. Other files in it stay.
         config: Values that JSON has: no NaN, no infinity; 1 MiB of them at most.
-        tensors: Arrays of float16, bfloat16, float32 or float64, all finite. A key is a name of
+        tensors: Arrays of float16, bfloat16, float32 or float64. A key is a name of
             printable segments with `/` between them, such as `"dense/lora_a"`.
         overwrite: Replace an adapter that is there.
+        finite: Refuse NaN and infinity.
 
     Raises:
         AdapterFileError: a value outside the above, an adapter is there and `overwrite` is false,
@@ -106,10 +108,10 @@ def write_adapter_files(
     plain = json.loads(_canonical(config, root / CONFIG_FILE))
     contents = {
         CONFIG_FILE: json.dumps(plain, indent=2).encode() + b"\n",
-        TENSORS_FILE: _serialized(plain, tensors, root / TENSORS_FILE),
+        TENSORS_FILE: _serialized(plain, tensors, root / TENSORS_FILE, finite),
     }
-    _check_size(root / CONFIG_FILE, len(contents[CONFIG_FILE]), _CONFIG_LIMIT)
-    with _explained(root):
+    check_size(root / CONFIG_FILE, len(contents[CONFIG_FILE]), CONFIG_LIMIT)
+    with explained(root):
         _check_target(root, overwrite)
         root.mkdir(parents=True, exist_ok=True)
         for file in _leftovers(root):
@@ -117,13 +119,14 @@ def write_adapter_files(
         _replace(root, contents)
 
 
-def read_adapter_files(directory: str | os.PathLike[str]) -> AdapterFiles:
+def read_adapter_files(directory: str | os.PathLike[str], *, finite: bool = True) -> AdapterFiles:
     """Read an adapter after checking all of it; nothing in it is executed or used as a path.
 
     Peak memory is twice the size of the files, 1.5 kilobytes a tensor, and the parsed config.
 
     Args:
         directory: The directory of an adapter.
+        finite: Refuse NaN and infinity.
 
     Returns:
         The config and the tensors. Where `adapter_config.json` differs from the config inside
@@ -143,15 +146,16 @@ def read_adapter_files(directory: str | os.PathLike[str]) -> AdapterFiles:
     {'rank': 4}
     """
     file = Path(directory) / TENSORS_FILE
-    with _opened(file) as stream:
-        header = _read_header(file, stream)
-        entries = _read_entries(file, stream)
+    with opened(file) as stream:
+        header = read_header(file, stream)
+        entries = read_entries(file, stream)
     metadata = _metadata(file, header)
     tensors = _arrays(file, entries)
     if metadata["digest"] != _digest(metadata["config"], tensors):
         expected = f"content of the digest {metadata['digest']!r}"
         _fail(file, expected, "other content", "the file is damaged: copy it or save it again")
-    _check_finite(file, tensors)
+    if finite:
+        _check_finite(file, tensors)
     return AdapterFiles(_compared_config(file, metadata["config"]), tensors)
 
 
@@ -176,8 +180,8 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     {'rank': 4}
     """
     file = Path(directory) / TENSORS_FILE
-    with _opened(file) as stream:
-        header = _read_header(file, stream)
+    with opened(file) as stream:
+        header = read_header(file, stream)
     return _compared_config(file, _metadata(file, header)["config"])
 
 
@@ -187,7 +191,7 @@ def _fail(file: Path, expected: str, received: object, fix: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _explained(file: Path) -> Iterator[None]:
+def explained(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
@@ -197,13 +201,13 @@ def _explained(file: Path) -> Iterator[None]:
 
 def _check_entries(file: Path, codes: Mapping[str, str]) -> None:
     problems = {
-        key: _key_problem(key) or ("" if code in _DTYPES else f"dtype {code}")
+        key: key_problem(key) or ("" if code in DTYPES else f"dtype {code}")
         for key, code in codes.items()
     }
     _refuse(file, {key: problem for key, problem in problems.items() if problem})
 
 
-def _key_problem(key: object) -> str:
+def key_problem(key: object) -> str:
     if not isinstance(key, str) or key == "__metadata__":
         return "not a name for a tensor"
     if any(segment in ("", ".", "..") for segment in key.split("/")):
@@ -220,12 +224,12 @@ def _check_finite(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 def _refuse(file: Path, problems: Mapping[str, str]) -> None:
     if problems:
-        expected = f"finite tensors of {sorted(_CODES)} with keys such as 'dense/lora_a'"
+        expected = f"finite tensors of {sorted(CODES)} with keys such as 'dense/lora_a'"
         received = ", ".join(f"{key!r} ({problem})" for key, problem in problems.items())
         _fail(file, expected, received, "rename, convert or repair these and save again")
 
 
-def _check_size(file: Path, size: int, limit: int) -> None:
+def check_size(file: Path, size: int, limit: int) -> None:
     if size > limit:
         _fail(file, f"at most {limit} bytes of JSON", size, "keep data out of the config and keys")
 
@@ -246,16 +250,19 @@ def _canonical(config: Mapping[str, Any], file: Path) -> str:
         _fail(file, "values that JSON has, all finite", error, "correct the config")
 
 
-def _serialized(config: Mapping[str, Any], tensors: Mapping[str, Any], file: Path) -> bytes:
+def _serialized(
+    config: Mapping[str, Any], tensors: Mapping[str, Any], file: Path, finite: bool
+) -> bytes:
     text = _canonical(config, file)
     arrays = {key: np.asarray(value) for key, value in tensors.items()}
-    codes = {key: _CODES.get(array.dtype.name, array.dtype.name) for key, array in arrays.items()}
+    codes = {key: CODES.get(array.dtype.name, array.dtype.name) for key, array in arrays.items()}
     _check_entries(file, codes)
-    arrays = {k: np.asarray(a, dtype=_DTYPES[codes[k]], order="C") for k, a in arrays.items()}
-    _check_finite(file, arrays)
+    arrays = {k: np.asarray(a, dtype=DTYPES[codes[k]], order="C") for k, a in arrays.items()}
+    if finite:
+        _check_finite(file, arrays)
     metadata = {"format_version": FORMAT_VERSION, "config": text, "digest": _digest(text, arrays)}
     data = save(arrays, metadata)
-    _check_size(file, int.from_bytes(data[:8], "little"), _HEADER_LIMIT)
+    check_size(file, int.from_bytes(data[:8], "little"), _HEADER_LIMIT)
     return data
 
 
@@ -281,23 +288,23 @@ def _replace(root: Path, contents: Mapping[str, bytes]) -> None:
     temporary = {name: root / f".{name}.{secrets.token_hex(16)}.tmp" for name in contents}
     try:
         for name, file in temporary.items():
-            _write_new(file, contents[name])
+            write_new(file, contents[name])
         for name, file in temporary.items():
             file.replace(root / name)
-        _sync(root)
+        sync(root)
     finally:
         for file in temporary.values():
             file.unlink(missing_ok=True)
 
 
-def _write_new(file: Path, data: bytes) -> None:
+def write_new(file: Path, data: bytes) -> None:
     with file.open("xb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _sync(root: Path) -> None:
+def sync(root: Path) -> None:
     if os.name != "nt":  # Windows cannot open a directory.
         descriptor = os.open(root, os.O_RDONLY)
         try:
@@ -307,10 +314,11 @@ def _sync(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[io.FileIO]:
-    with _explained(file):
+def opened(file: Path, *, links: bool = False) -> Iterator[io.FileIO]:
+    """A file to read, which may be a link out of its directory if `links`."""
+    with explained(file):
         target = file.resolve(strict=True)
-        if not target.is_relative_to(file.parent.resolve()):
+        if not links and not target.is_relative_to(file.parent.resolve()):
             fix = "put a copy in the place of the link"
             _fail(file, "a file in its directory", f"a link to {str(target)!r}", fix)
         # Opening a pipe would wait for its other end.
@@ -321,7 +329,7 @@ def _opened(file: Path) -> Iterator[io.FileIO]:
             yield stream
 
 
-def _read_header(file: Path, stream: io.FileIO) -> bytes:
+def read_header(file: Path, stream: io.FileIO) -> bytes:
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(8), "little")
     limit = min(size - 8, _HEADER_LIMIT)
@@ -331,7 +339,7 @@ def _read_header(file: Path, stream: io.FileIO) -> bytes:
     return stream.read(length)
 
 
-def _read_entries(file: Path, stream: io.FileIO) -> dict[str, dict[str, Any]]:
+def read_entries(file: Path, stream: io.FileIO) -> dict[str, dict[str, Any]]:
     stream.seek(0)
     data = stream.readall()
     try:
@@ -341,7 +349,7 @@ def _read_entries(file: Path, stream: io.FileIO) -> dict[str, dict[str, Any]]:
 
 
 def _metadata(file: Path, header: bytes) -> dict[str, str]:
-    found = _parsed(header, file).get("__metadata__")
+    found = parsed_json(header, file).get("__metadata__")
     metadata = found if isinstance(found, dict) else {}
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
@@ -355,12 +363,12 @@ def _metadata(file: Path, header: bytes) -> dict[str, str]:
 
 def _arrays(file: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
     _check_entries(file, {key: entry["dtype"] for key, entry in entries.items()})
-    return {key: _array(file, key, entry) for key, entry in entries.items()}
+    return {key: as_array(file, key, entry) for key, entry in entries.items()}
 
 
-def _array(file: Path, key: str, entry: Mapping[str, Any]) -> np.ndarray:
+def as_array(file: Path, key: str, entry: Mapping[str, Any]) -> np.ndarray:
     try:
-        return np.ndarray(entry["shape"], _DTYPES[entry["dtype"]], buffer=entry["data"])
+        return np.ndarray(entry["shape"], DTYPES[entry["dtype"]], buffer=entry["data"])
     except ValueError as error:
         expected = f"a shape for {key!r} that numpy has"
         _fail(file, expected, f"{entry['shape']} ({error})", "save the adapter again")
@@ -368,15 +376,15 @@ def _array(file: Path, key: str, entry: Mapping[str, Any]) -> np.ndarray:
 
 def _compared_config(file: Path, text: str) -> dict[str, Any]:
     """The config inside `adapter.safetensors`, compared with the one for people."""
-    _check_size(file, len(text), _CONFIG_LIMIT)
-    config = _parsed(text, file)
+    check_size(file, len(text), CONFIG_LIMIT)
+    config = parsed_json(text, file)
     if _canonical(config, file) != text:
         _fail(file, "its config as canonical JSON", "other JSON", "save the adapter again")
     shown = file.with_name(CONFIG_FILE)
-    with _opened(shown) as stream:
-        _check_size(shown, os.fstat(stream.fileno()).st_size, _CONFIG_LIMIT)
+    with opened(shown) as stream:
+        check_size(shown, os.fstat(stream.fileno()).st_size, CONFIG_LIMIT)
         data = stream.readall()
-    if _canonical(_parsed(data, shown), shown) != text:
+    if _canonical(parsed_json(data, shown), shown) != text:
         message = (
             f"Expected in {str(shown)!r} the config inside {TENSORS_FILE}. Received: another; a "
             f"save was interrupted or the JSON was edited. The one inside {TENSORS_FILE} counts: "
@@ -386,7 +394,7 @@ def _compared_config(file: Path, text: str) -> dict[str, Any]:
     return config
 
 
-def _parsed(text: str | bytes, file: Path) -> dict[str, Any]:
+def parsed_json(text: str | bytes, file: Path) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
-from models import composite, functional, subclassed
+from models import composite, data, functional, subclassed
 
 import keras_lora as kl
 
@@ -73,3 +73,22 @@ def test_names_in_weight_files_come_from_the_class() -> None:
     assert type(layer) is kl.LoRADense
     assert type(layer).__name__ == "Dense"
     assert repr(layer).startswith("<LoRADense name=up")
+
+
+def test_fit_starts_where_it_is_told() -> None:
+    model = functional()
+    model.compile("adam", "mse", metrics=["accuracy"])
+    model._initial_epoch = 2
+    x, y = data(model)
+    assert model.fit(x, y, epochs=3, initial_epoch=1, verbose=0).epoch == [2]
+    model._initial_epoch = None
+    assert model.fit(x, y, epochs=3, initial_epoch=1, verbose=0).epoch == [1, 2]
+
+
+def test_metrics_are_built_and_tell_their_direction() -> None:
+    model = functional()
+    metrics = [keras.metrics.MeanAbsoluteError(), keras.metrics.R2Score()]
+    model.compile("adam", "mse", metrics=metrics)
+    model._symbolic_build(data_batch=data(model))
+    assert len(model.metrics_variables) == 2 + 2 + len(metrics[1].variables)
+    assert [metric._direction for metric in metrics] == ["down", "up"]

@@ -2,6 +2,12 @@
 
 from keras_lora.inject.apply import apply_lora, drop, install
 from keras_lora.inject.compiled import changing
+from keras_lora.inject.fitting import (
+    improves_upwards,
+    skip_batches,
+    start_fit_at,
+    stop_skipping,
+)
 from keras_lora.inject.freezing import original_flag
 from keras_lora.inject.merge import merge_lora, merged, unload_lora
 from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
@@ -30,6 +36,7 @@ __all__ = [
     "forget_optimizer_states",
     "groups",
     "guard_saving",
+    "improves_upwards",
     "install",
     "known_models",
     "merge_lora",
@@ -37,6 +44,9 @@ __all__ = [
     "original_flag",
     "plan_factors",
     "reset_optimizer",
+    "skip_batches",
+    "start_fit_at",
+    "stop_skipping",
     "switch",
     "unload_lora",
 ]
