@@ -13,6 +13,7 @@ from keras_lora.files import AdapterFileError, read_adapter_config, read_adapter
 from keras_lora.inject import apply_lora, merge_lora, merged, unload_lora
 from keras_lora.kerashub import ConvertedLayer, load_keras_hub_lora, save_keras_hub_lora
 from keras_lora.layers import LoRADense, LoRAEinsumDense, LoRALayer, register_lora_class
+from keras_lora.peft import load_peft_adapter, save_peft_adapter
 from keras_lora.serialization import load_adapter, save_adapter
 from keras_lora.summary import LoRASummary, lora_summary
 from keras_lora.training import AdapterCheckpoint
@@ -41,6 +42,7 @@ __all__ = [
     "find_targets",
     "load_adapter",
     "load_keras_hub_lora",
+    "load_peft_adapter",
     "lora_layers",
     "lora_summary",
     "merge_lora",
@@ -50,6 +52,7 @@ __all__ = [
     "register_lora_class",
     "save_adapter",
     "save_keras_hub_lora",
+    "save_peft_adapter",
     "scale_adapter",
     "set_adapter",
     "unload_lora",

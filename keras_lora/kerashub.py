@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
@@ -37,7 +36,7 @@ from keras_lora.layers import (
 )
 from keras_lora.lowrank import Shape
 from keras_lora.per_axis import Pair, from_per_axis, to_per_axis
-from keras_lora.walker import Node, is_backbone, lora_layers, walk
+from keras_lora.walker import Node, backbone_of, lora_layers, walk
 
 
 @dataclass(frozen=True)
@@ -169,22 +168,8 @@ def keras_hub_layers(model: keras.layers.Layer) -> dict[int, Node]:
         ValueError: there is no backbone, or more than one.
     """
     nodes = {id(node.layer): node for node in walk(model)}
-    layers = _backbone(model)._flatten_layers(include_self=False)
+    layers = backbone_of(model)._flatten_layers(include_self=False)
     return {i: nodes[id(v)] for i, v in enumerate(v for v in layers if v.weights)}
-
-
-def _backbone(model: keras.layers.Layer) -> Any:
-    found = [v for v in (model, *(n.layer for n in walk(model))) if is_backbone(v)]
-    inside = {id(node.layer) for backbone in found for node in walk(backbone)}
-    outermost = [backbone for backbone in found if id(backbone) not in inside]
-    if len(outermost) != 1:
-        raise invalid(
-            "model",
-            "a KerasHub backbone, or a model that holds one",
-            [backbone.name for backbone in outermost] or model,
-            "pass the backbone itself",
-        )
-    return outermost[0]
 
 
 def keras_hub_factors(
@@ -339,7 +324,7 @@ def write_keras_hub_lora(
         ValueError: everything that such a file cannot hold, layer by layer; nothing is written.
         AdapterFileError: the file cannot be written.
     """
-    names = target_layer_names or _backbone(model).default_lora_layer_names()
+    names = target_layer_names or backbone_of(model).default_lora_layer_names()
     enabled = _enabled(keras_hub_layers(model), set(names))
     _check_writable(enabled, factors, names)
     pairs = {

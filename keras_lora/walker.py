@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import keras
 
-from keras_lora.config import Targets
+from keras_lora.config import Targets, invalid
 from keras_lora.layers import (
     LoRALayer,
     check_adaptable,
@@ -356,6 +356,25 @@ def is_backbone(model: Layer) -> bool:
     """Whether this is a KerasHub backbone, told by name so that KerasHub is not imported."""
     names = {f"{c.__module__}.{c.__name__}" for c in type(model).__mro__}
     return "keras_hub.src.models.backbone.Backbone" in names
+
+
+def backbone_of(model: Layer) -> Any:
+    """The KerasHub backbone that a model is or holds; the outermost, where one is in another.
+
+    Raises:
+        ValueError: there is none, or several side by side.
+    """
+    found = [v for v in (model, *(n.layer for n in walk(model))) if is_backbone(v)]
+    inside = {id(node.layer) for backbone in found for node in walk(backbone)}
+    outermost = [backbone for backbone in found if id(backbone) not in inside]
+    if len(outermost) != 1:
+        raise invalid(
+            "model",
+            "a KerasHub backbone, or a model that holds one",
+            [backbone.name for backbone in outermost] or model,
+            "pass the backbone itself",
+        )
+    return outermost[0]
 
 
 def _listed(nodes: Sequence[Node]) -> str:

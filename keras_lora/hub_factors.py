@@ -1,0 +1,162 @@
+"""Between the factors of kernels and those of Hugging Face matrices.
+
+With `W` a matrix `(out, in)` there, a kernel `K` `(d, k)` here is a block of it,
+`K[i, o] = W[rows[o], columns[i]]`, and so is its update:
+
+    dK = s A B  <->  dW = s b a        a[:, columns[i]] = A[i]        b[rows[o]] = B[:, o]
+
+Several kernels may be blocks of one matrix: GPT-2's `c_attn` is query, key and value. The factors
+of the matrix are then those that the kernels share or, where theirs differ, all of them stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from keras_lora.config import AdapterSpec
+from keras_lora.hub_weights import Block, HubWeights
+from keras_lora.hub_weights.tensors import Array
+from keras_lora.lowrank import EinsumSplit, Shape, scaling
+from keras_lora.peft_files import PeftModule
+
+Kernel: TypeAlias = tuple[EinsumSplit, Shape]
+Factors: TypeAlias = dict[str, tuple[AdapterSpec, Array, Array]]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a kernel contributes to a matrix: its block, `A` `(d, r)` and `B` `(r, k)`."""
+
+    block: Block
+    a: Array
+    b: Array
+    spec: AdapterSpec
+
+    def widened(self) -> tuple[Array, Array]:
+        """`a` `(r, in)` and `b` `(out, r)` of the whole matrix."""
+        out, inputs = self.block.shape
+        a, b = np.zeros((self.spec.rank, inputs)), np.zeros((out, self.spec.rank))
+        a[:, self.block.columns], b[self.block.rows] = self.a.T, self.b.T
+        return a.astype("float32"), b.astype("float32")
+
+
+def module_name(weight: str) -> str:
+    return weight.removesuffix(".weight")
+
+
+def module_names(weights: HubWeights) -> list[str]:
+    """The modules there that are kernels here."""
+    return sorted({module_name(b.weight) for found in weights.blocks.values() for b in found})
+
+
+def joined(parts: Sequence[Part]) -> PeftModule:
+    """The module of a matrix, from its kernels: exact, of the rank of one or of all together."""
+    wide = [part.widened() for part in parts]
+    (first, *others), (a, _) = parts, wide[0]
+    same = [part.spec == first.spec for part in others]
+    if all(same) and all(np.array_equal(a, other) for other, _ in wide[1:]):
+        b = np.sum([b for _, b in wide], 0, "float32")  # of disjoint rows: nothing is rounded
+        return _module(a, b, first.spec.alpha, first.spec.use_rslora)
+    scales = [np.float32(part.spec.scaling / first.spec.scaling) for part in parts]
+    b = np.concatenate([scale * b for scale, (_, b) in zip(scales, wide, strict=True)], 1)
+    a, rslora = np.concatenate([a for a, _ in wide]), first.spec.use_rslora
+    return _module(a, b, alpha_of(first.spec.scaling, len(a), rslora), rslora)
+
+
+def alpha_of(scale: float, rank: int, use_rslora: bool) -> float:
+    """The alpha that gives this scale, the inverse of `lowrank.scaling`."""
+    return scale / scaling(1.0, rank, use_rslora)
+
+
+def of_one_kind(modules: Mapping[str, PeftModule]) -> dict[str, PeftModule]:
+    """The same modules, with or without rsLoRA all together: PEFT has one field for all."""
+    if len({module.use_rslora for module in modules.values()}) < 2:
+        return dict(modules)
+    return {
+        name: _module(m.a, m.b, alpha_of(m.scaling, m.rank, False), False)
+        for name, m in modules.items()
+    }
+
+
+def _module(a: Array, b: Array, alpha: float, use_rslora: bool) -> PeftModule:
+    return PeftModule(a=a, b=b, rank=len(a), alpha=alpha, use_rslora=use_rslora)
+
+
+def blocks_by_module(weights: HubWeights) -> dict[str, dict[str, Block]]:
+    """For each module there, the kernels that are blocks of its matrix, by path."""
+    found: dict[str, dict[str, Block]] = {}
+    for path, blocks in weights.blocks.items():
+        if len(blocks) == 1:
+            found.setdefault(module_name(blocks[0].weight), {})[path] = blocks[0]
+    return found
+
+
+def split_modules(
+    modules: Mapping[str, PeftModule],
+    kernels: Mapping[str, Kernel],
+    weights: HubWeights,
+    dropout: float,
+    problems: list[str],
+) -> Factors:
+    """Spec, `A` and `B` of each kernel, by path: the inverse of `joined`.
+
+    What has no place here is added to `problems`.
+    """
+    known, factors = blocks_by_module(weights), Factors()
+    for name, module in modules.items():
+        blocks = known.get(name, {})
+        wrong = _misfits(module, list(blocks.values()))
+        problems += [f"{name}: {problem}" for problem in wrong]
+        for path, block in blocks.items() if not wrong else ():
+            part = _cut(module, block, len(blocks) > 1, dropout)
+            if part is not None:
+                split, shape = kernels[path]
+                factors[path] = (part.spec, *split.factors(part.a[None], part.b[None], shape))
+    return factors
+
+
+def _misfits(module: PeftModule, blocks: Sequence[Block]) -> list[str]:
+    """Why these kernels cannot take up all that a module does."""
+    if module.kind != "linear":
+        return [f"an {module.kind}, which is not adapted here yet"]
+    if module.magnitude is not None:
+        return ["DoRA's magnitude, which is not supported yet"]
+    if module.bias is not None:
+        return ["a bias of B (lora_bias), which an adapter does not have here"]
+    if not blocks:
+        return ["the model has no kernel that is this module"]
+    received, expected = (len(module.b), module.a.shape[1]), blocks[0].shape
+    if received != expected:
+        return [f"of a matrix {received}, expected {expected}"]
+    return [] if _reach_all(module, blocks) else ["acts where the model has no kernel"]
+
+
+def _reach_all(module: PeftModule, blocks: Sequence[Block]) -> bool:
+    rows = np.concatenate([block.rows for block in blocks])
+    within = all(_is_zero(module.a, 1, block.columns) for block in blocks)
+    return within and _is_zero(module.b, 0, rows)
+
+
+def _is_zero(array: Array, axis: int, beside: Array) -> bool:
+    return not np.delete(array, beside, axis).any()
+
+
+def _cut(module: PeftModule, block: Block, fused: bool, dropout: float) -> Part | None:
+    """A kernel's part of a matrix, or None where nothing of it reaches the kernel.
+
+    Of a matrix with several kernels only those components are taken that reach this one, so that
+    factors that were stacked come apart again. Where `b` is zero all over, it was never trained.
+    """
+    a, b = module.a[:, block.columns].T, module.b[block.rows].T
+    reach = b.any(1) if fused and module.b.any() else np.full(module.rank, True)
+    if not reach.any():
+        return None
+    rank, alpha = int(reach.sum()), module.alpha
+    if rank < module.rank:
+        alpha = alpha_of(module.scaling, rank, module.use_rslora)
+    spec = AdapterSpec(rank=rank, alpha=alpha, dropout=dropout, use_rslora=module.use_rslora)
+    return Part(block, a[:, reach], b[reach], spec)

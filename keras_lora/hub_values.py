@@ -1,0 +1,116 @@
+"""Between the variables of a model and the parameters of its Hugging Face counterpart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import keras
+import numpy as np
+
+from keras_lora.config import invalid
+from keras_lora.hub_weights import Block, HubWeights
+from keras_lora.hub_weights.tensors import Array
+from keras_lora.lowrank import Shape
+from keras_lora.walker import walk
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the elements of a variable are in a parameter.
+
+    Attributes:
+        variable: The variable.
+        shape: The parameter's shape.
+        index: For each element of the variable, its number in the flattened parameter.
+    """
+
+    variable: keras.Variable
+    shape: Shape
+    index: Array
+
+
+Places: TypeAlias = dict[str, list[Place]]
+
+
+def find_places(model: keras.Model, weights: HubWeights, heads: Mapping[str, str]) -> Places:
+    """The variables of a model by the parameter that they are taken from.
+
+    `heads` are the modules of Dense layers that no converter knows, by the layer's path.
+
+    Raises:
+        ValueError: a head that is no Dense layer of the model.
+    """
+    places: Places = {}
+    for path, origin in weights.others.items():
+        if origin is not None:
+            place = Place(weights.variables[path], origin.shape, origin.index())
+            places.setdefault(origin.weight, []).append(place)
+    layers = {node.path: node.layer for node in walk(model)}
+    for path, blocks in weights.blocks.items():
+        kernel = layers[path].kernel
+        if isinstance(kernel, keras.Variable) and len(kernel.shape) == 2:
+            places.setdefault(blocks[0].weight, []).append(_place_of(kernel, blocks[0]))
+    for path, module in heads.items():
+        places |= _head_places(layers.get(path), path, module)
+    return places
+
+
+def gather(
+    values: Sequence[tuple[keras.Variable, Array]], places: Places, problems: list[str]
+) -> dict[str, Array]:
+    """The parameters that these variables are, with these values; the inverse of `scatter`.
+
+    What has no place there is added to `problems`.
+    """
+    by_variable = {id(p.variable): (key, p) for key, found in places.items() for p in found}
+    parameters: dict[str, Array] = {}
+    filled: dict[str, Array] = {}
+    for variable, value in values:
+        if id(variable) not in by_variable:
+            problems.append(f"{variable.path}: it is in no parameter there")
+            continue
+        key, place = by_variable[id(variable)]
+        parameter = parameters.setdefault(key, np.zeros(math.prod(place.shape), "float32"))
+        parameter[place.index] = value
+        filled.setdefault(key, np.zeros(parameter.size, bool))[place.index] = True
+    problems += [f"{key}: only a part of it trains" for key, f in filled.items() if not f.all()]
+    return {key: p.reshape(places[key][0].shape) for key, p in parameters.items()}
+
+
+def scatter(
+    parameters: Mapping[str, Array], places: Places, problems: list[str]
+) -> list[tuple[keras.Variable, Array]]:
+    """The variables that are in these parameters, and their values."""
+    values = []
+    for key, parameter in parameters.items():
+        found = places.get(key, [])
+        if not found:
+            problems.append(f"{key}: the model has no variable that is this parameter")
+        elif parameter.size != math.prod(found[0].shape):
+            problems.append(f"{key}: shape {parameter.shape}, expected {found[0].shape}")
+        else:
+            values += [(p.variable, parameter.reshape(-1)[p.index]) for p in found]
+    return values
+
+
+def _place_of(kernel: keras.Variable, block: Block) -> Place:
+    """Of a kernel `(in, out)`."""
+    rows, columns = block.rows[None, :], block.columns[:, None]
+    out, inputs = block.shape
+    if block.stored_transposed:
+        return Place(kernel, (inputs, out), columns * out + rows)
+    return Place(kernel, (out, inputs), rows * inputs + columns)
+
+
+def _head_places(layer: keras.layers.Layer | None, path: str, module: str) -> Places:
+    if not isinstance(layer, keras.layers.Dense):
+        raise invalid("heads", "paths of Dense layers of the model", path)
+    inputs, out = layer.kernel.shape
+    block = Block(f"{module}.weight", (out, inputs), False, np.arange(out), np.arange(inputs))
+    places = {block.weight: [_place_of(layer.kernel, block)]}
+    if layer.bias is not None:
+        places[f"{module}.bias"] = [Place(layer.bias, (out,), np.arange(out))]
+    return places

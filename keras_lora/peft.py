@@ -1,0 +1,330 @@
+"""Adapters of Hugging Face PEFT, both ways: `save_peft_adapter` and `load_peft_adapter`.
+
+What PEFT's files look like is known in `peft_files`, and which Hugging Face matrix a kernel is in
+`hub_weights`, from KerasHub's own converters. Here both meet a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lora.config import invalid
+from keras_lora.files import AdapterFileError
+from keras_lora.hub_factors import (
+    Kernel,
+    Part,
+    blocks_by_module,
+    joined,
+    module_name,
+    module_names,
+    of_one_kind,
+    split_modules,
+)
+from keras_lora.hub_values import Places, find_places, gather, scatter
+from keras_lora.hub_weights import Block, HubWeights, hub_blocks
+from keras_lora.hub_weights.tensors import Array
+from keras_lora.inject import active_names, adapted, check_names, install, plan_factors
+from keras_lora.layers import (
+    DEFAULT_ADAPTER,
+    Group,
+    LoRALayer,
+    all_held,
+    check_adapter_name,
+    kernel_shape,
+    split_kernel,
+)
+from keras_lora.peft_files import PeftModule, read_peft_adapter, write_peft_adapter
+from keras_lora.serialization import PathLike
+from keras_lora.walker import backbone_of, lora_layers, walk
+
+# KerasHub's tasks: what PEFT calls them, and where transformers lists the classes for them.
+_TASKS = {
+    "CausalLM": ("CAUSAL_LM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
+    "Seq2SeqLM": ("SEQ_2_SEQ_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
+    "TextClassifier": ("SEQ_CLS", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
+    "MaskedLM": (None, "MODEL_FOR_MASKED_LM_MAPPING"),
+    "ImageClassifier": (None, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"),
+}
+
+
+def save_peft_adapter(
+    model: keras.Model,
+    directory: PathLike,
+    name: str = DEFAULT_ADAPTER,
+    *,
+    base_model_name: str | None = None,
+    prefix: str | None = None,
+    heads: Mapping[str, str] | None = None,
+    transformers_config: Mapping[str, Any] | None = None,
+    model_type: str | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Write an adapter for `PeftModel.from_pretrained(base, directory)`, and what reads such.
+
+    The base is the Hugging Face model that KerasHub's converter would load into this one. Where
+    several kernels are slices of one matrix there, and their factors differ, these are stacked:
+    the update is exact, and the rank in the files is the sum of theirs.
+
+    Args:
+        model: An adapted KerasHub model, or one that holds a KerasHub backbone.
+        directory: Where to; made if it does not exist.
+        name: The adapter, active or not.
+        base_model_name: What `base_model_name_or_path` in the config is to say, such as
+            `"openai-community/gpt2"`.
+        prefix: What the names of modules have in the Hugging Face model before those that the
+            converter asks for, such as `"bert."` in a `BertForSequenceClassification`. By
+            default none for a backbone, and for a KerasHub task what transformers says.
+        heads: `{path of a layer: name of the module in the Hugging Face model}` for layers of
+            `layers_to_save` that the converter does not know, such as `{"logits": "classifier"}`.
+        transformers_config: The base's `config.json`, for the few converters that need it.
+        model_type: Hugging Face's name of the architecture, where several share a backbone class.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`.
+        overwrite: Replace an adapter that is there.
+
+    Raises:
+        ValueError: no such adapter; layers or trained values that have no place in the Hugging
+            Face model (all are listed); no converter for the model.
+        AdapterFileError: an adapter is there and `overwrite` is false, values are not finite (in
+            that dtype), or the files cannot be written.
+
+    Example:
+
+    >>> import tempfile, keras_hub, keras_lora as kl
+    >>> backbone = keras_hub.models.GPT2Backbone(
+    ...     vocabulary_size=11, num_layers=1, num_heads=2, hidden_dim=6, intermediate_dim=5
+    ... )
+    >>> config = kl.LoRAConfig(rank=2, targets=["query", "value"])
+    >>> directory = tempfile.mkdtemp()
+    >>> kl.save_peft_adapter(kl.apply_lora(backbone, config), directory)
+    >>> kl.load_peft_adapter(backbone, directory, "again")
+    >>> kl.lora_layers(backbone)["transformer_layer_0/self_attention/value"].adapters["again"].spec
+    AdapterSpec(rank=4, alpha=32, dropout=0.0, use_rslora=False, init='kaiming_uniform')
+    """
+    check_names(model, [name])
+    weights = hub_blocks(model, transformers_config, model_type=model_type)
+    places = find_places(model, weights, heads or {})
+    layers = {p: x for p, x in adapted(model).items() if name in x.adapters}
+    problems: list[str] = []
+    modules = _modules(layers, name, weights, problems)
+    saved = gather(_own_values(model, name), places, problems)
+    if problems:
+        raise ValueError(
+            "Expected an adapter whose layers and trained values all have a place in the "
+            f"{weights.model_type!r} model of Hugging Face. Received: {'; '.join(problems)}. "
+            "Leave these layers out of the config, or name the modules of heads with heads={...}."
+        )
+    task, prefix = hub_task(model, weights.model_type, prefix)
+    names = [*module_names(weights), *saved]
+    inside = _in_backbone(model, weights, places)
+    full = {key: _full_name(key, prefix, inside) for key in names}
+    bias, whole = _trained_apart(saved, modules)
+    write_peft_adapter(
+        directory,
+        {full[key]: module for key, module in modules.items()},
+        {full[key]: value for key, value in saved.items()},
+        {
+            "base_model_name_or_path": base_model_name,
+            "task_type": task,
+            "lora_dropout": next(iter(layers.values())).adapters[name].spec.dropout,
+            "bias": bias,
+            "modules_to_save": [module_name(full[key]) for key in whole] or None,
+            "fan_in_fan_out": _stored_transposed(layers, weights),
+        },
+        all_modules=[full[key] for key in module_names(weights)],
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+
+
+def load_peft_adapter(
+    model: keras.Model,
+    directory: PathLike,
+    name: str = DEFAULT_ADAPTER,
+    *,
+    heads: Mapping[str, str] | None = None,
+    transformers_config: Mapping[str, Any] | None = None,
+    model_type: str | None = None,
+) -> None:
+    """Add an adapter that PEFT has saved to a model of the same architecture.
+
+    The model need not come from Hugging Face, nor be adapted yet. Where no adapter acts, this one
+    acts and trains at once; else it waits for `set_adapter`. Of a matrix that is several kernels
+    here (GPT-2's `c_attn`), each kernel gets the components that reach it.
+
+    Args:
+        model: A KerasHub model, or one that holds a KerasHub backbone.
+        directory: What `PeftModel.save_pretrained` wrote, with PEFT 0.10 or later.
+        name: The adapter's name in this model.
+        heads: As in `save_peft_adapter`, for `modules_to_save`.
+        transformers_config: As in `save_peft_adapter`.
+        model_type: As in `save_peft_adapter`.
+
+    Raises:
+        ValueError: a name that is taken, or no converter for the model.
+        AdapterFileError: the files are damaged, of a kind that A and B do not tell (DoRA, another
+            `peft_type` and such), or do not fit the model: everything is listed. The model is then
+            as it was.
+
+    A `UserWarning` lists the tensors that are not understood and left out.
+    """
+    check_adapter_name(name)
+    weights = hub_blocks(model, transformers_config, model_type=model_type)
+    places = find_places(model, weights, heads or {})
+    adapter = read_peft_adapter(directory)
+    problems: list[str] = []
+    rename = renaming([*adapter.modules, *adapter.saved], [*module_names(weights), *places])
+    modules = {rename(key): module for key, module in adapter.modules.items()}
+    dropout = float(adapter.config.get("lora_dropout") or 0)
+    factors = split_modules(modules, _kernels(model, weights), weights, dropout, problems)
+    values = scatter({rename(k): v for k, v in adapter.saved.items()}, places, problems)
+    if problems:
+        raise AdapterFileError(
+            f"Invalid {str(directory)!r}: expected an adapter for the {weights.model_type!r} "
+            f"model {model.name!r}. Received: {'; '.join(problems)}. Load it into a model of the "
+            "architecture and size that it was trained on."
+        )
+    group = Group(None, [variable for variable, _ in values])
+    plan = plan_factors(model, name, group, factors, values)
+    if adapter.unknown:
+        warnings.warn(
+            f"{str(directory)!r}: left out, since they are not understood: {adapter.unknown}",
+            stacklevel=2,
+        )
+    install(model, plan, acts=not active_names(lora_layers(model)))
+
+
+def renaming(names: Iterable[str], known: Iterable[str]) -> Callable[[str], str]:
+    """From the names of an adapter's modules to those that the converter asks for.
+
+    One has a prefix that the other lacks where their models are of different classes: a
+    `BertForSequenceClassification` has `bert.encoder.layer.0...`, a `BertModel`
+    `encoder.layer.0...`. The prefix that serves most names counts, and names that are known as
+    they are stay.
+
+    Example:
+
+    >>> rename = renaming(["bert.layer.0.query", "classifier"], ["layer.0.query", "classifier"])
+    >>> rename("bert.layer.0.query"), rename("classifier")
+    ('layer.0.query', 'classifier')
+    """
+    known = set(known)
+    shifts = Counter(s for name in names for other in known for s in _shifts(name, other))
+    (removed, added), _ = shifts.most_common(1)[0] if shifts else (("", ""), 0)
+
+    def rename(name: str) -> str:
+        shifted = added + name.removeprefix(removed)
+        return shifted if shifted in known else name
+
+    return rename
+
+
+def _shifts(name: str, other: str) -> list[tuple[str, str]]:
+    """The prefix to remove and the one to add that make one name the other."""
+    if name == other:
+        return [("", "")]
+    if name.endswith(f".{other}"):
+        return [(name.removesuffix(other), "")]
+    return [("", other.removesuffix(name))] if other.endswith(f".{name}") else []
+
+
+def hub_task(model: keras.Model, model_type: str, prefix: str | None) -> tuple[str | None, str]:
+    """PEFT's name of a model's task, and what its modules' names begin with.
+
+    Raises:
+        ValueError: transformers is needed to know the prefix, and is missing.
+    """
+    known = (_TASKS[c.__name__] for c in type(model).__mro__ if c.__name__ in _TASKS)
+    task, mapping = next(known, (None, ""))
+    if prefix is not None or not mapping:
+        return task, prefix or ""
+    return task, _class_prefix(model_type, mapping)
+
+
+def _class_prefix(model_type: str, mapping: str) -> str:
+    try:
+        transformers = importlib.import_module("transformers")
+        classes = getattr(transformers, mapping)
+        config = type(transformers.AutoConfig.for_model(model_type))
+        hub_class = classes[config]
+    except (ImportError, KeyError, ValueError) as error:
+        raise invalid(
+            "prefix",
+            "what the names of modules begin with in the Hugging Face model, such as 'bert.'",
+            None,
+            f"only transformers knows it ({error}): pip install 'keras-lora[peft]', or pass it",
+        ) from error
+    return f"{hub_class.base_model_prefix}."
+
+
+def _modules(
+    layers: Mapping[str, LoRALayer], name: str, weights: HubWeights, problems: list[str]
+) -> dict[str, PeftModule]:
+    """The modules of an adapter's layers; layers without any are added to `problems`."""
+    known = blocks_by_module(weights)
+    placed = {path for blocks in known.values() for path in blocks}
+    for path in sorted(set(layers) - placed):
+        reason = weights.refused.get(path, "it is a matrix for each of several experts there")
+        problems.append(f"{path}: {reason}")
+    parts = {
+        key: [_part(layers[path], name, block) for path, block in found.items() if path in layers]
+        for key, found in known.items()
+    }
+    return of_one_kind({key: joined(found) for key, found in parts.items() if found})
+
+
+def _part(layer: LoRALayer, name: str, block: Block) -> Part:
+    adapter = layer.adapters[name]
+    factors = np.array(adapter.a), np.array(adapter.b)
+    a, b = split_kernel(layer).matrices(*factors, kernel_shape(layer))
+    return Part(block, a[0], b[0], adapter.acting_spec)
+
+
+def _kernels(model: keras.Model, weights: HubWeights) -> dict[str, Kernel]:
+    layers = {node.path: node.layer for node in walk(model) if node.path in weights.blocks}
+    return {path: (split_kernel(layer), kernel_shape(layer)) for path, layer in layers.items()}
+
+
+def _own_values(model: keras.Model, name: str) -> list[tuple[keras.Variable, Array]]:
+    """The values of heads and biases that belong to an adapter."""
+    held = [item for item in all_held(model.variables) if name in item.names]
+    return [(item.variable, item.value(name)) for item in held]
+
+
+def _full_name(key: str, prefix: str, inside: Collection[str]) -> str:
+    """The name of a module or parameter in the model of a task; a head has no prefix."""
+    return key if key.startswith(prefix) or key not in inside else prefix + key
+
+
+def _trained_apart(saved: Collection[str], modules: Collection[str]) -> tuple[str, list[str]]:
+    """PEFT's `bias`, and the weights of modules that are saved whole."""
+    whole = sorted(key for key in saved if key.endswith(".weight"))
+    biases = {k.removesuffix(".bias") for k in saved if k.endswith(".bias")}
+    biases -= {module_name(key) for key in whole}
+    if not biases:
+        return "none", whole
+    return "lora_only" if biases <= set(modules) else "all", whole
+
+
+def _stored_transposed(layers: Collection[str], weights: HubWeights) -> bool:
+    """PEFT's `fan_in_fan_out`."""
+    return any(weights.blocks[path][0].stored_transposed for path in layers)
+
+
+def _in_backbone(model: keras.Model, weights: HubWeights, places: Places) -> set[str]:
+    """The modules and parameters there that are in the backbone here."""
+    inside = {id(v) for v in backbone_of(model).variables}
+    paths = {node.path for node in walk(model) if _any(node.layer.variables, inside)}
+    modules = {module_name(b.weight) for p in paths for b in weights.blocks.get(p, ())}
+    return modules | {k for k, found in places.items() if _any([p.variable for p in found], inside)}
+
+
+def _any(variables: Iterable[keras.Variable], wanted: Collection[int]) -> bool:
+    return any(id(variable) in wanted for variable in variables)
