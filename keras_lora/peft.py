@@ -189,7 +189,8 @@ def load_peft_adapter(
         raise AdapterFileError(
             f"Invalid {str(directory)!r}: expected an adapter for the {weights.model_type!r} "
             f"model {model.name!r}. Received: {'; '.join(problems)}. Load it into a model of the "
-            "architecture and size that it was trained on."
+            "architecture and size that it was trained on, with heads={layer: module} where "
+            "modules_to_save has a head."
         )
     group = Group(None, [variable for variable, _ in values])
     plan = plan_factors(model, name, group, factors, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +18,19 @@ import pytest
 import torch
 import transformers
 from hub_models import HUB_MODELS, VOCAB
-from models import randomize_adapters
+from models import randomize_adapters, state
 from safetensors.numpy import load_file
 
 import keras_lora as kl
 
 # Of transformers and PEFT about each other.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_fan_out")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning",
+    "ignore:fan_in_fan_out",
+    "ignore:Setting `save_embedding_layers`",
+    "ignore:`lora_bias=True` was passed",
+    "ignore:Adapter 'default'.*invalid shape",
+)
 TOKENS = np.random.default_rng(2).integers(3, VOCAB, (2, 7))
 TOLERANCE = 1e-4
 # |Keras - transformers| of the bases themselves, without any adapter, where it is above that.
@@ -201,3 +208,151 @@ def test_an_adapter_of_keras_computes_the_same_in_peft(
         np.testing.assert_array_equal(ours.a, back.a)
         np.testing.assert_array_equal(ours.b, back.b)
         assert back.scaling == pytest.approx(ours.scaling)
+
+
+def classifier(base: Path) -> keras.Model:
+    return keras_hub.models.BertTextClassifier(keras_model(base), num_classes=2)
+
+
+def assert_logits_agree(task: keras.Model, model: Any) -> None:
+    inputs = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
+    ours = task.predict(inputs | {"segment_ids": np.zeros_like(TOKENS)}, verbose=0)
+    with torch.no_grad():
+        theirs = model(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+HEADS = {"logits": "classifier"}
+
+
+@pytest.mark.parametrize("name", ["bert"])
+def test_heads_and_biases_go_with_an_adapter_both_ways(base: Path, tmp_path: Path) -> None:
+    task = classifier(base)
+    config = kl.LoRAConfig(rank=3, targets="attention", layers_to_save=["logits"], bias="lora_only")
+    kl.apply_lora(task, config)
+    rng = np.random.default_rng(1)
+    for variable in task.trainable_variables:
+        variable.assign(rng.normal(scale=0.3, size=variable.shape))
+    with pytest.raises(ValueError, match=r"logits/kernel: .*; logits/bias: .*heads=\{"):
+        kl.save_peft_adapter(task, tmp_path / "keras")
+    kl.save_peft_adapter(task, tmp_path / "keras", heads=HEADS, base_model_name="tiny/bert")
+    written = json.loads((tmp_path / "keras" / "adapter_config.json").read_text())
+    assert written["bias"] == "lora_only"
+    assert written["modules_to_save"] == ["classifier"]
+    assert written["task_type"] == "SEQ_CLS"
+    assert written["base_model_name_or_path"] == "tiny/bert"
+    theirs = peft.PeftModel.from_pretrained(hub_model(base), tmp_path / "keras").eval()
+    assert_logits_agree(task, theirs)
+
+    options = {"target_modules": ["query"], "modules_to_save": ["classifier"], "bias": "all"}
+    other = wrapped(base, task_type="SEQ_CLS", **options)
+    other.save_pretrained(tmp_path / "peft")
+    kl.load_peft_adapter(task, tmp_path / "peft", "other", heads=HEADS)
+    assert_logits_agree(task, theirs)
+    kl.set_adapter(task, "other")
+    assert_logits_agree(task, other)
+    kl.set_adapter(task, "default")
+    assert_logits_agree(task, theirs)
+
+
+@pytest.mark.parametrize("name", ["gpt2"])
+def test_the_prefix_of_a_task_comes_from_transformers(base: Path, tmp_path: Path) -> None:
+    task = keras_hub.models.GPT2CausalLM(keras_model(base), preprocessor=None)
+    kl.apply_lora(task, kl.LoRAConfig(rank=2, targets=["query", "value"]))
+    randomize_adapters(task)
+    kl.save_peft_adapter(task, tmp_path / "keras")
+    config = json.loads((tmp_path / "keras" / "adapter_config.json").read_text())
+    expected = {"r": 4, "target_modules": ["attn.c_attn"], "task_type": "CAUSAL_LM"}
+    assert {field: config[field] for field in expected} == expected
+    assert config["fan_in_fan_out"] is True
+    theirs = peft.PeftModel.from_pretrained(hub_model(base), tmp_path / "keras").eval()
+    assert_agree("gpt2", task.backbone, theirs)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another size": ("qwen2", {}, r"q_proj: of a matrix \(24, 24\), expected \(40, 40\)"),
+    "dora": ("llama", {"use_dora": True}, "DoRA's magnitude"),
+    "embedding": ("llama", {"target_modules": ["embed_tokens"]}, "an embedding"),
+    "lora_bias": ("llama", {"lora_bias": True, "bias": "none"}, "a bias of B"),
+    "head": ("llama", {"target_modules": ["lm_head"]}, "lm_head: the model has no kernel"),
+    "experts": (
+        "mixtral",
+        {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
+        "target_parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"), REFUSED.values(), ids=[str(case) for case in REFUSED]
+)
+def test_what_does_not_fit_is_refused_and_nothing_changes(
+    base: Path, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    backbone = keras_model(base)
+    if "of a matrix" in message:
+        backbone = keras_hub.models.QwenBackbone(61, 2, 5, 1, 40, 37)
+    wrapped(base, **({"target_modules": ["q_proj"]} | options)).save_pretrained(tmp_path / "peft")
+    before = state(backbone)
+    with pytest.raises(kl.AdapterFileError, match=message):
+        kl.load_peft_adapter(backbone, tmp_path / "peft")
+    assert state(backbone) == before
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_all_that_does_not_fit_is_listed(base: Path, tmp_path: Path) -> None:
+    wrapped(base, target_modules=["o_proj", "down_proj"]).save_pretrained(tmp_path / "peft")
+    other = keras_hub.models.BertBackbone(61, 1, 3, 24, 37)
+    keys = [f"layers.{i}.{m}" for i in (0, 1) for m in ("mlp.down_proj", "self_attn.o_proj")]
+    with pytest.raises(kl.AdapterFileError, match=".*".join(keys)):
+        kl.load_peft_adapter(other, tmp_path / "peft")
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_a_name_that_is_taken_and_a_directory_that_is_no_adapter(
+    base: Path, tmp_path: Path
+) -> None:
+    wrapped(base, target_modules=["q_proj"]).save_pretrained(tmp_path / "peft")
+    backbone = keras_model(base)
+    kl.load_peft_adapter(backbone, tmp_path / "peft")
+    with pytest.raises(ValueError, match="name='default', which the model has"):
+        kl.load_peft_adapter(backbone, tmp_path / "peft")
+    with pytest.raises(kl.AdapterFileError, match="adapter_config.json"):
+        kl.load_peft_adapter(backbone, tmp_path / "nothing", "other")
+    kl.save_peft_adapter(backbone, tmp_path / "back")
+    with pytest.raises(kl.AdapterFileError, match="overwrite=True"):
+        kl.save_peft_adapter(backbone, tmp_path / "back")
+
+
+def test_a_model_without_a_converter_is_refused(tmp_path: Path) -> None:
+    model = kl.apply_lora(
+        keras.Sequential([keras.Input((3,)), keras.layers.Dense(5), keras.layers.Dense(2)]),
+        kl.LoRAConfig(rank=2),
+    )
+    with pytest.raises(ValueError, match="a KerasHub backbone"):
+        kl.save_peft_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_without_transformers_the_prefix_of_a_task_is_asked_for(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = keras_hub.models.Llama3CausalLM(keras_model(base), preprocessor=None)
+    kl.apply_lora(task, kl.LoRAConfig(targets=["query"]))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"pip install 'keras-lora\[peft\]'"):
+        kl.save_peft_adapter(task, tmp_path)
+    kl.save_peft_adapter(task, tmp_path, prefix="model.")
+    assert all(key.startswith("base_model.model.model.layers.") for key in tensors(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_one_scale_for_adapters_with_and_without_rslora(base: Path, tmp_path: Path) -> None:
+    """PEFT has one `use_rslora` for all modules; `scale_adapter` acts in the files too."""
+    backbone = keras_model(base)
+    kl.apply_lora(backbone, kl.LoRAConfig(rank=3, alpha=7, targets="attention", use_rslora=True))
+    randomize_adapters(backbone)
+    kl.scale_adapter(backbone, "default", -0.5)
+    kl.save_peft_adapter(backbone, tmp_path / "keras")
+    theirs = peft.PeftModel.from_pretrained(hub_model(base), tmp_path / "keras").eval()
+    assert_agree("llama", backbone, theirs)
