@@ -6,16 +6,13 @@ What PEFT's files look like is known in `peft_files`, and which Hugging Face mat
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_lora.config import invalid
 from keras_lora.files import AdapterFileError
 from keras_lora.hub_factors import (
     Kernel,
@@ -27,6 +24,7 @@ from keras_lora.hub_factors import (
     of_one_kind,
     split_modules,
 )
+from keras_lora.hub_names import hub_names, hub_names_back
 from keras_lora.hub_values import Places, find_places, gather, scatter
 from keras_lora.hub_weights import Block, HubWeights, hub_blocks
 from keras_lora.hub_weights.tensors import Array
@@ -43,15 +41,6 @@ from keras_lora.layers import (
 from keras_lora.peft_files import PeftModule, read_peft_adapter, write_peft_adapter
 from keras_lora.serialization import PathLike
 from keras_lora.walker import backbone_of, lora_layers, walk
-
-# KerasHub's tasks: what PEFT calls them, and where transformers lists the classes for them.
-_TASKS = {
-    "CausalLM": ("CAUSAL_LM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
-    "Seq2SeqLM": ("SEQ_2_SEQ_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
-    "TextClassifier": ("SEQ_CLS", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
-    "MaskedLM": (None, "MODEL_FOR_MASKED_LM_MAPPING"),
-    "ImageClassifier": (None, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"),
-}
 
 
 def save_peft_adapter(
@@ -121,10 +110,9 @@ def save_peft_adapter(
             f"{weights.model_type!r} model of Hugging Face. Received: {'; '.join(problems)}. "
             "Leave these layers out of the config, or name the modules of heads with heads={...}."
         )
-    task, prefix = hub_task(model, weights.model_type, prefix)
-    names = [*module_names(weights), *saved]
+    task, rename = hub_names(model, weights.model_type, prefix)
     inside = _in_backbone(model, weights, places)
-    full = {key: _full_name(key, prefix, inside) for key in names}
+    full = {key: rename(key) if key in inside else key for key in [*module_names(weights), *saved]}
     bias, whole = _trained_apart(saved, modules)
     write_peft_adapter(
         directory,
@@ -180,7 +168,8 @@ def load_peft_adapter(
     places = find_places(model, weights, heads or {})
     adapter = read_peft_adapter(directory)
     problems: list[str] = []
-    rename = renaming([*adapter.modules, *adapter.saved], [*module_names(weights), *places])
+    known = [*module_names(weights), *places]
+    rename = hub_names_back(weights.model_type, [*adapter.modules, *adapter.saved], known)
     modules = {rename(key): module for key, module in adapter.modules.items()}
     dropout = float(adapter.config.get("lora_dropout") or 0)
     factors = split_modules(modules, _kernels(model, weights), weights, dropout, problems)
@@ -200,69 +189,6 @@ def load_peft_adapter(
             stacklevel=2,
         )
     install(model, plan, acts=not active_names(lora_layers(model)))
-
-
-def renaming(names: Iterable[str], known: Iterable[str]) -> Callable[[str], str]:
-    """From the names of an adapter's modules to those that the converter asks for.
-
-    One has a prefix that the other lacks where their models are of different classes: a
-    `BertForSequenceClassification` has `bert.encoder.layer.0...`, a `BertModel`
-    `encoder.layer.0...`. The prefix that serves most names counts, and names that are known as
-    they are stay.
-
-    Example:
-
-    >>> rename = renaming(["bert.layer.0.query", "classifier"], ["layer.0.query", "classifier"])
-    >>> rename("bert.layer.0.query"), rename("classifier")
-    ('layer.0.query', 'classifier')
-    """
-    known = set(known)
-    shifts = Counter(s for name in names for other in known for s in _shifts(name, other))
-    (removed, added), _ = shifts.most_common(1)[0] if shifts else (("", ""), 0)
-
-    def rename(name: str) -> str:
-        shifted = added + name.removeprefix(removed)
-        return shifted if shifted in known else name
-
-    return rename
-
-
-def _shifts(name: str, other: str) -> list[tuple[str, str]]:
-    """The prefix to remove and the one to add that make one name the other."""
-    if name == other:
-        return [("", "")]
-    if name.endswith(f".{other}"):
-        return [(name.removesuffix(other), "")]
-    return [("", other.removesuffix(name))] if other.endswith(f".{name}") else []
-
-
-def hub_task(model: keras.Model, model_type: str, prefix: str | None) -> tuple[str | None, str]:
-    """PEFT's name of a model's task, and what its modules' names begin with.
-
-    Raises:
-        ValueError: transformers is needed to know the prefix, and is missing.
-    """
-    known = (_TASKS[c.__name__] for c in type(model).__mro__ if c.__name__ in _TASKS)
-    task, mapping = next(known, (None, ""))
-    if prefix is not None or not mapping:
-        return task, prefix or ""
-    return task, _class_prefix(model_type, mapping)
-
-
-def _class_prefix(model_type: str, mapping: str) -> str:
-    try:
-        transformers = importlib.import_module("transformers")
-        classes = getattr(transformers, mapping)
-        config = type(transformers.AutoConfig.for_model(model_type))
-        hub_class = classes[config]
-    except (ImportError, KeyError, ValueError) as error:
-        raise invalid(
-            "prefix",
-            "what the names of modules begin with in the Hugging Face model, such as 'bert.'",
-            None,
-            f"only transformers knows it ({error}): pip install 'keras-lora[peft]', or pass it",
-        ) from error
-    return f"{hub_class.base_model_prefix}."
 
 
 def _modules(
@@ -297,11 +223,6 @@ def _own_values(model: keras.Model, name: str) -> list[tuple[keras.Variable, Arr
     """The values of heads and biases that belong to an adapter."""
     held = [item for item in all_held(model.variables) if name in item.names]
     return [(item.variable, item.value(name)) for item in held]
-
-
-def _full_name(key: str, prefix: str, inside: Collection[str]) -> str:
-    """The name of a module or parameter in the model of a task; a head has no prefix."""
-    return key if key.startswith(prefix) or key not in inside else prefix + key
 
 
 def _trained_apart(saved: Collection[str], modules: Collection[str]) -> tuple[str, list[str]]:

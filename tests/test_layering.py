@@ -50,6 +50,7 @@ ORDER = [
     "hub_weights.blocks",
     "hub_weights",
     "hub_factors",
+    "hub_names",
     "hub_values",
     "adapters",
     "serialization",

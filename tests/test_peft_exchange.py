@@ -32,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Adapter 'default'.*invalid shape",
 )
 TOKENS = np.random.default_rng(2).integers(3, VOCAB, (2, 7))
+IMAGES = np.random.default_rng(3).normal(size=(2, 16, 16, 3)).astype("float32")
 TOLERANCE = 1e-4
 # |Keras - transformers| of the bases themselves, without any adapter, where it is above that.
 # KerasHub computes RoBERTa's GELU by its approximation.
@@ -65,6 +66,15 @@ def _hub_seq2seq(model: Any) -> Any:
     return model.base_model(torch.tensor(TOKENS), decoder_input_ids=decoder).last_hidden_state
 
 
+def _image(backbone: keras.Model) -> Any:
+    dictionary = isinstance(backbone.input, dict)
+    return backbone({"images": IMAGES} if dictionary else IMAGES)
+
+
+def _hub_image(model: Any) -> Any:
+    return model.base_model(torch.tensor(IMAGES.transpose(0, 3, 1, 2))).last_hidden_state
+
+
 @dataclass(frozen=True)
 class Case:
     """How the two models of an architecture are run, and the modules that an adapter gets."""
@@ -73,6 +83,10 @@ class Case:
     mlp: str
     keras: Callable[[keras.Model], Any] = _text
     hub: Callable[[Any], Any] = _hub_text
+
+    def prefix(self, model: Any) -> str | None:
+        """Given for text; for images transformers is asked, which renames the modules."""
+        return None if self.hub is _hub_image else f"{model.base_model_prefix}."
 
     def targets(self, which: str) -> str:
         parts = {"attention": self.attention, "mlp": self.mlp}
@@ -92,6 +106,9 @@ CASES: dict[str, Case] = {
     "albert": Case("query|key|value|dense", "ffn|ffn_output"),
     "bart": Case("q_proj|k_proj|v_proj|out_proj", "fc1|fc2", _seq2seq, _hub_seq2seq),
     "t5gemma": Case(_LLAMA.attention, _LLAMA.mlp, _seq2seq, _hub_seq2seq),
+    **dict.fromkeys(
+        ["vit", "deit", "dinov2"], Case(_LLAMA.attention, "fc1|fc2", _image, _hub_image)
+    ),
 }
 # The routers of experts are no `nn.Linear` in transformers 5.
 ROUTERS = ["sparse_feedforward_gate_dense", "shared_expert_gate_dense"]
@@ -176,7 +193,7 @@ def test_an_adapter_of_peft_computes_the_same_in_keras_and_comes_back_bit_for_bi
     kl.load_peft_adapter(backbone, tmp_path / "peft")
     assert_agree(name, backbone, theirs)
 
-    prefix = theirs.base_model.model.base_model_prefix + "."
+    prefix = CASES[name].prefix(theirs.get_base_model())
     kl.save_peft_adapter(backbone, tmp_path / "back", prefix=prefix)
     back, expected = tensors(tmp_path / "back"), tensors(tmp_path / "peft")
     assert back.keys() == expected.keys()
@@ -194,7 +211,7 @@ def test_an_adapter_of_keras_computes_the_same_in_peft(
     kl.apply_lora(backbone, kl.LoRAConfig(rank=3, alpha=7, **KERAS_OPTIONS.get(name, {})))
     randomize_adapters(backbone)
     model = hub_model(base)
-    kl.save_peft_adapter(backbone, tmp_path / "keras", prefix=model.base_model_prefix + ".")
+    kl.save_peft_adapter(backbone, tmp_path / "keras", prefix=CASES[name].prefix(model))
     with warnings.catch_warnings():
         # PEFT warns of keys that it does not take.
         warnings.filterwarnings("error", "Found missing adapter keys|.*unexpected")
