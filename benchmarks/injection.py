@@ -16,51 +16,15 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import argparse
-import ctypes
-import gc
 import sys
 import time
-from collections.abc import Iterable
-from pathlib import Path
 
-import keras
-import keras_hub
+from memory import MIB, billion, forget_peak, resident, size
 from timing import print_bars
 
 import keras_lora as kl
 
 MOST_SECONDS, MOST_PERCENT = 5.0, 2.0
-MIB = 2**20
-
-
-def billion(args: argparse.Namespace) -> keras.Model:
-    return keras_hub.models.LlamaBackbone(
-        vocabulary_size=32000,
-        num_layers=args.layers,
-        num_query_heads=args.width // 64,
-        num_key_value_heads=args.width // 256,
-        hidden_dim=args.width,
-        intermediate_dim=4 * args.width,
-        dtype=args.dtype,
-    )
-
-
-def size(variables: Iterable[keras.Variable]) -> int:
-    """Bytes."""
-    return sum(v.value.dtype.size * int(v.value.shape.num_elements()) for v in variables)
-
-
-def resident(key: str) -> int:
-    """Bytes of this process: `VmRSS` now, or `VmHWM` at most since `forget_peak`."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if key in line)
-
-
-def forget_peak() -> None:
-    """Start a new peak, once what was freed is given back: reused, it would hide what is taken."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def main() -> None:
@@ -71,7 +35,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
     args = parser.parse_args()
 
-    model = billion(args)
+    model = billion(args.layers, args.width, args.dtype)
     model_size, parameters = size(model.variables), model.count_params()
     forget_peak()
     before, start = resident("VmRSS"), time.perf_counter()

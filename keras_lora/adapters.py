@@ -263,8 +263,7 @@ def combine_adapters(
             # Of its own for each layer: else layers of one shape would lose the same entries.
             own = dataclasses.replace(options, seed=seed + index)
             factors[path] = _combined(path, layer, terms, own)
-    known = groups(layers)
-    trained = [v for n in names if n in known for v in known[n].trained]
+    trained = [v for known in groups(layers, names).values() for v in known.trained]
     plan = plan_factors(model, name, Group(None, trained), factors, values)
     install(model, plan, acts=not active_names(layers))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
 from keras_lora.config import invalid
+from keras_lora.files import PathLike
 from keras_lora.inject import merged
 from keras_lora.walker import lora_layers
 
@@ -48,7 +48,7 @@ class GraphReport:
 
 def export_saved_model(
     model: keras.Model,
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
     input_signature: Any | None = None,
     overwrite: bool = False,
@@ -106,7 +106,7 @@ def export_saved_model(
     return report
 
 
-def check_saved_model(path: str | os.PathLike[str]) -> GraphReport:
+def check_saved_model(path: PathLike) -> GraphReport:
     """Read a SavedModel's graph and say what a server with its default settings cannot run.
 
     Args:

@@ -19,12 +19,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
+
+PathLike: TypeAlias = str | os.PathLike[str]
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter.safetensors"
@@ -71,7 +73,7 @@ class AdapterFiles:
 
 
 def write_adapter_files(
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     config: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     *,
@@ -119,7 +121,7 @@ def write_adapter_files(
         _replace(root, contents)
 
 
-def read_adapter_files(directory: str | os.PathLike[str], *, finite: bool = True) -> AdapterFiles:
+def read_adapter_files(directory: PathLike, *, finite: bool = True) -> AdapterFiles:
     """Read an adapter after checking all of it; nothing in it is executed or used as a path.
 
     Peak memory is twice the size of the files, 1.5 kilobytes a tensor, and the parsed config.
@@ -159,7 +161,7 @@ def read_adapter_files(directory: str | os.PathLike[str], *, finite: bool = True
     return AdapterFiles(_compared_config(file, metadata["config"]), tensors)
 
 
-def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def read_adapter_config(directory: PathLike) -> dict[str, Any]:
     """Read an adapter's config alone. Without the tensors, the digest is NOT checked.
 
     Args:

@@ -19,9 +19,9 @@ import numpy as np
 
 from keras_lora.combining import truncate
 from keras_lora.config import AdapterSpec, check_rank, invalid
+from keras_lora.files import PathLike
 from keras_lora.inject import active_names, adapted, check_names, install, plan_factors
 from keras_lora.kerashub_h5 import (
-    PathLike,
     file_error,
     read_keras_hub_lora,
     write_keras_hub_arrays,

@@ -15,15 +15,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 
-from keras_lora.files import AdapterFileError
+from keras_lora.files import AdapterFileError, PathLike
 from keras_lora.per_axis import Array, Pair
-
-PathLike: TypeAlias = "str | os.PathLike[str]"
 
 SUFFIX = ".lora.h5"
 KEYS = ("lora_kernel_a", "lora_kernel_b")

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora.files import AdapterFileError
+from keras_lora.files import AdapterFileError, PathLike
 from keras_lora.hub_factors import (
     Kernel,
     Part,
@@ -39,7 +39,6 @@ from keras_lora.layers import (
     split_kernel,
 )
 from keras_lora.peft_files import PeftModule, read_peft_adapter, write_peft_adapter
-from keras_lora.serialization import PathLike
 from keras_lora.walker import backbone_of, lora_layers, walk
 
 

@@ -19,6 +19,7 @@ from keras_lora.config import invalid
 from keras_lora.files import (
     TENSORS_FILE,
     AdapterFileError,
+    PathLike,
     read_adapter_files,
     write_adapter_files,
 )
@@ -30,8 +31,9 @@ from keras_lora.inject import (
     start_fit_at,
     stop_skipping,
 )
+from keras_lora.keys import variable_keys
 from keras_lora.layers import DEFAULT_ADAPTER, all_held
-from keras_lora.serialization import PathLike, save_adapter, variable_keys
+from keras_lora.serialization import save_adapter
 from keras_lora.walker import lora_layers
 
 STATE_DIRECTORY = "training_state"

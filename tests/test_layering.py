@@ -53,6 +53,8 @@ ORDER = [
     "hub_names",
     "hub_values",
     "adapters",
+    "keys",
+    "matching",
     "serialization",
     "peft",
     "training",

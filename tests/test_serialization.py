@@ -334,7 +334,7 @@ def fuzzed() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@settings(max_examples=2000, derandomize=True, deadline=None, database=None)
 @given(mutate=mutations())
 def test_damaged_files_load_what_was_saved_or_leave_the_model_alone(mutate: Any) -> None:
     saved = fuzzed()

@@ -11,10 +11,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import keras
-import numpy as np
-from keras import ops
 
-State = list[np.ndarray]
+from keras_lora.layers.slots import read, write
+from keras_lora.lowrank import Tensor
+
+State = list[Tensor]
 # For each optimizer, the states that wait, by the names of the active adapters.
 _PARKED: WeakKeyDictionary[Any, dict[tuple[str, ...], State]] = WeakKeyDictionary()
 
@@ -50,13 +51,14 @@ def switch_optimizer(model: keras.Model, left: Sequence[str], entered: Sequence[
     What never trained starts as a fresh optimizer does. The learning rate is the model's.
     """
     optimizer = built_optimizer(model)
-    if optimizer is None:
+    if optimizer is None or list(left) == list(entered):
         return
     parked = _PARKED.setdefault(optimizer, {})
-    parked[tuple(left)] = [_copy(v) for v in _state(optimizer)]
-    state = parked.pop(tuple(entered), None)
-    for variable, value in zip(_state(optimizer), state or _initial(model), strict=True):
-        variable.assign(value)
+    state = _state(optimizer)
+    parked[tuple(left)] = [read(v) for v in state]
+    values = parked.pop(tuple(entered), None)
+    for variable, value in zip(state, values or _initial(model), strict=True):
+        write(variable, value)
 
 
 def reset_optimizer(model: keras.Model) -> None:
@@ -64,7 +66,7 @@ def reset_optimizer(model: keras.Model) -> None:
     optimizer = built_optimizer(model)
     if optimizer is not None:
         for variable, value in zip(_state(optimizer), _initial(model), strict=True):
-            variable.assign(value)
+            write(variable, value)
 
 
 def forget_optimizer_states(model: keras.Model, name: str) -> None:
@@ -76,14 +78,11 @@ def forget_optimizer_states(model: keras.Model, name: str) -> None:
 
 
 def _state(optimizer: Any) -> list[keras.Variable]:
-    return [v for v in optimizer.variables if v is not optimizer.learning_rate]
+    learning_rate = optimizer.learning_rate  # which a schedule computes
+    return [v for v in optimizer.variables if v is not learning_rate]
 
 
 def _initial(model: keras.Model) -> State:
     fresh: Any = fresh_optimizer(model)
     fresh.build(model.trainable_variables)
-    return [_copy(v) for v in _state(fresh)]
-
-
-def _copy(variable: keras.Variable) -> np.ndarray:
-    return np.array(ops.convert_to_numpy(variable), copy=True)
+    return [read(v) for v in _state(fresh)]

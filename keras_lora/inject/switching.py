@@ -1,8 +1,13 @@
-"""Which adapters of a model act and train."""
+"""Which adapters of a model act and train.
+
+Private Keras API in this file, and why (`tests/test_private_api.py` watches it):
+    `_flatten_layers`: the layers without their paths, which cost more than a switch does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import keras
 
@@ -15,9 +20,11 @@ from keras_lora.inject.compiled import (
 )
 from keras_lora.inject.freezing import freeze
 from keras_lora.inject.optimizers import switch_optimizer
-from keras_lora.inject.saving import guard_saving, models_in
+from keras_lora.inject.saving import guard_saving
 from keras_lora.layers import BASE, Group, Held, LoRALayer, all_held
 from keras_lora.walker import lora_layers
+
+Layers = Mapping[Any, LoRALayer]
 
 
 def adapted(model: keras.Model) -> dict[str, LoRALayer]:
@@ -35,12 +42,12 @@ def adapted(model: keras.Model) -> dict[str, LoRALayer]:
     return layers
 
 
-def adapter_names(layers: Mapping[str, LoRALayer]) -> list[str]:
+def adapter_names(layers: Layers) -> list[str]:
     """All names, in the order in which they were added."""
     return list(dict.fromkeys(name for layer in layers.values() for name in layer.adapters))
 
 
-def active_names(layers: Mapping[str, LoRALayer]) -> list[str]:
+def active_names(layers: Layers) -> list[str]:
     return list(dict.fromkeys(n for layer in layers.values() for n in layer.active_adapters))
 
 
@@ -50,19 +57,19 @@ def check_names(model: keras.Model, names: str | Sequence[str] | None) -> list[s
     Raises:
         ValueError: no adapters, a name that the model does not have, or twice the same.
     """
-    known = adapter_names(adapted(model))
+    layers = _layers(model) or adapted(model)
     wanted = [names] if isinstance(names, str) else list(names or ())
-    unknown = [name for name in wanted if name not in known]
+    unknown = [n for n in wanted if not any(n in layer.adapters for layer in layers.values())]
     if unknown:
-        raise invalid("names", f"names among {known}", unknown)
+        raise invalid("names", f"names among {adapter_names(layers)}", unknown)
     if len(set(wanted)) < len(wanted):
         raise invalid("names", "each name once", wanted, "scale it with scale_adapter")
     return wanted
 
 
-def groups(layers: Mapping[str, LoRALayer]) -> dict[str, Group]:
-    """What is known of each adapter beyond its layers. Layers made by hand have none."""
-    adapters = ((n, a) for layer in layers.values() for n, a in layer.adapters.items())
+def groups(layers: Layers, names: Iterable[str]) -> dict[str, Group]:
+    """What is known of these adapters beyond their layers. Layers made by hand have none."""
+    adapters = ((n, x.adapters[n]) for n in names for x in layers.values() if n in x.adapters)
     return {name: adapter.group for name, adapter in adapters if adapter.group is not None}
 
 
@@ -75,21 +82,23 @@ def switch(model: keras.Model, names: Sequence[str], trainable: bool = True) -> 
     Raises:
         ValueError: two of the adapters have a value for the same variable.
     """
-    layers = lora_layers(model)
+    layers, held, trained = _layers(model), all_held(model.variables), model.trainable_variables
     trainable = trainable and bool(names)
-    extra = _trained_variables(model, names if trainable else [])
+    extra = _nobodys(layers, held, trained)
+    if trainable:
+        extra += _group_variables(model, layers, names)
     switched = active_names(layers), names
     fit = _fit(layers, names)
-    if fit and _same_flags(model, layers, extra, trainable):
-        activate(model, names, trainable)
+    if fit and _same_flags(layers, trained, extra, trainable):
+        _move(layers, held, names, trainable)
         for known in known_models(model):
             switch_optimizer(known, *switched)
     else:
         stale = stale_when_flags_change() if fit else FUNCTIONS
         with changing(model, list(layers.values()), switched, stale):
-            activate(model, names, trainable)
+            _move(layers, held, names, trainable)
             refreeze(model, extra)
-    if all_held(model.variables):
+    if held:
         guard_saving(model)
 
 
@@ -98,13 +107,7 @@ def activate(model: keras.Model, names: Sequence[str], trainable: bool | None = 
 
     Flags of slots change as asked, those of other variables and optimizers do not.
     """
-    owners = [(item, _owner(item, names)) for item in all_held(model.variables)]
-    for layer in lora_layers(model).values():
-        trains = layer.trains_adapters if trainable is None else trainable
-        with strategy_scope(layer):
-            layer.activate([n for n in names if n in layer.adapters], trains)
-    for item, owner in owners:
-        item.switch(owner)
+    _move(_layers(model), all_held(model.variables), names, trainable)
 
 
 def known_models(model: keras.Model) -> list[keras.Model]:
@@ -112,17 +115,49 @@ def known_models(model: keras.Model) -> list[keras.Model]:
 
     Where one encoder serves several models, each has an optimizer with moments of the same slots.
     """
-    layers = lora_layers(model).values()
-    inside = models_in(model)
-    for layer in layers:
+    inside = [part for part in _parts(model) if isinstance(part, keras.Model)]
+    known = {}
+    for layer in _layers(model).values():
         layer._lora.models.update(inside)
-    return list({id(m): m for layer in layers for m in layer._lora.models}.values())
+        known.update({id(m): m for m in layer._lora.models})
+    return list(known.values())
 
 
 def refreeze(model: keras.Model, extra: Iterable[keras.Variable]) -> None:
     """Freeze all but the slots that train and these variables."""
-    slots = [v for x in lora_layers(model).values() for slot in x.slots for v in slot.factors]
+    slots = [v for x in _layers(model).values() for slot in x.slots for v in slot.factors]
     freeze(model, [*(v for v in slots if v.trainable), *extra])
+
+
+def _parts(model: keras.Model) -> list[keras.layers.Layer]:
+    """A model and every layer below, each once, in the order of `walk`."""
+    parts = {id(model): model}
+    _gather(model, parts)
+    return list(parts.values())
+
+
+def _gather(parent: keras.layers.Layer, parts: dict[int, keras.layers.Layer]) -> None:
+    for layer in parent._flatten_layers(include_self=False, recursive=False):
+        if id(layer) not in parts:
+            parts[id(layer)] = layer
+            _gather(layer, parts)
+
+
+def _layers(model: keras.Model) -> dict[int, LoRALayer]:
+    """The adapted layers, in the order of `lora_layers`."""
+    return {id(part): part for part in _parts(model) if isinstance(part, LoRALayer)}
+
+
+def _move(
+    layers: Layers, held: Iterable[Held], names: Sequence[str], trainable: bool | None
+) -> None:
+    owners = [(item, _owner(item, names)) for item in held]
+    for layer in layers.values():
+        trains = layer.trains_adapters if trainable is None else trainable
+        with strategy_scope(layer):
+            layer.activate([n for n in names if n in layer.adapters], trains)
+    for item, owner in owners:
+        item.switch(owner)
 
 
 def _owner(item: Held, names: Sequence[str]) -> str:
@@ -137,29 +172,33 @@ def _owner(item: Held, names: Sequence[str]) -> str:
     return owners[0] if owners else BASE
 
 
-def _trained_variables(model: keras.Model, names: Sequence[str]) -> list[keras.Variable]:
+def _nobodys(
+    layers: Layers, held: Iterable[Held], trained: Iterable[keras.Variable]
+) -> list[keras.Variable]:
+    """What trains and belongs to no adapter: of layers made by hand, or from a `.keras` file."""
+    known = {id(item.variable) for item in held}
+    known |= {id(v) for layer in layers.values() for v in layer.adapter_variables}
+    return [v for v in trained if id(v) not in known]
+
+
+def _group_variables(
+    model: keras.Model, layers: Layers, names: Sequence[str]
+) -> list[keras.Variable]:
     """The base's variables that are to train beside these adapters."""
-    layers = lora_layers(model)
-    known = groups(layers)
-    owned = {id(item.variable) for item in all_held(model.variables)}
-    ours = {id(v) for layer in layers.values() for v in layer.adapter_variables}
-    # Those of layers made by hand, or read from a `.keras` file, belong to no adapter.
-    nobodys = [v for v in model.trainable_variables if id(v) not in ours | owned]
-    wanted = {id(v) for name in names if name in known for v in known[name].trained}
-    return nobodys + [v for v in model.variables if id(v) in wanted]
+    wanted = {id(v) for group in groups(layers, names).values() for v in group.trained}
+    return [v for v in model.variables if id(v) in wanted] if wanted else []
 
 
-def _fit(layers: Mapping[str, LoRALayer], names: Sequence[str]) -> bool:
+def _fit(layers: Layers, names: Sequence[str]) -> bool:
     adapters = [[x.adapters[n].spec for n in names if n in x.adapters] for x in layers.values()]
     return all(x.fits(specs) for x, specs in zip(layers.values(), adapters, strict=True))
 
 
 def _same_flags(
-    model: keras.Model,
-    layers: Mapping[str, LoRALayer],
-    extra: Sequence[keras.Variable],
+    layers: Layers,
+    trained: Iterable[keras.Variable],
+    extra: Iterable[keras.Variable],
     trainable: bool,
 ) -> bool:
     slots = [v for layer in layers.values() for slot in layer.slots for v in slot.factors]
-    expected = {id(v) for v in [*extra, *(slots if trainable else [])]}
-    return expected == {id(v) for v in model.trainable_variables}
+    return {id(v) for v in trained} == {id(v) for v in [*extra, *(slots if trainable else [])]}

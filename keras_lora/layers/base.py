@@ -200,8 +200,7 @@ class LoRALayer(keras.layers.Layer):
 
     def adapter_of(self, spec: AdapterSpec, a: Any, b: Any, group: Group | None = None) -> Adapter:
         """An adapter with these factors, for this layer; not in it yet."""
-        shared = len(self._split().shared)
-        return Adapter(spec, Factor(a, len(np.shape(a)) - 1), Factor(b, shared), group)
+        return Adapter(spec, Factor(a), Factor(b), group)
 
     def put_adapter(self, name: str, adapter: Adapter) -> None:
         """Take an adapter in, in the place of one of that name where there is one.
@@ -212,7 +211,7 @@ class LoRALayer(keras.layers.Layer):
         for slot in self._lora.slots:
             if old is not None and slot.holds is old:
                 slot.park()
-                slot.put(adapter)
+                slot.put(adapter, self.masks)
         self._lora.adapters[name] = adapter
 
     def set_strength(self, name: str, strength: float) -> None:
@@ -241,11 +240,13 @@ class LoRALayer(keras.layers.Layer):
     def activate(self, names: Sequence[str], trainable: bool = True) -> None:
         """Let exactly these adapters act, and train or not; makes slots where they do not fit."""
         adapters = [self._lora.adapters[name] for name in names]
-        self._reserve([adapter.spec for adapter in adapters])
+        specs = [adapter.spec for adapter in adapters]
+        if not self.fits(specs):
+            self._reserve(specs)
         for slot in self._lora.slots:
             slot.park()
         for slot, adapter in zip(self._lora.slots, adapters, strict=False):
-            slot.put(adapter)
+            slot.put(adapter, self.masks)
         for slot in self._lora.slots[len(adapters) :]:
             slot.clear()
         self._lora.active = tuple(names)
@@ -396,7 +397,7 @@ class LoRALayer(keras.layers.Layer):
         adapter = narrow.holds
         narrow.park()
         if adapter is not None:
-            wide.put(adapter)
+            wide.put(adapter, self.masks)
         self._lora.slots[index] = wide
         self._untrack(narrow.variables)
 

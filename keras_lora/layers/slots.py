@@ -4,6 +4,9 @@ What a model has compiled reads the variables of slots, never those of an adapte
 move values into the slots: nothing is traced again, and however many adapters a layer has, it
 computes with those that act. An adapter of a lower rank than its slot is padded with zeros. They
 stay zero in training, since the gradient of each padded factor is a product with the other one.
+
+Switching is all but these reads and writes, so on TensorFlow they go past Keras, to the
+`tf.Variable` itself: `Variable.assign` converts, casts and reads the variable back.
 """
 
 from __future__ import annotations
@@ -23,6 +26,29 @@ from keras_lora.lowrank import Shape, Tensor
 NewVariable = Callable[..., keras.Variable]
 
 
+def read(variable: keras.Variable) -> Tensor:
+    """The present value, in the host's memory, which no later step changes."""
+    if keras.backend.backend() != "tensorflow":
+        return np.array(ops.convert_to_numpy(variable), copy=True)
+    # The variable's own memory: TensorFlow lets go of it, or copies it, before it writes.
+    value = variable.value.value()
+    return value if "CPU" in value.device else value.numpy()
+
+
+def write(variable: keras.Variable, value: Any) -> None:
+    """Give a variable a value that is as the variable is, in shape and dtype."""
+    if keras.backend.backend() == "tensorflow":
+        variable.value.assign(value, read_value=False)
+    else:
+        variable.assign(value)
+
+
+def _set(variable: keras.Variable, number: float) -> None:
+    # Most adapters have the same scale, and to read takes half as long as to write.
+    if float(read(variable)) != np.dtype(variable.dtype).type(number):
+        write(variable, number)
+
+
 class Factor:
     """`A` or `B` of one adapter, float32, at the adapter's own rank.
 
@@ -31,15 +57,16 @@ class Factor:
 
     dtype = "float32"
 
-    def __init__(self, value: Any, rank_axis: int) -> None:
+    def __init__(self, value: Any) -> None:
         # Copies: where a variable's memory is shared, a later step would change what was parked.
-        self._parked: np.ndarray | None = np.array(value, "float32", copy=True)
+        value = np.array(value, "float32", copy=True)
+        self._parked: Tensor | None = value
         self._variable: keras.Variable | None = None
-        self._rank_axis = rank_axis
-        self.shape: Shape = self._parked.shape
+        self._fills = True
+        self.shape: Shape = value.shape
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self._value(), dtype, copy=True)
+        return np.array(ops.convert_to_numpy(self._value()), dtype, copy=True)
 
     def assign(self, value: Any) -> None:
         """Raises:
@@ -51,36 +78,37 @@ class Factor:
         if self._variable is None:
             self._parked = value
         else:
-            self._variable.assign(self._padded(value))
+            write(self._variable, self._padded(value, self._variable))
 
-    def enter(self, variable: keras.Variable) -> None:
-        """Put the values into a slot's variable, of the same or a higher rank."""
+    def enter(self, variable: keras.Variable, fills: bool) -> None:
+        """Put the values into a slot's variable, of the same rank (`fills`) or a higher one."""
         value = self._value()
+        self._fills = fills
+        write(variable, self._padded(value, variable))
         self._parked, self._variable = None, variable
-        self.assign(value)
 
     def leave(self) -> None:
         """Take the values aside. The slot keeps what it has."""
         if self._variable is not None:
             self._parked, self._variable = self._value(), None
 
-    def _value(self) -> np.ndarray:
+    def _value(self) -> Tensor:
         if self._variable is None:
             assert self._parked is not None
             return self._parked
-        whole = np.array(ops.convert_to_numpy(self._variable), copy=True)
-        return whole[self._at_rank(slice(self.shape[self._rank_axis]))]
+        whole = read(self._variable)
+        return whole if self._fills else ops.convert_to_numpy(whole)[self._part()].copy()
 
-    def _padded(self, value: np.ndarray) -> np.ndarray:
-        assert self._variable is not None
-        whole = np.zeros(self._variable.shape, "float32")
-        whole[self._at_rank(slice(self.shape[self._rank_axis]))] = value
+    def _padded(self, value: Tensor, variable: keras.Variable) -> Tensor:
+        if self._fills:
+            return value
+        whole = np.zeros(variable.shape, "float32")
+        whole[self._part()] = value
         return whole
 
-    def _at_rank(self, part: slice) -> tuple[slice, ...]:
-        everything = [slice(None)] * len(self.shape)
-        everything[self._rank_axis] = part
-        return tuple(everything)
+    def _part(self) -> tuple[slice, ...]:
+        """Where the values are in a variable of a higher rank."""
+        return tuple(slice(size) for size in self.shape)
 
 
 @dataclass(eq=False)
@@ -112,7 +140,8 @@ class Adapter:
 
     @property
     def scaling(self) -> float:
-        return self.acting_spec.scaling
+        # Not to make a spec, and check it, at each switch.
+        return (self.spec if self.strength == 1 else self.acting_spec).scaling
 
     @property
     def factors(self) -> tuple[Factor, Factor]:
@@ -154,19 +183,21 @@ class Slot:
     def variables(self) -> tuple[keras.Variable, ...]:
         return self.a, self.b, self.scaling, self.rate
 
-    def put(self, adapter: Adapter) -> None:
+    def put(self, adapter: Adapter, masks: bool) -> None:
+        """Take an adapter in; `masks` is whether the layer reads the dropout rate at all."""
         self.holds = adapter
-        adapter.a.enter(self.a)
-        adapter.b.enter(self.b)
-        self.refresh()
+        for factor, variable in zip(adapter.factors, self.factors, strict=True):
+            factor.enter(variable, fills=adapter.spec.rank == self.rank)
+        self.refresh(masks)
 
-    def refresh(self) -> None:
+    def refresh(self, masks: bool = True) -> None:
         """Take scale and dropout rate from the adapter that is held; zeros where none is."""
         if self.holds is None:
             self.clear()
             return
-        self.scaling.assign(self.holds.scaling)
-        self.rate.assign(self.holds.spec.dropout)
+        _set(self.scaling, self.holds.scaling)
+        if masks:
+            _set(self.rate, self.holds.spec.dropout)
 
     def park(self) -> None:
         """Take the adapter out; the slot's values stay, and count until `put` or `clear`."""
@@ -178,7 +209,7 @@ class Slot:
     def clear(self) -> None:
         """Zeros: the slot adds nothing, and no gradient reaches it."""
         for variable in self.variables:
-            variable.assign(ops.zeros(variable.shape, variable.dtype))
+            write(variable, np.zeros(variable.shape, variable.dtype))
 
 
 def dropped(x: Tensor, rate: Tensor, seeds: keras.random.SeedGenerator) -> Tensor:

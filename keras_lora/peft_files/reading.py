@@ -17,6 +17,7 @@ from keras_lora.files import (
     DTYPES,
     TENSORS_FILE,
     AdapterFileError,
+    PathLike,
     as_array,
     check_size,
     opened,
@@ -71,7 +72,7 @@ class PeftAdapter:
     dtypes: Mapping[str, str]
 
 
-def read_peft_adapter(directory: str | os.PathLike[str]) -> PeftAdapter:
+def read_peft_adapter(directory: PathLike) -> PeftAdapter:
     """Read a LoRA adapter of Hugging Face PEFT, after checking all of it.
 
     Nothing in it is executed or used as a path; the regular expressions of `rank_pattern`,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from keras_lora.files import (
     CONFIG_LIMIT,
     DTYPES,
     TENSORS_FILE,
+    PathLike,
     check_size,
     explained,
     key_problem,
@@ -45,7 +45,7 @@ _TEMPORARY = re.compile(
 
 
 def write_peft_adapter(
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     modules: Mapping[str, PeftModule],
     saved: Mapping[str, Array] | None = None,
     config: Mapping[str, Any] | None = None,
