@@ -6,7 +6,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Notices of a library that looks for a GPU are no news on a machine without one.
 export CUDA_VISIBLE_DEVICES ?= -1
 
-.PHONY: demo test lint test-tensorflow test-backends docs bench clean
+.PHONY: demo test lint test-tensorflow test-backends docs architectures bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/text_classification.py
@@ -16,7 +16,7 @@ test: lint test-tensorflow test-backends docs
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy keras_lora tests examples benchmarks
+	$(BIN)/mypy keras_lora tests examples benchmarks docs
 
 # Two processes: the tests are many and small, and TensorFlow's threads wait on each other.
 test-tensorflow: $(VENV)/.dev
@@ -32,10 +32,15 @@ test-backends: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict --quiet
 
+# Of every architecture, what PEFT's adapters can be; a test compares the page with it.
+architectures: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python docs/architectures.py
+
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/injection.py
 	$(BIN)/python benchmarks/merged.py
+	$(BIN)/python benchmarks/adapters.py
 
 clean:
 	rm -rf $(VENV) .assets dist site
