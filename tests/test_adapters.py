@@ -479,3 +479,30 @@ def test_a_refused_combination_changes_nothing(
     with pytest.raises(ValueError, match=message):
         kl.combine_adapters(model, weights, **{"name": "new", **options})
     assert state(model) == before
+
+
+def test_the_order_of_adapters_is_kept_where_the_first_layer_lacks_the_first() -> None:
+    """Else two adapters would go on with each other's optimizer state."""
+
+    def trained(look_elsewhere: bool) -> keras.Model:
+        keras.utils.set_random_seed(0)
+        model = functional()
+        kl.apply_lora(model, kl.LoRAConfig(rank=2, targets=["middle"]), name="x")
+        kl.apply_lora(model, kl.LoRAConfig(rank=2, targets=["up", "middle"]), name="y")
+        model.compile("adam", "mse")
+        kl.set_adapter(model, ["x", "y"])
+        fit(model)
+        if look_elsewhere:
+            with kl.disable_adapter(model):
+                pass
+            kl.set_adapter(model, "y")
+            kl.set_adapter(model, ["x", "y"])
+        fit(model)
+        return model
+
+    model, expected = trained(True), trained(False)
+    for path, layer in kl.lora_layers(model).items():
+        for name, adapter in layer.adapters.items():
+            np.testing.assert_array_equal(
+                adapter.b, kl.lora_layers(expected)[path].adapters[name].b
+            )

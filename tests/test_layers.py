@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -277,3 +278,29 @@ def test_kernel_is_the_variable_itself_where_nothing_acts() -> None:
     (layer,) = kl.lora_layers(model).values()
     with layer.without_slots():
         assert layer.kernel is layer._kernel
+
+
+class Parent(keras.layers.Layer):
+    """Keras builds what is in it where it is first called: in a graph, or on symbolic inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = kl.LoRADense(5, rank=2, dropout=0.1)
+
+    def call(self, inputs: Any) -> Any:
+        return self.inner(inputs)
+
+
+@pytest.mark.parametrize("first", ["symbolic", "fit"])
+def test_a_layer_that_is_built_within_a_graph_has_its_adapter(first: str) -> None:
+    parent = Parent()
+    inputs = [keras.Input((3,))] if first == "symbolic" else []
+    model = keras.Sequential([*inputs, parent])
+    model.compile("sgd", "mse")
+    if first == "fit":
+        model.fit(np.ones((4, 3)), np.ones((4, 5)), verbose=0)
+    adapter = parent.inner.adapters["default"]
+    assert 0 < np.abs(np.array(adapter.a)).max() < 1
+    np.testing.assert_array_equal(adapter.a, parent.inner.slots[0].a)
+    assert float(keras.ops.convert_to_numpy(parent.inner.slots[0].scaling)) == 8.0
+    assert len(parent.trainable_variables) == 2

@@ -200,3 +200,15 @@ def test_an_optimizer_that_cannot_be_made_anew_is_refused() -> None:
     assert state(model) == before
     model.optimizer = None
     kl.apply_lora(model, CONFIG)
+
+
+def test_a_copy_does_not_share_the_memory_of_a_model_that_trains_on() -> None:
+    model = functional()
+    compile_(model)
+    fit(model)
+    kl.apply_lora(model, CONFIG)
+    copy = kl.merge_lora(model, inplace=False)
+    before = snapshot(copy.weights)
+    kl.unload_lora(model)
+    fit(model)
+    assert snapshot(copy.weights) == before

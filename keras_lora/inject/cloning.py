@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import keras
+from keras import ops
 
 from keras_lora.inject.freezing import original_flag
 from keras_lora.layers import LoRALayer, plain_class
@@ -31,7 +32,8 @@ def plain_copy(model: keras.Model) -> keras.Model:
             f"{len(copies)}, or other shapes: its get_config is incomplete. Use inplace=True."
         )
     for original, variable in zip(originals, copies, strict=True):
-        variable.assign(original.value)
+        # A copy: on JAX training donates the arrays of the original.
+        variable.assign(ops.copy(original.value))
     pairs = [(model, copy), *zip(_layers(model), _layers(copy), strict=True)]
     for original, layer in pairs + list(zip(originals, copies, strict=True)):
         layer.trainable = original_flag(original)

@@ -48,7 +48,19 @@ def adapter_names(layers: Layers) -> list[str]:
 
 
 def active_names(layers: Layers) -> list[str]:
-    return list(dict.fromkeys(n for layer in layers.values() for n in layer.active_adapters))
+    """The names of the adapters that act, in an order that is each layer's own."""
+    return _in_order([layer.active_adapters for layer in layers.values()])
+
+
+def _in_order(orders: Iterable[Sequence[str]]) -> list[str]:
+    """Names in an order that agrees with all of these; they are parts of one order."""
+    left, names = [list(order) for order in dict.fromkeys(map(tuple, orders)) if order], []
+    while left:
+        later = {name for order in left for name in order[1:]}
+        first = next((order[0] for order in left if order[0] not in later), left[0][0])
+        names.append(first)
+        left = [rest for order in left if (rest := [n for n in order if n != first])]
+    return names
 
 
 def check_names(model: keras.Model, names: str | Sequence[str] | None) -> list[str]:
@@ -87,7 +99,8 @@ def switch(model: keras.Model, names: Sequence[str], trainable: bool = True) -> 
     extra = _nobodys(layers, held, trained)
     if trainable:
         extra += _group_variables(model, layers, names)
-    switched = active_names(layers), names
+    entered = _in_order([n for n in names if n in x.adapters] for x in layers.values())
+    switched = active_names(layers), entered
     fit = _fit(layers, names)
     if fit and _same_flags(layers, trained, extra, trainable):
         _move(layers, held, names, trainable)

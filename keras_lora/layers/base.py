@@ -193,8 +193,8 @@ class LoRALayer(keras.layers.Layer):
         """Make the factors of a new adapter. It does not act until it is activated."""
         a_shape, b_shape = self._factor_shapes(spec.rank)
         fan_in, _ = self._split().matrix_shape(kernel_shape(self))
-        a = ops.convert_to_numpy(a_initializer(spec, fan_in)(a_shape, "float32"))
-        adapter = self.adapter_of(spec, a, np.zeros(b_shape), group)
+        a = Factor(a_initializer(spec, fan_in), a_shape)
+        adapter = Adapter(spec, a, Factor(np.zeros(b_shape)), group)
         self._lora.adapters[name] = adapter
         return adapter
 
@@ -240,13 +240,16 @@ class LoRALayer(keras.layers.Layer):
     def activate(self, names: Sequence[str], trainable: bool = True) -> None:
         """Let exactly these adapters act, and train or not; makes slots where they do not fit."""
         adapters = [self._lora.adapters[name] for name in names]
-        specs = [adapter.spec for adapter in adapters]
-        if not self.fits(specs):
-            self._reserve(specs)
+        made = self._made_slots(adapters)
         for slot in self._lora.slots:
             slot.park()
+        for index, slot in made.items():
+            self._untrack([v for old in self._lora.slots[index : index + 1] for v in old.variables])
+            self._lora.slots[index : index + 1] = [slot]
+            slot.start(adapters[index])
         for slot, adapter in zip(self._lora.slots, adapters, strict=False):
-            slot.put(adapter, self.masks)
+            if slot.holds is None:
+                slot.put(adapter, self.masks)
         for slot in self._lora.slots[len(adapters) :]:
             slot.clear()
         self._lora.active = tuple(names)
@@ -380,41 +383,30 @@ class LoRALayer(keras.layers.Layer):
         dtype = keras.backend.standardize_dtype(self._kernel.dtype)
         return "float64" if dtype == "float64" else "float32"
 
-    def _reserve(self, specs: Sequence[AdapterSpec]) -> None:
-        """Make slots until these adapters fit into the first of them."""
-        with self._unlocked():
-            if any(spec.dropout for spec in specs) and self._lora.seeds is None:
-                self._lora.seeds = keras.random.SeedGenerator()
-                self._tracker.add_to_store("seed_generators", self._lora.seeds)
-            for index, spec in enumerate(specs):
-                if index == len(self._lora.slots):
-                    self._lora.slots.append(self._new_slot(index, spec.rank))
-                elif self._lora.slots[index].rank < spec.rank:
-                    self._widen(index, spec.rank)
-
-    def _widen(self, index: int, rank: int) -> None:
-        narrow, wide = self._lora.slots[index], self._new_slot(index, rank)
-        adapter = narrow.holds
-        narrow.park()
-        if adapter is not None:
-            wide.put(adapter, self.masks)
-        self._lora.slots[index] = wide
-        self._untrack(narrow.variables)
-
-    def _new_slot(self, index: int, rank: int) -> Slot:
+    def _made_slots(self, adapters: Sequence[Adapter]) -> dict[int, Slot]:
+        """New slots, by their place, for those of these adapters that do not fit into the old."""
+        if self.fits([adapter.spec for adapter in adapters]):
+            return {}
         made: list[keras.Variable] = []
 
-        def new(name: str, shape: Shape, trainable: bool) -> keras.Variable:
+        def new(name: str, shape: Shape, initializer: Any, trainable: bool) -> keras.Variable:
             dtype = "float32" if trainable else self._wide_dtype()
-            options = {"initializer": "zeros", "dtype": dtype, "trainable": trainable}
+            options = {"initializer": initializer, "dtype": dtype, "trainable": trainable}
             made.append(self.add_weight(name=name, shape=shape, **options))
             return made[-1]
 
+        ranks = [slot.rank for slot in self._lora.slots] + [0] * len(adapters)
+        needed = [i for i, adapter in enumerate(adapters) if ranks[i] < adapter.spec.rank]
         try:
-            return Slot.make(new, index, self._factor_shapes(rank), rank)
+            with self._unlocked():
+                slots = {index: Slot.make(new, index, adapters[index]) for index in needed}
+                if any(adapter.spec.dropout for adapter in adapters) and self._lora.seeds is None:
+                    self._lora.seeds = keras.random.SeedGenerator()
+                    self._tracker.add_to_store("seed_generators", self._lora.seeds)
         except BaseException:
             self._untrack(made)
             raise
+        return slots
 
     def _track_adapters(self) -> None:
         trains = self.trains_adapters

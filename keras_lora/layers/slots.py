@@ -57,13 +57,14 @@ class Factor:
 
     dtype = "float32"
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, shape: Shape | None = None) -> None:
+        """Of an array, or of an initializer and a shape: then it is drawn when it is needed."""
+        self._draw: Callable[..., Tensor] | None = value if shape else None
         # Copies: where a variable's memory is shared, a later step would change what was parked.
-        value = np.array(value, "float32", copy=True)
-        self._parked: Tensor | None = value
+        self._parked: Tensor | None = None if shape else np.array(value, "float32", copy=True)
         self._variable: keras.Variable | None = None
         self._fills = True
-        self.shape: Shape = value.shape
+        self.shape: Shape = shape or np.shape(value)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(ops.convert_to_numpy(self._value()), dtype, copy=True)
@@ -75,6 +76,7 @@ class Factor:
         value = np.array(ops.convert_to_numpy(value), "float32", copy=True)
         if value.shape != self.shape:
             raise ValueError(f"Expected a factor of shape {self.shape}. Received: {value.shape}.")
+        self._draw = None
         if self._variable is None:
             self._parked = value
         else:
@@ -87,12 +89,26 @@ class Factor:
         write(variable, self._padded(value, variable))
         self._parked, self._variable = None, variable
 
+    def initializer(self) -> Callable[..., Tensor]:
+        """Gives a new variable these values; Keras may call it later, or within a graph."""
+        if self._draw is not None:
+            return self._draw
+        value = self._value()
+        return lambda shape, dtype: ops.reshape(ops.convert_to_tensor(value, dtype), shape)
+
+    def start(self, variable: keras.Variable) -> None:
+        """Be in a variable that has these values from its start."""
+        self._fills, self._parked, self._draw, self._variable = True, None, None, variable
+
     def leave(self) -> None:
         """Take the values aside. The slot keeps what it has."""
         if self._variable is not None:
             self._parked, self._variable = self._value(), None
 
     def _value(self) -> Tensor:
+        if self._draw is not None:
+            self._parked = ops.convert_to_numpy(self._draw(self.shape, "float32"))
+            self._draw = None
         if self._variable is None:
             assert self._parked is not None
             return self._parked
@@ -164,16 +180,27 @@ class Slot:
     holds: Adapter | None = None
 
     @classmethod
-    def make(cls, new: NewVariable, index: int, shapes: tuple[Shape, Shape], rank: int) -> Slot:
-        """Make the variables with `new(name, shape, trainable)`; the slot is empty."""
+    def make(cls, new: NewVariable, index: int, adapter: Adapter) -> Slot:
+        """Make the variables with `new(name, shape, initializer, trainable)`.
+
+        They start with an adapter's values; it is not in the slot before `start`.
+        """
         suffix = f"_{index}" if index else ""
+        scaling = keras.initializers.Constant(adapter.scaling)
+        rate = keras.initializers.Constant(adapter.spec.dropout)
         return cls(
-            new(f"lora_a{suffix}", shapes[0], True),
-            new(f"lora_b{suffix}", shapes[1], True),
-            new(f"lora_scaling{suffix}", (), False),
-            new(f"lora_dropout{suffix}", (), False),
-            rank,
+            new(f"lora_a{suffix}", adapter.a.shape, adapter.a.initializer(), True),
+            new(f"lora_b{suffix}", adapter.b.shape, adapter.b.initializer(), True),
+            new(f"lora_scaling{suffix}", (), scaling, False),
+            new(f"lora_dropout{suffix}", (), rate, False),
+            adapter.spec.rank,
         )
+
+    def start(self, adapter: Adapter) -> None:
+        """Take in the adapter that the slot was made for."""
+        self.holds = adapter
+        for factor, variable in zip(adapter.factors, self.factors, strict=True):
+            factor.start(variable)
 
     @property
     def factors(self) -> tuple[keras.Variable, keras.Variable]:
