@@ -18,3 +18,10 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M)
     if blocks:
         processes.run(f"import os; os.chdir({str(tmp_path)!r})\n" + "\n".join(blocks))
+
+
+@pytest.mark.slow
+def test_the_table_of_architectures_is_what_its_script_makes(tmp_path: Path) -> None:
+    processes.run((ROOT / "docs" / "architectures.py").read_text(), tmp_path / "page.md")
+    written = (ROOT / "docs" / "architectures.md").read_text()
+    assert written == (tmp_path / "page.md").read_text(), "run `make architectures`"
