@@ -28,7 +28,7 @@ from test_peft_exchange import CASES, KERAS_OPTIONS
 import keras_lora as kl
 from keras_lora.hub_factors import blocks_by_module
 from keras_lora.hub_weights import HubWeights, hub_blocks
-from keras_lora.hub_weights.converters import _modules as converter_modules
+from keras_lora.hub_weights.converters import converter_modules
 
 PAGE = Path("docs/architectures.md")
 HEAD = """\

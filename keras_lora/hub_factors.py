@@ -90,7 +90,8 @@ def blocks_by_module(weights: HubWeights) -> dict[str, dict[str, Block]]:
     """For each module there, the kernels that are blocks of its matrix, by path."""
     found: dict[str, dict[str, Block]] = {}
     for path, blocks in weights.blocks.items():
-        if len(blocks) == 1:
+        # A key without that ending is of a bare parameter, which PEFT does not adapt.
+        if len(blocks) == 1 and blocks[0].weight.endswith(".weight"):
             found.setdefault(module_name(blocks[0].weight), {})[path] = blocks[0]
     return found
 

@@ -7,7 +7,7 @@ What PEFT's files look like is known in `peft_files`, and which Hugging Face mat
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -69,7 +69,8 @@ def save_peft_adapter(
             `"openai-community/gpt2"`.
         prefix: What the names of modules have in the Hugging Face model before those that the
             converter asks for, such as `"bert."` in a `BertForSequenceClassification`. By
-            default none for a backbone, and for a KerasHub task what transformers says.
+            default for a KerasHub task what transformers says; for a bare backbone none, so that
+            the names are those of the checkpoints that KerasHub converts.
         heads: `{path of a layer: name of the module in the Hugging Face model}` for layers of
             `layers_to_save` that the converter does not know, such as `{"logits": "classifier"}`.
         transformers_config: The base's `config.json`, for the few converters that need it.
@@ -109,9 +110,11 @@ def save_peft_adapter(
             f"{weights.model_type!r} model of Hugging Face. Received: {'; '.join(problems)}. "
             "Leave these layers out of the config, or name the modules of heads with heads={...}."
         )
-    task, rename = hub_names(model, weights.model_type, prefix)
+    names = hub_names(model, weights.model_type, prefix)
     inside = _in_backbone(model, weights, places)
-    full = {key: rename(key) if key in inside else key for key in [*module_names(weights), *saved]}
+    keys = [*module_names(weights), *saved]
+    full = {key: names.rename(key) if key in inside else key for key in keys}
+    _warn_of_foreign(names.foreign(full[key] for key in modules if key in inside))
     bias, whole = _trained_apart(saved, modules)
     write_peft_adapter(
         directory,
@@ -119,7 +122,7 @@ def save_peft_adapter(
         {full[key]: value for key, value in saved.items()},
         {
             "base_model_name_or_path": base_model_name,
-            "task_type": task,
+            "task_type": names.task,
             "lora_dropout": next(iter(layers.values())).adapters[name].spec.dropout,
             "bias": bias,
             "modules_to_save": [module_name(full[key]) for key in whole] or None,
@@ -197,7 +200,7 @@ def _modules(
     known = blocks_by_module(weights)
     placed = {path for blocks in known.values() for path in blocks}
     for path in sorted(set(layers) - placed):
-        reason = weights.refused.get(path, "it is a matrix for each of several experts there")
+        reason = weights.refused.get(path, "it is no module of one matrix there")
         problems.append(f"{path}: {reason}")
     parts = {
         key: [_part(layers[path], name, block) for path, block in found.items() if path in layers]
@@ -249,3 +252,13 @@ def _in_backbone(model: keras.Model, weights: HubWeights, places: Places) -> set
 
 def _any(variables: Iterable[keras.Variable], wanted: Collection[int]) -> bool:
     return any(id(variable) in wanted for variable in variables)
+
+
+def _warn_of_foreign(modules: Sequence[str]) -> None:
+    """Routers of experts, for example, are no `nn.Linear` in transformers 5."""
+    if modules:
+        warnings.warn(
+            f"PEFT will not load the adapters of {modules}: in the transformers that is installed "
+            "these are no linear modules. Leave them out with LoRAConfig(exclude=[...]).",
+            stacklevel=3,
+        )

@@ -46,7 +46,7 @@ def find_converter(
             class.
     """
     model_type = model_type or (config or {}).get("model_type")
-    modules = _modules()
+    modules = converter_modules()
     fitting = {t: m for t, m in modules.items() if m.backbone_cls is type(backbone)} or {
         t: m for t, m in modules.items() if _related(m.backbone_cls, type(backbone))
     }
@@ -62,7 +62,7 @@ def find_converter(
     return _most_alike(backbone, fitting, config or {})
 
 
-def _modules() -> dict[str, Any]:
+def converter_modules() -> dict[str, Any]:
     """`{model type: converter module}`, by asking KerasHub's own choice for each.
 
     There is no list of the model types: they are the constants that its code compares with.
