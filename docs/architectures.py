@@ -99,14 +99,15 @@ class Row:
 
 def check_exchange(backbone: keras.Model, weights: HubWeights, options: dict[str, Any]) -> None:
     """An adapter on all layers that have a place is the same after PEFT's files."""
-    config = kl.LoRAConfig(rank=2, targets=lambda target: target.path in weights.blocks)
+    placed = placed_layers(weights)
+    config = kl.LoRAConfig(rank=2, targets=lambda target: target.path in placed)
     kl.apply_lora(backbone, config)
     randomize_adapters(backbone)
     with tempfile.TemporaryDirectory() as directory:
         kl.save_peft_adapter(backbone, directory, prefix="", overwrite=True, **options)
         kl.load_peft_adapter(backbone, directory, "again", **options)
     layers = kl.lora_layers(backbone)
-    assert set(layers) == set(weights.blocks)
+    assert set(layers) == placed
     for layer in layers.values():
         ours, again = layer.adapters["default"], layer.adapters["again"]
         np.testing.assert_array_equal(ours.a, again.a)
@@ -114,12 +115,19 @@ def check_exchange(backbone: keras.Model, weights: HubWeights, options: dict[str
     kl.unload_lora(backbone)
 
 
+def placed_layers(weights: HubWeights) -> set[str]:
+    return {path for blocks in blocks_by_module(weights).values() for path in blocks}
+
+
 def layers_cell(weights: HubWeights) -> str:
-    found, total = len(weights.blocks), len(weights.blocks) + len(weights.refused)
+    placed = placed_layers(weights)
+    bare = dict.fromkeys(set(weights.blocks) - placed, "a bare parameter there")
+    refused = {**weights.refused, **bare}
+    found, total = len(placed), len(placed) + len(refused)
     if found == total:
         return str(found)
-    reasons = dict.fromkeys(reason.partition(":")[0] for reason in weights.refused.values())
-    ends = dict.fromkeys(path.rpartition("/")[2] for path in weights.refused)
+    reasons = dict.fromkeys(reason.partition(":")[0] for reason in refused.values())
+    ends = dict.fromkeys(path.rpartition("/")[2] for path in sorted(refused))
     names = ", ".join(f"`{end}`" for end in ends)
     return f"{found} of {total}; not {names}: {'; '.join(reasons)}"
 
