@@ -84,6 +84,20 @@ def _walk(parent: Layer, prefix: str, stable_prefix: str, seen: set[int]) -> Ite
         yield from _walk(layer, f"{path}/", f"{stable}/", seen)
 
 
+def parts(model: Layer) -> list[Layer]:
+    """A model and every layer below, in the order of `walk`: without paths, which cost the most."""
+    found: dict[int, Layer] = {id(model): model}
+    _gather(model, found)
+    return list(found.values())
+
+
+def _gather(parent: Layer, found: dict[int, Layer]) -> None:
+    for layer in parent._flatten_layers(include_self=False, recursive=False):
+        if id(layer) not in found:
+            found[id(layer)] = layer
+            _gather(layer, found)
+
+
 def numbered(name: str, seen: Counter[str]) -> str:
     """`name`, and for further ones of that name `name#2`, `name#3`..."""
     seen[name] += 1

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_lora.inject.freezing import original_flag
 from keras_lora.layers import LoRALayer, plain_class
-from keras_lora.walker import lora_layers, walk
+from keras_lora.walker import lora_layers, parts
 
 
 def plain_copy(model: keras.Model) -> keras.Model:
@@ -34,7 +34,7 @@ def plain_copy(model: keras.Model) -> keras.Model:
     for original, variable in zip(originals, copies, strict=True):
         # A copy: on JAX training donates the arrays of the original.
         variable.assign(ops.copy(original.value))
-    pairs = [(model, copy), *zip(_layers(model), _layers(copy), strict=True)]
+    pairs = list(zip(parts(model), parts(copy), strict=True))
     for original, layer in pairs + list(zip(originals, copies, strict=True)):
         layer.trainable = original_flag(original)
     _compile_like(copy, model)
@@ -46,10 +46,6 @@ def base_variables(model: keras.layers.Layer) -> list[keras.Variable]:
     layers = lora_layers(model).values()
     ours = {id(v) for layer in layers for v in layer.adapter_variables}
     return [v for v in model.variables if id(v) not in ours]
-
-
-def _layers(model: keras.Model) -> list[keras.layers.Layer]:
-    return [node.layer for node in walk(model)]
 
 
 def _from_config(model: keras.Model) -> keras.Model:

@@ -10,7 +10,7 @@ import keras
 
 from keras_lora.inject.freezing import own_trainable_variables
 from keras_lora.layers import BASE, LoRALayer, all_held, is_registered
-from keras_lora.walker import lora_layers, walk
+from keras_lora.walker import lora_layers, parts, walk
 
 
 def guard_saving(model: keras.Model) -> None:
@@ -58,8 +58,7 @@ def _refuse(message: str, *_: Any, **__: Any) -> NoReturn:
 
 def models_in(model: keras.Model) -> list[keras.Model]:
     """A model and those that are layers of it."""
-    layers = [model, *(node.layer for node in walk(model))]
-    return [layer for layer in layers if isinstance(layer, keras.Model)]
+    return [part for part in parts(model) if isinstance(part, keras.Model)]
 
 
 def _config_holds(model: keras.Model, layers: Mapping[str, LoRALayer]) -> bool:

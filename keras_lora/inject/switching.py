@@ -1,8 +1,4 @@
-"""Which adapters of a model act and train.
-
-Private Keras API in this file, and why (`tests/test_private_api.py` watches it):
-    `_flatten_layers`: the layers without their paths, which cost more than a switch does.
-"""
+"""Which adapters of a model act and train."""
 
 from __future__ import annotations
 
@@ -20,9 +16,9 @@ from keras_lora.inject.compiled import (
 )
 from keras_lora.inject.freezing import freeze
 from keras_lora.inject.optimizers import switch_optimizer
-from keras_lora.inject.saving import guard_saving
+from keras_lora.inject.saving import guard_saving, models_in
 from keras_lora.layers import BASE, Group, Held, LoRALayer, all_held
-from keras_lora.walker import lora_layers
+from keras_lora.walker import lora_layers, parts
 
 Layers = Mapping[Any, LoRALayer]
 
@@ -128,7 +124,7 @@ def known_models(model: keras.Model) -> list[keras.Model]:
 
     Where one encoder serves several models, each has an optimizer with moments of the same slots.
     """
-    inside = [part for part in _parts(model) if isinstance(part, keras.Model)]
+    inside = models_in(model)
     known = {}
     for layer in _layers(model).values():
         layer._lora.models.update(inside)
@@ -142,23 +138,9 @@ def refreeze(model: keras.Model, extra: Iterable[keras.Variable]) -> None:
     freeze(model, [*(v for v in slots if v.trainable), *extra])
 
 
-def _parts(model: keras.Model) -> list[keras.layers.Layer]:
-    """A model and every layer below, each once, in the order of `walk`."""
-    parts = {id(model): model}
-    _gather(model, parts)
-    return list(parts.values())
-
-
-def _gather(parent: keras.layers.Layer, parts: dict[int, keras.layers.Layer]) -> None:
-    for layer in parent._flatten_layers(include_self=False, recursive=False):
-        if id(layer) not in parts:
-            parts[id(layer)] = layer
-            _gather(layer, parts)
-
-
 def _layers(model: keras.Model) -> dict[int, LoRALayer]:
     """The adapted layers, in the order of `lora_layers`."""
-    return {id(part): part for part in _parts(model) if isinstance(part, LoRALayer)}
+    return {id(part): part for part in parts(model) if isinstance(part, LoRALayer)}
 
 
 def _move(
