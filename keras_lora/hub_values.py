@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import keras
@@ -13,6 +14,7 @@ import numpy as np
 from keras_lora.config import invalid
 from keras_lora.hub_weights import Block, HubWeights
 from keras_lora.hub_weights.tensors import Array
+from keras_lora.layers import LoRALayer
 from keras_lora.lowrank import Shape
 from keras_lora.walker import walk
 
@@ -24,12 +26,13 @@ class Place:
     Attributes:
         variable: The variable.
         shape: The parameter's shape.
-        index: For each element of the variable, its number in the flattened parameter.
+        index: Gives, for each element of the variable, its number in the flattened parameter.
+            Few are asked for: that of a table of tokens is larger than the table.
     """
 
     variable: keras.Variable
     shape: Shape
-    index: Array
+    index: Callable[[], Array]
 
 
 Places: TypeAlias = dict[str, list[Place]]
@@ -46,13 +49,14 @@ def find_places(model: keras.Model, weights: HubWeights, heads: Mapping[str, str
     places: Places = {}
     for path, origin in weights.others.items():
         if origin is not None:
-            place = Place(weights.variables[path], origin.shape, origin.index())
+            place = Place(weights.variables[path], origin.shape, origin.index)
             places.setdefault(origin.weight, []).append(place)
     layers = {node.path: node.layer for node in walk(model)}
     for path, blocks in weights.blocks.items():
-        kernel = layers[path].kernel
-        if isinstance(kernel, keras.Variable) and len(kernel.shape) == 2:
-            places.setdefault(blocks[0].weight, []).append(_place_of(kernel, blocks[0]))
+        layer = layers[path]
+        # An adapted kernel trains in no other way; to read it is to compute it.
+        if not isinstance(layer, LoRALayer) and len(layer.kernel.shape) == 2:
+            places.setdefault(blocks[0].weight, []).append(_place_of(layer.kernel, blocks[0]))
     for path, module in heads.items():
         places |= _head_places(layers.get(path), path, module)
     return places
@@ -74,8 +78,9 @@ def gather(
             continue
         key, place = by_variable[id(variable)]
         parameter = parameters.setdefault(key, np.zeros(math.prod(place.shape), "float32"))
-        parameter[place.index] = value
-        filled.setdefault(key, np.zeros(parameter.size, bool))[place.index] = True
+        index = place.index()
+        parameter[index] = value
+        filled.setdefault(key, np.zeros(parameter.size, bool))[index] = True
     problems += [f"{key}: only a part of it trains" for key, f in filled.items() if not f.all()]
     return {key: p.reshape(places[key][0].shape) for key, p in parameters.items()}
 
@@ -92,17 +97,20 @@ def scatter(
         elif parameter.size != math.prod(found[0].shape):
             problems.append(f"{key}: shape {parameter.shape}, expected {found[0].shape}")
         else:
-            values += [(p.variable, parameter.reshape(-1)[p.index]) for p in found]
+            values += [(p.variable, parameter.reshape(-1)[p.index()]) for p in found]
     return values
 
 
 def _place_of(kernel: keras.Variable, block: Block) -> Place:
     """Of a kernel `(in, out)`."""
-    rows, columns = block.rows[None, :], block.columns[:, None]
-    out, inputs = block.shape
-    if block.stored_transposed:
-        return Place(kernel, (inputs, out), columns * out + rows)
-    return Place(kernel, (out, inputs), rows * inputs + columns)
+    shape = block.shape[::-1] if block.stored_transposed else block.shape
+
+    def index() -> Array:
+        grid = np.ix_(block.rows, block.columns)
+        places = grid[::-1] if block.stored_transposed else grid
+        return np.ravel_multi_index(places, shape)
+
+    return Place(kernel, shape, index)
 
 
 def _head_places(layer: keras.layers.Layer | None, path: str, module: str) -> Places:
@@ -112,5 +120,5 @@ def _head_places(layer: keras.layers.Layer | None, path: str, module: str) -> Pl
     block = Block(f"{module}.weight", (out, inputs), False, np.arange(out), np.arange(inputs))
     places = {block.weight: [_place_of(layer.kernel, block)]}
     if layer.bias is not None:
-        places[f"{module}.bias"] = [Place(layer.bias, (out,), np.arange(out))]
+        places[f"{module}.bias"] = [Place(layer.bias, (out,), partial(np.arange, out))]
     return places
