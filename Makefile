@@ -6,10 +6,20 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Notices of a library that looks for a GPU are no news on a machine without one.
 export CUDA_VISIBLE_DEVICES ?= -1
 
-.PHONY: demo test lint test-tensorflow test-backends docs architectures bench clean
+.PHONY: demo many-tasks causal-lm test lint test-tensorflow test-backends docs architectures bench \
+	clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/text_classification.py
+
+# Two tasks on one encoder.
+many-tasks: $(VENV)/.demo
+	$(BIN)/python examples/many_tasks.py
+
+# A language model, and its adapter to PEFT and back. Its weights are in a GGUF file.
+causal-lm: $(VENV)/.dev
+	$(BIN)/pip install --quiet "gguf>=0.17"
+	$(BIN)/python examples/causal_lm.py
 
 test: lint test-tensorflow test-backends docs
 

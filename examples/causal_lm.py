@@ -1,5 +1,6 @@
 """A language model learns the style of the King James Bible, and its adapter goes to PEFT and back.
 
+    make causal-lm                          # installs what it needs and runs the line below
     python examples/causal_lm.py            # 40 steps of 4 rows
     python examples/causal_lm.py --quick    # 3 steps: only whether everything works
 
