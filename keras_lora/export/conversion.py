@@ -178,17 +178,23 @@ def _random(spec: tf.TensorSpec, rng: np.random.Generator, batch: int, size: int
 
 def _answers(endpoint: Endpoint, batch: Arrays) -> Arrays:
     """What the model itself says."""
-    shapes = {name: value.shape for name, value in batch.items()}
-    fix = "pass `sample`, a batch of inputs as `predict` takes it, to compare on"
     tensors = [tf.constant(value) for value in batch.values()]
     try:
         outputs = endpoint.call(keras.tree.pack_sequence_as(endpoint.signature, tensors))
-    except Exception as error:
-        raise invalid("sample", "inputs that the model takes", f"{shapes}: {error}", fix) from error
+    except Exception as error:  # any of the model's own
+        raise _unfit(batch, error) from error
     answers = {name: np.array(value) for name, value in outputs.items()}
     if not all(np.isfinite(value).all() for value in answers.values()):
-        raise invalid("sample", "inputs with finite answers", f"NaN or infinity on {shapes}", fix)
+        raise _unfit(batch, "NaN or infinity")
     return answers
+
+
+def _unfit(batch: Arrays, answer: object) -> ValueError:
+    shapes = {name: value.shape for name, value in batch.items()}
+    return ValueError(
+        f"Expected finite answers of the model to compare with, for inputs of the shapes {shapes}. "
+        f"Received: {answer}; pass `sample`, a batch of inputs as `predict` takes it."
+    )
 
 
 def _tried(runtime: Runtime, action: Callable[[Any], Any], argument: object) -> Any:
@@ -202,19 +208,20 @@ def _tried(runtime: Runtime, action: Callable[[Any], Any], argument: object) -> 
 
 def _compared(runtime: Runtime, program: Program, batch: Arrays, expected: Arrays) -> float:
     """The largest difference, relative to the largest value of its output, if that is above 1."""
-    # A runtime may drop an input that the model does not use.
-    received = _tried(runtime, program.run, {name: batch[name] for name in program.inputs})
+    received = _tried(runtime, program.run, batch)
     differences = {name: _difference(received[name], expected[name]) for name in expected}
     wrong = {name: d for name, d in differences.items() if not d <= TOLERANCE}
     if wrong:
-        reason = f"answers that differ from the model's by {wrong}, above {TOLERANCE}"
+        reason = (
+            f"answers that differ from the model's by {wrong} (inf: in shape), above {TOLERANCE}"
+        )
         raise UnsupportedError(runtime.name, reason)
     return max(differences.values())
 
 
 def _difference(received: np.ndarray, expected: np.ndarray) -> float:
     if received.shape != expected.shape:
-        return math.inf
+        return math.inf  # another shape is no answer at all
     wide = expected.astype("float64")
     scale = max(1.0, np.max(np.abs(wide), initial=0.0))
     return float(np.max(np.abs(received - wide), initial=0.0) / scale)

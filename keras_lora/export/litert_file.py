@@ -85,7 +85,7 @@ def export_litert(
         lambda spec: _sized(spec, batch_size, sequence_length), endpoint.signature
     )
     endpoint = dataclasses.replace(endpoint, signature=signature)
-    return write_converted(model, endpoint, target, _LITERT, sample)
+    return write_converted(model, endpoint, target, LITERT, sample)
 
 
 def _check_size(name: str, size: object) -> None:
@@ -108,14 +108,21 @@ def _convert(saved_model: Path) -> bytes:
         raise UnsupportedError("LiteRT", *_reason(str(error))) from error
 
 
+# By the beginning of an operation's name: what LiteRT has for fixed sizes alone.
+_FIXES = {
+    "StridedSlice": "pass sequence_length, as LiteRT has it for fixed sizes alone",
+    "TensorList": "pass batch_size, or make the recurrent layers with unroll=True",
+}
+
+
 def _reason(message: str) -> tuple[str, str]:
     """What is wrong and the fix, off the converter's pages of locations."""
     listed = re.findall(r"(?:TF Select|Custom|Flex) ops: (.+)", message)
     names = ", ".join(listed or sorted(set(re.findall(r"'tf\.(\w+)' op", message))))
     if not names:
         return message[:500], ""
-    sizes = "pass batch_size and sequence_length, as LiteRT has some for fixed sizes alone"
-    return f"the operations {names}, which LiteRT has not", f"use others, or {sizes}"
+    fixes = [fix for name, fix in _FIXES.items() if name in names]
+    return f"the operations {names}", "; ".join(fixes) or "use others in their place"
 
 
 def _load(data: bytes) -> Program:
@@ -128,4 +135,4 @@ def _load(data: bytes) -> Program:
     return Program(inputs, tuple(runner.get_output_details()), lambda arrays: runner(**arrays))
 
 
-_LITERT = Runtime("LiteRT", _EXTRA, ("ai_edge_litert.interpreter",), _convert, _load)
+LITERT = Runtime("LiteRT", _EXTRA, ("ai_edge_litert.interpreter",), _convert, _load)

@@ -1,17 +1,21 @@
 """ONNX files, which `onnxruntime` runs without Keras, TensorFlow and this package.
 
-The SavedModel is converted by `tf2onnx`. Of it this module uses, beyond its documented
-`tf2onnx.convert`: `tf2onnx.tf_loader.from_saved_model`, the Python form of its command line, and
-the graph that it hands to the handler of an operation.
+The SavedModel is converted by the parts of `tf2onnx`, since its one documented call for a graph,
+`tf2onnx.convert.from_graph_def`, copies the weights for each optimization, and has one that stores
+kernels of attention twice. Of these parts `tests/test_export_runtimes.py` watches all:
+`tf_loader.from_saved_model`, `tfonnx.process_tf_graph` (documented for handlers of operations),
+`optimizer.optimize_graph` with a choice of its classes, and the graph that a handler is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from keras_lora.export.conversion import (
     Arrays,
@@ -75,12 +79,35 @@ def export_onnx(
     target = Path(path)
     check_export(model, target, overwrite)
     endpoint = serve_endpoint(model, input_signature)
-    return write_converted(model, endpoint, target, _ONNX, sample)
+    return write_converted(model, endpoint, target, ONNX, sample)
+
+
+# All that matter here but "einsum_optimizer": onnxruntime has Einsum, and runs it as fast.
+_OPTIMIZERS = (
+    "TransposeOptimizer",
+    "ConstFoldOptimizer",
+    "LoopOptimizer",
+    "MergeDuplicatedNodesOptimizer",
+    "ReshapeOptimizer",
+    "GlobalPoolOptimizer",
+    "IdentityOptimizer",
+    "BackToBackOptimizer",
+)
 
 
 def _convert(saved_model: Path) -> bytes:
-    loader, convert = package("tf2onnx.tf_loader", _EXTRA), package("tf2onnx.convert", _EXTRA)
-    graph, inputs, outputs, names = loader.from_saved_model(
+    optimizer = package("tf2onnx.optimizer", _EXTRA)
+    chosen = {name: getattr(optimizer, name) for name in _OPTIMIZERS}
+    graph = optimizer.optimize_graph(_onnx_graph(saved_model), False, chosen)
+    proto = graph.make_model("a Keras model")
+    _share_transposed(proto.graph)
+    _name_axes(proto.graph)
+    _check(proto)
+    return proto.SerializeToString()
+
+
+def _onnx_graph(saved_model: Path) -> Any:
+    graph, inputs, outputs, names = package("tf2onnx.tf_loader", _EXTRA).from_saved_model(
         str(saved_model),
         None,
         None,
@@ -88,18 +115,16 @@ def _convert(saved_model: Path) -> bytes:
         signatures=["serving_default"],
         return_tensors_to_rename=True,
     )
-    proto, _ = convert.from_graph_def(
-        graph,
-        name="keras_lora",
-        input_names=inputs,
-        output_names=outputs,
-        tensors_to_rename=names,
-        opset=_OPSET,
-        custom_op_handlers={"Erfc": (_write_erfc, [])},
-    )
-    _check(proto)
-    _name_axes(proto)
-    return proto.SerializeToString()
+    with tf.Graph().as_default() as frozen:
+        tf.import_graph_def(graph, name="")
+        return package("tf2onnx.tfonnx", _EXTRA).process_tf_graph(
+            frozen,
+            opset=_OPSET,
+            input_names=inputs,
+            output_names=outputs,
+            tensors_to_rename=names,
+            custom_op_handlers={"Erfc": (_write_erfc, [])},
+        )
 
 
 def _write_erfc(context: Any, node: Any, name: str, _: Any) -> None:
@@ -134,7 +159,7 @@ def _check(proto: Any) -> None:
     onnx = package("onnx", _EXTRA)
     unknown = {n.op_type for n in _nodes(proto.graph) if not onnx.defs.has(n.op_type, n.domain)}
     if unknown:
-        reason = f"the operations {sorted(unknown)}, which ONNX has not"
+        reason = f"the operations {', '.join(sorted(unknown))}"
         raise UnsupportedError("onnxruntime", reason, "use others in their place")
     onnx.checker.check_model(proto)
 
@@ -147,9 +172,35 @@ def _nodes(graph: Any) -> Iterator[Any]:
                 yield from _nodes(inner)
 
 
-def _name_axes(proto: Any) -> None:
+def _share_transposed(graph: Any) -> None:
+    """An embedding that is the head as well is stored once: TensorFlow folds its transpose."""
+    onnx = package("onnx", _EXTRA)
+    kept: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
+    for tensor in list(graph.initializer):
+        if len(tensor.dims) == 2:
+            array = onnx.numpy_helper.to_array(tensor)
+            twin = _transposed(array, kept.get(array.shape[::-1], {}))
+            if twin is None:
+                kept.setdefault(array.shape, {})[tensor.name] = array
+            else:
+                graph.initializer.remove(tensor)
+                node = onnx.helper.make_node("Transpose", [twin], [tensor.name], perm=[1, 0])
+                graph.node.insert(0, node)
+
+
+def _transposed(array: np.ndarray, others: Mapping[str, np.ndarray]) -> str | None:
+    # A row first, since of a model's many square matrices each meets each.
+    equal = (
+        name
+        for name, other in others.items()
+        if np.array_equal(other[:, 0], array[0]) and np.array_equal(other.T, array)
+    )
+    return next(equal, None)
+
+
+def _name_axes(graph: Any) -> None:
     """Names for the free axes of the inputs, which are numbered otherwise."""
-    for value in proto.graph.input:
+    for value in graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param:
                 dim.dim_param = f"{value.name}_{axis}" if axis else "batch"
@@ -170,4 +221,4 @@ def _load(data: bytes) -> Program:
     return Program(inputs, names, run)
 
 
-_ONNX = Runtime("onnxruntime", _EXTRA, ("tf2onnx", "onnx", "onnxruntime"), _convert, _load)
+ONNX = Runtime("onnxruntime", _EXTRA, ("tf2onnx", "onnx", "onnxruntime"), _convert, _load)
