@@ -306,17 +306,9 @@ def test_a_file_that_answers_otherwise_is_not_written(kind: str, tmp_path: Path)
 # --- What is refused ------------------------------------------------------------------------------
 
 
-def lone_erfc() -> keras.Model:
+def computing(function: Callable[[Any], Any]) -> keras.Model:
     inputs = keras.Input((5,), name="x")
-    x = layers.Dense(7, name="up")(inputs)
-    x = layers.Lambda(lambda x: tf.math.log(tf.math.erfc(x)), output_shape=(7,))(x)
-    return keras.Model(inputs, layers.Dense(3, name="head")(x))
-
-
-def without_equal() -> keras.Model:
-    inputs = keras.Input((5,), name="x")
-    x = layers.Dense(7, name="up")(inputs)
-    x = layers.Lambda(lambda x: tf.math.lgamma(tf.abs(x) + 1), output_shape=(7,))(x)
+    x = layers.Lambda(function, output_shape=(7,))(layers.Dense(7, name="up")(inputs))
     return keras.Model(inputs, layers.Dense(3, name="head")(x))
 
 
@@ -335,8 +327,24 @@ def wide_kernel() -> keras.Model:
 
 # A model, options, the runtimes that refuse it, and why.
 REFUSALS: dict[str, tuple[Callable[[], keras.Model], dict[str, Any], list[str], str]] = {
-    "an Erfc that is no factor": (lone_erfc, {}, ["onnx", "litert"], "the operations Erfc; use"),
-    "an operation": (without_equal, {}, ["onnx"], "the operations Lgamma; use"),
+    "an Erfc alone": (
+        lambda: computing(lambda x: tf.math.log(tf.math.erfc(x))),
+        {},
+        ["onnx", "litert"],
+        "the operations Erfc; use others",
+    ),
+    "an Erfc with another factor": (
+        lambda: computing(lambda x: 2.0 * tf.math.erfc(x) * tf.math.exp(x * x)),
+        {},
+        ["onnx"],
+        "the operations Erfc; use others",
+    ),
+    "an operation": (
+        lambda: computing(lambda x: tf.math.lgamma(tf.abs(x) + 1)),
+        {},
+        ["onnx"],
+        "the operations Lgamma; use others",
+    ),
     "a free length": (llama, {}, ["litert"], "StridedSlice; pass sequence_length"),
     "a free batch": (recurrent, {}, ["litert"], "TensorListReserve; pass batch_size"),
     "strings": (strings, {}, ["onnx", "litert"], "inputs that are numbers"),
@@ -364,6 +372,12 @@ def test_refused_with_the_reason(name: str, tmp_path: Path) -> None:
             EXPORTS[kind][0](model, tmp_path / "model", **options)
         assert state(model) == before
         assert not list(tmp_path.iterdir())
+
+
+@each_export
+def test_an_unbuilt_model_is_refused(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a built keras\.Model"):
+        EXPORTS[kind][0](Unused(), tmp_path / "model")
 
 
 def test_what_the_fixes_say_works(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """ONNX files, which `onnxruntime` runs without Keras, TensorFlow and this package.
 
 The SavedModel is converted by the parts of `tf2onnx`, since its one documented call for a graph,
-`tf2onnx.convert.from_graph_def`, copies the weights for each optimization, and has one that stores
-kernels of attention twice. Of these parts `tests/test_export_runtimes.py` watches all:
+`tf2onnx.convert.from_graph_def`, copies the weights for each optimization and allows no choice of
+them. Of these parts `tests/test_export_runtimes.py` watches all:
 `tf_loader.from_saved_model`, `tfonnx.process_tf_graph` (documented for handlers of operations),
 `optimizer.optimize_graph` with a choice of its classes, and the graph that a handler is given.
 """
@@ -82,7 +82,7 @@ def export_onnx(
     return write_converted(model, endpoint, target, ONNX, sample)
 
 
-# All that matter here but "einsum_optimizer": onnxruntime has Einsum, and runs it as fast.
+# Without "EinsumOptimizer", which stores kernels of attention twice: onnxruntime has Einsum.
 _OPTIMIZERS = (
     "TransposeOptimizer",
     "ConstFoldOptimizer",
@@ -128,18 +128,18 @@ def _onnx_graph(saved_model: Path) -> Any:
 
 
 def _write_erfc(context: Any, node: Any, name: str, _: Any) -> None:
-    """Erfc(x) = 1 - Erf(x), where the result is a factor, as in x Erfc(-x / sqrt(2)) / 2.
+    """Erfc(z) = 1 - Erf(z), within the exact GELU x Erfc(-x / sqrt(2)) / 2.
 
-    Its error of 1e-7 is then one of 1e-7 of the other factor. The small values of a lone Erfc
-    would be lost; it stays, and is refused.
+    The difference loses the small values of Erfc. There it is multiplied by what it is small for,
+    so that an error of 1e-7 |x| remains. Elsewhere Erfc stays, and is refused.
     """
-    (x,), (result,) = node.input, node.output
-    if any(consumer.type != "Mul" for consumer in context.find_output_consumers(result)):
+    (z,), (result,) = node.input, node.output
+    if not _multiplies(context, result, _scaled(context, z)):
         return
     shapes, dtypes = node.output_shapes, node.output_dtypes
     one = context.make_const(f"{name}_one", _one(dtypes[0]))
     context.remove_node(node.name)
-    erf = context.make_node("Erf", [x])
+    erf = context.make_node("Erf", [z])
     context.make_node(
         "Sub",
         [one.output[0], erf.output[0]],
@@ -148,6 +148,28 @@ def _write_erfc(context: Any, node: Any, name: str, _: Any) -> None:
         shapes=shapes,
         dtypes=dtypes,
     )
+
+
+def _multiplies(context: Any, factor: str, x: str) -> bool:
+    """Whether `factor` is only used in products with multiples of `x`."""
+    consumers = context.find_output_consumers(factor)
+    return bool(consumers) and all(_is_product(context, c, factor, x) for c in consumers)
+
+
+def _is_product(context: Any, node: Any, factor: str, x: str) -> bool:
+    if node.type != "Mul":
+        return False
+    (other,) = [name for name in node.input if name != factor] or [factor]
+    if context.get_node_by_output(other).is_const():
+        return _multiplies(context, node.output[0], x)
+    return _scaled(context, other) == x
+
+
+def _scaled(context: Any, name: str) -> str:
+    """What a tensor is a multiple of, by constants."""
+    node = context.get_node_by_output(name)
+    free = [i for i in node.input if not context.get_node_by_output(i).is_const()]
+    return _scaled(context, free[0]) if node.type in ("Mul", "Neg") and len(free) == 1 else name
 
 
 def _one(dtype: int) -> Any:
@@ -177,7 +199,7 @@ def _share_transposed(graph: Any) -> None:
     onnx = package("onnx", _EXTRA)
     kept: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
     for tensor in list(graph.initializer):
-        if len(tensor.dims) == 2:
+        if len(tensor.dims) == 2 and all(tensor.dims):
             array = onnx.numpy_helper.to_array(tensor)
             twin = _transposed(array, kept.get(array.shape[::-1], {}))
             if twin is None:
