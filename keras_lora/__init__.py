@@ -8,7 +8,14 @@ from keras_lora.adapters import (
     set_adapter,
 )
 from keras_lora.config import AdapterSpec, LoRAConfig
-from keras_lora.export import GraphReport, check_saved_model, export_saved_model
+from keras_lora.export import (
+    GraphReport,
+    RuntimeReport,
+    check_saved_model,
+    export_litert,
+    export_onnx,
+    export_saved_model,
+)
 from keras_lora.files import AdapterFileError, read_adapter_config, read_adapter_files
 from keras_lora.inject import apply_lora, merge_lora, merged, unload_lora
 from keras_lora.kerashub import ConvertedLayer, load_keras_hub_lora, save_keras_hub_lora
@@ -31,6 +38,7 @@ __all__ = [
     "LoRAEinsumDense",
     "LoRALayer",
     "LoRASummary",
+    "RuntimeReport",
     "Target",
     "__version__",
     "apply_lora",
@@ -38,6 +46,8 @@ __all__ = [
     "combine_adapters",
     "delete_adapter",
     "disable_adapter",
+    "export_litert",
+    "export_onnx",
     "export_saved_model",
     "find_targets",
     "load_adapter",

@@ -62,6 +62,9 @@ ORDER = [
     "export.checking",
     "export.signatures",
     "export.saved_model",
+    "export.conversion",
+    "export.litert_file",
+    "export.onnx_file",
     "export",
     "",
 ]
@@ -123,7 +126,10 @@ def test_tensorflow_is_imported_only_where_it_is_served() -> None:
 
 
 def test_optional_packages_are_not_imported_at_the_top() -> None:
-    optional = {"keras_hub", "keras_nlp", "peft", "torch", "jax", "matplotlib", "transformers"}
+    optional = {
+        *("keras_hub", "keras_nlp", "peft", "torch", "jax", "matplotlib", "transformers"),
+        *("onnx", "onnxruntime", "tf2onnx", "ai_edge_litert"),
+    }
     for name, tree in modules().items():
         assert not optional & {i.split(".")[0] for i in imports(tree)}, name
 

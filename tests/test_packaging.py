@@ -12,7 +12,10 @@ import pytest
 
 import keras_lora as kl
 
-EXTRAS = ("keras_hub", "keras_nlp", "peft", "torch", "transformers", "jax", "matplotlib")
+EXTRAS = (
+    *("keras_hub", "keras_nlp", "peft", "torch", "transformers", "jax", "matplotlib"),
+    *("onnx", "onnxruntime", "tf2onnx", "ai_edge_litert"),
+)
 
 
 @pytest.mark.slow

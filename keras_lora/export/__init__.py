@@ -1,6 +1,16 @@
-"""SavedModels that a server runs without Keras and without this package."""
+"""Models for others to run, without Keras and without this package."""
 
 from keras_lora.export.checking import GraphReport, check_saved_model
+from keras_lora.export.conversion import RuntimeReport
+from keras_lora.export.litert_file import export_litert
+from keras_lora.export.onnx_file import export_onnx
 from keras_lora.export.saved_model import export_saved_model
 
-__all__ = ["GraphReport", "check_saved_model", "export_saved_model"]
+__all__ = [
+    "GraphReport",
+    "RuntimeReport",
+    "check_saved_model",
+    "export_litert",
+    "export_onnx",
+    "export_saved_model",
+]

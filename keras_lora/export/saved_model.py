@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,28 +68,33 @@ def export_saved_model(
     ()
     """
     target = Path(path)
-    _check_export(model, target, overwrite)
-    endpoints = [_serve(model, input_signature)]
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=target.absolute().parent, prefix=f".{target.name}-"
-    ) as workspace:
-        written = Path(workspace, "written")
-        with merged(model) if lora_layers(model) else contextlib.nullcontext():
-            _write(endpoints, written)
+    check_export(model, target, overwrite)
+    endpoints = [serve_endpoint(model, input_signature)]
+    with written_whole(target) as written:
+        write_merged(model, endpoints, written)
         report = check_saved_model(written)
         if report.problems:
             raise ValueError(
                 f"Expected a graph that TensorFlow Serving can run. Received: {model.name!r}, with "
                 f"{'; '.join(report.problems)}."
             )
-        if target.exists():
-            target.rename(Path(workspace, "replaced"))
-        written.rename(target)
     return report
 
 
-def _serve(model: keras.Model, given: Any | None) -> Endpoint:
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A path to write, in a directory that goes; it becomes `target` if nothing is raised."""
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as workspace:
+        written = Path(workspace, "written")
+        yield written
+        if target.exists():
+            target.rename(Path(workspace, "replaced"))
+        written.rename(target)
+
+
+def serve_endpoint(model: keras.Model, given: Any | None) -> Endpoint:
     """The model's own outputs."""
 
     def serve(inputs: Any) -> dict[str, tf.Tensor]:
@@ -100,6 +105,12 @@ def _serve(model: keras.Model, given: Any | None) -> Endpoint:
     return Endpoint("serve", serve, input_specs(model, given))
 
 
+def write_merged(model: keras.Model, endpoints: Sequence[Endpoint], path: Path) -> None:
+    """A SavedModel of the endpoints, with the active adapters of the model merged meanwhile."""
+    with merged(model) if lora_layers(model) else contextlib.nullcontext():
+        _write(endpoints, path)
+
+
 def _write(endpoints: Sequence[Endpoint], path: Path) -> None:
     archive = keras.export.ExportArchive()
     # Not `track`: it would store every variable a second time (keras issue 23553).
@@ -108,11 +119,11 @@ def _write(endpoints: Sequence[Endpoint], path: Path) -> None:
     archive.write_out(path, verbose=False)
 
 
-def _check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
+def check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
     if keras.backend.backend() != "tensorflow":
         raise invalid(
             "backend",
-            "the TensorFlow backend for a SavedModel",
+            "the TensorFlow backend to export",
             keras.backend.backend(),
             "merge, save to .keras and export in a process with KERAS_BACKEND=tensorflow",
         )

@@ -1,0 +1,427 @@
+"""ONNX and LiteRT files: loaded by their runtimes, and compared with the adapted model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
+from keras import layers
+from models import composite, functional, state, subclassed
+from test_export import adapted, classifier, large, predict, sequential, two_inputs
+
+import keras_lora as kl
+from keras_lora.export import conversion, litert_file, onnx_file
+from keras_lora.export.saved_model import serve_endpoint
+
+Feeds = dict[str, np.ndarray]
+Shapes = Mapping[str, tuple[Any, ...]]
+
+# --- Models ---------------------------------------------------------------------------------------
+
+HUB: dict[str, Any] = {"vocabulary_size": 31, "num_layers": 2}
+ENCODER = HUB | {"num_heads": 3, "hidden_dim": 15, "intermediate_dim": 17}
+DECODER = HUB | {"num_query_heads": 4, "hidden_dim": 24, "intermediate_dim": 34}
+
+
+def roberta() -> keras.Model:
+    backbone = keras_hub.models.RobertaBackbone(**ENCODER, max_sequence_length=13)
+    return keras_hub.models.RobertaTextClassifier(backbone, num_classes=5, preprocessor=None)
+
+
+def gpt2() -> keras.Model:
+    backbone = keras_hub.models.GPT2Backbone(**ENCODER, max_sequence_length=13)
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+
+
+def llama() -> keras.Model:
+    backbone = keras_hub.models.LlamaBackbone(**DECODER, num_key_value_heads=2)
+    return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+
+
+def gemma() -> keras.Model:
+    backbone = keras_hub.models.GemmaBackbone(**DECODER, num_key_value_heads=1, head_dim=6)
+    return keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
+
+
+def vit() -> keras.Model:
+    sizes = {"num_layers": 2, "num_heads": 3, "hidden_dim": 15, "mlp_dim": 17}
+    backbone = keras_hub.models.ViTBackbone(image_shape=(12, 12, 3), patch_size=4, **sizes)
+    return keras_hub.models.ViTImageClassifier(backbone, num_classes=5, preprocessor=None)
+
+
+def convolutional() -> keras.Model:
+    """The parts of a MobileNet: convolutions, separable ones, normalization, a residual."""
+    inputs = keras.Input((None, None, 3), name="image")
+    x = y = layers.Conv2D(7, 3, strides=2, padding="same", activation="relu6")(inputs)
+    x = layers.BatchNormalization()(layers.DepthwiseConv2D(3, padding="same")(x))
+    x = layers.GlobalAveragePooling2D()(layers.Add()([y, layers.Conv2D(7, 1)(x)]))
+    return keras.Model(inputs, layers.Dense(5, name="head")(layers.Dense(11, name="up")(x)))
+
+
+def cross_attention() -> keras.Model:
+    query, value = keras.Input((None, 5), name="query"), keras.Input((None, 7), name="value")
+    x = layers.MultiHeadAttention(3, 2, name="attention")(query, value)
+    return keras.Model([query, value], layers.Dense(3, name="head")(x))
+
+
+def named_by_keys() -> keras.Model:
+    left, right = keras.Input((5,), name="left"), keras.Input((7,), name="right")
+    x = layers.Dense(11, activation="silu", name="up")(layers.Concatenate()([left, right]))
+    outputs = {"class": layers.Dense(3)(x), "box": layers.Dense(2)(x)}
+    return keras.Model({"left": left, "right": right}, outputs)
+
+
+def gelu(approximate: bool) -> keras.Model:
+    def activation(x: Any) -> Any:
+        return keras.ops.gelu(x, approximate=approximate)
+
+    hidden = layers.Dense(7, activation=activation, name="up")
+    return keras.Sequential([keras.Input((5,), name="x"), hidden, layers.Dense(3, name="head")])
+
+
+def recurrent(**options: Any) -> keras.Model:
+    inputs = keras.Input((None, 5), name="series")
+    x = layers.Dense(7, name="up")(inputs)
+    x = layers.Bidirectional(layers.LSTM(3, **options))(x)
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+
+
+class Unused(keras.Model):
+    """One of its inputs has no effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = layers.Dense(7, name="up"), layers.Dense(3, name="head")
+
+    def call(self, inputs: Any) -> Any:
+        return self.head(self.up(inputs["used"]))
+
+
+def unused() -> keras.Model:
+    model = Unused()
+    model({"spare": np.zeros((1, 3), "float32"), "used": np.zeros((1, 5), "float32")})
+    return model
+
+
+TOKENS = {"padding_mask": (None,), "token_ids": (None,)}
+
+# A model, the shapes of its inputs without the batch, and the names of its outputs.
+MODELS: dict[str, tuple[Callable[[], keras.Model], Shapes, list[str]]] = {
+    "functional": (functional, {"features": (5,)}, ["head"]),
+    "sequential": (sequential, {"x": (5,)}, ["head"]),
+    "subclassed": (subclassed, {"input_0": (5,)}, ["output_0"]),
+    "lists": (two_inputs, {"left": (5,), "right": (7,)}, ["class", "box"]),
+    "dicts": (named_by_keys, {"left": (5,), "right": (7,)}, ["box", "class"]),
+    "exact GELU": (lambda: gelu(False), {"x": (5,)}, ["head"]),
+    "tanh GELU": (lambda: gelu(True), {"x": (5,)}, ["head"]),
+    "blocks": (composite, {"sequence": (None, 5)}, ["head"]),
+    "MultiHeadAttention": (cross_attention, {"query": (None, 5), "value": (None, 7)}, ["head"]),
+    "convolutions": (convolutional, {"image": (None, None, 3)}, ["head"]),
+    "LSTM": (recurrent, {"series": (None, 5)}, ["head"]),
+    "BERT": (classifier, TOKENS | {"segment_ids": (None,)}, ["logits"]),
+    "RoBERTa": (roberta, TOKENS, ["logits"]),
+    "GPT-2": (gpt2, TOKENS, ["token_embedding"]),
+    "Llama": (llama, TOKENS, ["token_embedding"]),
+    "Gemma": (gemma, TOKENS, ["token_embedding"]),
+    "ViT": (vit, {"images": (12, 12, 3)}, ["predictions"]),
+}
+# What LiteRT has for fixed sizes alone.
+FIXED = {
+    "LSTM": {"batch_size": 3, "sequence_length": 11},
+    "Llama": {"sequence_length": 11},
+    "Gemma": {"sequence_length": 11},
+}
+
+
+def feeds(shapes: Shapes, batch: int, size: int) -> Feeds:
+    rng = np.random.default_rng(batch)
+    full = {name: (batch, *(size if x is None else x for x in s)) for name, s in shapes.items()}
+    return {
+        name: rng.integers(0, 2, shape).astype("int32")
+        if name in (*TOKENS, "segment_ids")
+        else rng.normal(scale=3, size=shape).astype("float32")
+        for name, shape in full.items()
+    }
+
+
+# --- Runtimes -------------------------------------------------------------------------------------
+
+
+def run_onnx(file: Path, given: Feeds) -> Feeds:
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, given), strict=True))
+
+
+def run_litert(file: Path, given: Feeds) -> Feeds:
+    return Interpreter(str(file)).get_signature_runner("serving_default")(**given)
+
+
+EXPORTS: dict[str, tuple[Callable[..., Any], Callable[[Path, Feeds], Feeds]]] = {
+    "onnx": (kl.export_onnx, run_onnx),
+    "litert": (kl.export_litert, run_litert),
+}
+each_export = pytest.mark.parametrize("kind", list(EXPORTS))
+
+
+BATCHES = ((1, 4), (3, 11), (7, 11))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(MODELS))
+def test_answers_equal_predict(name: str, tmp_path: Path) -> None:
+    make, shapes, outputs = MODELS[name]
+    model = adapted(make)
+    before, given = state(model), [feeds(shapes, *sizes) for sizes in BATCHES]
+    expected = [predict(model, batch) for batch in given]
+    for kind, (export, run) in EXPORTS.items():
+        fixed = FIXED.get(name, {}) if kind == "litert" else {}
+        report = export(model, tmp_path / kind, **fixed)
+        assert state(model) == before
+        assert report.inputs == {
+            name: (fixed.get("batch_size"), *(x or fixed.get("sequence_length") for x in shape))
+            for name, shape in shapes.items()
+        }
+        assert sorted(report.outputs) == sorted(outputs)
+        assert report.difference < 1e-5
+        for i in allowed(fixed):
+            received = run(tmp_path / kind, given[i])
+            assert sorted(received) == sorted(outputs)
+            for output, value in zip(outputs, expected[i], strict=True):
+                np.testing.assert_allclose(received[output], value, rtol=1e-4, atol=1e-4)
+
+
+def allowed(fixed: dict[str, int]) -> list[int]:
+    """Which of the batches a file of these sizes takes."""
+    sizes = (fixed.get("batch_size"), fixed.get("sequence_length"))
+    return [
+        i
+        for i, batch in enumerate(BATCHES)
+        if all(b == size for b, size in zip(batch, sizes, strict=True) if size)
+    ]
+
+
+def test_an_input_without_effect_keeps_its_name(tmp_path: Path) -> None:
+    model = adapted(unused)
+    given = feeds({"spare": (3,), "used": (5,)}, 3, 11)
+    expected = np.array(model(given))
+    for kind, (export, run) in EXPORTS.items():
+        export(model, tmp_path / kind)
+        np.testing.assert_allclose(run(tmp_path / kind, given)["output_0"], expected, rtol=1e-4)
+
+
+def tied() -> keras.Model:
+    """A matrix that serves as an embedding and, transposed, as the head."""
+    sizes = ENCODER | {"vocabulary_size": 1009, "hidden_dim": 96}
+    backbone = keras_hub.models.GPT2Backbone(**sizes, max_sequence_length=13)
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+
+
+@pytest.mark.slow
+@each_export
+@pytest.mark.parametrize("make", [large, tied])
+def test_weights_are_stored_once_and_nothing_names_the_package(
+    kind: str, make: Callable[[], keras.Model], tmp_path: Path
+) -> None:
+    model = adapted(make)
+    EXPORTS[kind][0](model, tmp_path / "model")
+    data = (tmp_path / "model").read_bytes()
+    weights = sum(np.array(v).nbytes for v in kl.merge_lora(model).weights)
+    assert 0.99 * weights <= len(data) <= 1.02 * weights + 2**17  # biases of zeros are dropped
+    assert b"lora" not in data
+
+
+def test_the_axes_of_an_onnx_file_are_named_and_its_operations_standard(tmp_path: Path) -> None:
+    kl.export_onnx(composite(), tmp_path / "model.onnx")
+    proto = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    axes = proto.graph.input[0].type.tensor_type.shape.dim
+    assert [axis.dim_param or axis.dim_value for axis in axes] == ["batch", "sequence_1", 5]
+    assert {node.domain for node in proto.graph.node} == {""}
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def test_the_tails_of_exact_gelu(tmp_path: Path) -> None:
+    inputs = keras.Input((1,), name="x")
+    identity = layers.Dense(1, kernel_initializer="ones", name="up")(inputs)
+    outputs = layers.Activation(lambda x: keras.ops.gelu(x, False), name="gelu")(identity)
+    x = np.linspace(-40, 40, 4001, dtype="float32")[:, None]
+    exact = [[v * math.erfc(-v / math.sqrt(2)) / 2] for v in x[:, 0].astype("float64")]
+    for kind, (export, run) in EXPORTS.items():
+        export(keras.Model(inputs, outputs), tmp_path / kind)
+        received = run(tmp_path / kind, {"x": x})["gelu"]
+        np.testing.assert_allclose(received, exact, rtol=1e-6, atol=2e-6)
+
+
+@each_export
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_computes_in_float32(kind: str, policy: str, tmp_path: Path) -> None:
+    export, run = EXPORTS[kind]
+    mixed, full = adapted(lambda: functional(dtype=policy)), adapted(functional)
+    for variable, value in zip(full.weights, mixed.weights, strict=True):
+        variable.assign(value)
+    before = [layer.dtype_policy for layer in mixed.layers]
+    export(mixed, tmp_path / "model")
+    assert [layer.dtype_policy for layer in mixed.layers] == before
+    given = feeds({"features": (5,)}, 3, 11)
+    (expected,) = predict(full, given)
+    np.testing.assert_allclose(run(tmp_path / "model", given)["head"], expected, atol=1e-5)
+
+
+@each_export
+def test_a_file_that_answers_otherwise_is_not_written(kind: str, tmp_path: Path) -> None:
+    runtime = {"onnx": onnx_file.ONNX, "litert": litert_file.LITERT}[kind]
+
+    def load(data: bytes) -> conversion.Program:
+        program = runtime.load(data)
+
+        def wrong(arrays: conversion.Arrays) -> conversion.Arrays:
+            return {k: v * np.float32(1.001) for k, v in program.run(arrays).items()}
+
+        return dataclasses.replace(program, run=wrong)
+
+    model = adapted(functional)
+    before, endpoint = state(model), serve_endpoint(model, None)
+    broken = dataclasses.replace(runtime, load=load)
+    with pytest.raises(ValueError, match="differ from the model's by {'head': 0.*above 0.0001"):
+        conversion.write_converted(model, endpoint, tmp_path / "model", broken, None)
+    assert state(model) == before
+    assert not list(tmp_path.iterdir())
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def computing(function: Callable[[Any], Any]) -> keras.Model:
+    inputs = keras.Input((5,), name="x")
+    x = layers.Lambda(function, output_shape=(7,))(layers.Dense(7, name="up")(inputs))
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+
+
+def strings() -> keras.Model:
+    inputs = keras.Input((), dtype="string", name="text")
+    x = layers.StringLookup(vocabulary=["film"], output_mode="one_hot")(inputs)
+    x = layers.Dense(7, name="up")(x)
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+
+
+def wide_kernel() -> keras.Model:
+    inputs = keras.Input((None, 5), name="series")
+    x = layers.GlobalMaxPooling1D()(layers.Conv1D(7, 11)(inputs))
+    return keras.Model(inputs, layers.Dense(3, name="head")(layers.Dense(7, name="up")(x)))
+
+
+# A model, options, the runtimes that refuse it, and why.
+REFUSALS: dict[str, tuple[Callable[[], keras.Model], dict[str, Any], list[str], str]] = {
+    "an Erfc alone": (
+        lambda: computing(lambda x: tf.math.log(tf.math.erfc(x))),
+        {},
+        ["onnx", "litert"],
+        "the operations Erfc; use others",
+    ),
+    "an Erfc with another factor": (
+        lambda: computing(lambda x: 2.0 * tf.math.erfc(x) * tf.math.exp(x * x)),
+        {},
+        ["onnx"],
+        "the operations Erfc; use others",
+    ),
+    "an operation": (
+        lambda: computing(lambda x: tf.math.lgamma(tf.abs(x) + 1)),
+        {},
+        ["onnx"],
+        "the operations Lgamma; use others",
+    ),
+    "a free length": (llama, {}, ["litert"], "StridedSlice; pass sequence_length"),
+    "a free batch": (recurrent, {}, ["litert"], "TensorListReserve; pass batch_size"),
+    "strings": (strings, {}, ["onnx", "litert"], "inputs that are numbers"),
+    "float16": (lambda: functional(dtype="float16"), {}, ["onnx", "litert"], "3 layers of .*'up'"),
+    "bfloat16": (lambda: classifier("bfloat16"), {}, ["onnx", "litert"], "dtype='float32'"),
+    "a size": (functional, {"batch_size": 0}, ["litert"], "a positive integer or None"),
+    "a sample it takes not": (wide_kernel, {}, ["onnx", "litert"], "pass `sample`"),
+    "a sample of few": (functional, {"sample": []}, ["onnx"], r"an array for each of \['features'"),
+    "NaN": (
+        functional,
+        {"sample": np.full((3, 5), np.nan)},
+        ["onnx"],
+        "finite answers.*NaN or infinity",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSALS))
+def test_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    make, options, kinds, message = REFUSALS[name]
+    model = adapted(make)
+    before = state(model)
+    for kind in kinds:
+        with pytest.raises(ValueError, match=message):
+            EXPORTS[kind][0](model, tmp_path / "model", **options)
+        assert state(model) == before
+        assert not list(tmp_path.iterdir())
+
+
+@each_export
+def test_an_unbuilt_model_is_refused(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a built keras\.Model"):
+        EXPORTS[kind][0](Unused(), tmp_path / "model")
+
+
+def test_what_the_fixes_say_works(tmp_path: Path) -> None:
+    unrolled = adapted(lambda: recurrent(unroll=True))
+    report = kl.export_litert(unrolled, tmp_path / "unrolled", sequence_length=11)
+    assert report.inputs == {"series": (None, 11, 5)}
+    given = feeds({"series": (None, 5)}, 3, 13)
+    for kind, (export, run) in EXPORTS.items():
+        model = adapted(wide_kernel)
+        export(model, tmp_path / kind, sample=given["series"])
+        received = run(tmp_path / kind, given)["head"]
+        np.testing.assert_allclose(received, np.array(model(given["series"])), rtol=1e-4)
+
+
+@each_export
+def test_weights_above_the_limit_of_the_format(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "WEIGHTS_LIMIT", 700)
+    with pytest.raises(ValueError, match="bytes of weights, above the 700; export it to a Saved"):
+        EXPORTS[kind][0](adapted(functional), tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "package"),
+    [("onnx", "tf2onnx"), ("onnx", "onnxruntime"), ("litert", "ai_edge_litert.interpreter")],
+)
+def test_a_missing_package_names_its_extra(
+    kind: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf'{package}.*pip install "keras-lora\[{kind}\]"'):
+        EXPORTS[kind][0](functional(), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@each_export
+def test_an_existing_path_is_refused_or_replaced_whole(kind: str, tmp_path: Path) -> None:
+    export, _ = EXPORTS[kind]
+    model, file = adapted(functional), tmp_path / "model"
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="overwrite=True"):
+        export(model, file)
+    assert file.read_text() == "mine"
+    export(model, file, overwrite=True)
+    assert file.stat().st_size > 100
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
