@@ -1,9 +1,10 @@
-"""What a SavedModel answers: functions of named tensors, and the names of their inputs."""
+"""What a SavedModel answers: functions of named tensors, and the writing of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -17,7 +18,7 @@ class Endpoint:
     """A signature of a SavedModel: a function of one structure of tensors, and what it takes.
 
     `call` is traced when the SavedModel is written, with everything that it computes.
-    `resources` hold the tables that the SavedModel must fill before it answers: tokenizers.
+    `resources` are what the SavedModel must hold besides variables: tokenizers, tables.
     """
 
     name: str
@@ -43,3 +44,14 @@ def serve(
 def servable(output: tf.Tensor) -> tf.Tensor:
     """TensorFlow Serving's REST API has no JSON form of low precision."""
     return tf.cast(output, tf.float32) if output.dtype in (tf.float16, tf.bfloat16) else output
+
+
+def write_endpoints(endpoints: Sequence[Endpoint], path: Path) -> None:
+    """Write a SavedModel of these endpoints and what they need."""
+    archive = keras.export.ExportArchive()
+    # Not `track(model)`: it would store every variable a second time (keras issue 23553).
+    for resource in {id(r): r for endpoint in endpoints for r in endpoint.resources}.values():
+        archive.track(resource)
+    for endpoint in endpoints:
+        archive.add_endpoint(endpoint.name, endpoint.call, input_signature=[endpoint.signature])
+    archive.write_out(path, verbose=False)
