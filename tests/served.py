@@ -6,14 +6,17 @@ answers come from elsewhere: `model.predict`, or arithmetic in NumPy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import keras
+import keras_hub
 import numpy as np
 import tensorflow as tf
 import test_export
+from models import composite, data, randomize_adapters
 
 import keras_lora as kl
 
@@ -93,9 +96,115 @@ def exported(name: str) -> Write:
     return write
 
 
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "is", "bad", "##ly"]
+CLASSES = ["ash", "elm", "fir", "oak", "yew"]
+FILMS = ["the film", "the film is bad", "badly", ""]
+
+
+def text_classifier(path: Path) -> list[Call]:
+    """Strings in, probabilities and the name of a class out."""
+    model = test_export.adapted(lambda: test_export.classifier(preprocessor=preprocessor()))
+    kl.export_saved_model(model, path, preprocessing=True, class_names=CLASSES)
+    logits = model.predict(np.array(FILMS, object), verbose=0)
+    label = np.array([CLASSES[i].encode() for i in logits.argmax(-1)], object)
+    text = np.array(FILMS, object)
+    return [Call({"text": text}, {"probabilities": softmax(logits), "label": label})]
+
+
+def preprocessor() -> Any:
+    tokenizer = keras_hub.models.BertTokenizer(WORDS)
+    return keras_hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=7)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def language_model(preprocessor: Any = None, vocabulary_size: int = 31) -> Any:
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=vocabulary_size,
+        num_layers=2,
+        num_heads=3,
+        hidden_dim=15,
+        intermediate_dim=17,
+        max_sequence_length=13,
+    )
+    model = keras_hub.models.GPT2CausalLM(backbone, preprocessor=preprocessor)
+    model.compile(sampler="greedy")
+    return model
+
+
+def tokens_to_tokens(path: Path) -> list[Call]:
+    model = test_export.adapted(language_model)
+    kl.export_saved_model(model, path, stop_token_ids=None)
+    token_ids = np.random.default_rng(3).integers(1, 31, (3, 13)).astype("int32")
+    padding_mask = np.ones_like(token_ids)
+    token_ids[:, 5:] = padding_mask[:, 5:] = 0
+    feeds = {"token_ids": token_ids, "padding_mask": padding_mask}
+    written = model.generate(feeds, stop_token_ids=None)
+    expected = {name: np.array(value).astype("int32") for name, value in written.items()}
+    logits = {"logits": model.predict(feeds, verbose=0)}
+    return [Call(feeds, logits), Call(feeds, expected, "generate")]
+
+
+def text_to_text(path: Path) -> list[Call]:
+    merges = ["a i", "p l", "n e", "p o", "r t", "ai r", "pl a", "po rt", "Ġ air", "pla ne"]
+    parts = {part for merge in merges for part in (*merge.split(), merge.replace(" ", ""))}
+    vocabulary = {word: i for i, word in enumerate([*sorted(parts), "<|endoftext|>"])}
+    tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary=vocabulary, merges=merges)
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=11)
+    model = test_export.adapted(lambda: language_model(preprocessor, len(vocabulary)))
+    kl.export_saved_model(model, path, preprocessing=True)
+    prompts = ["airplane airport", " airplane"]
+    written = np.array([text.encode() for text in model.generate(prompts)], object)
+    return [Call({"text": np.array(prompts, object)}, {"text": written}, "generate")]
+
+
+def many_adapters(ids: Literal["name", "index"]) -> Write:
+    """Each row another adapter, of another rank, and one the bare base."""
+
+    def write(path: Path) -> list[Call]:
+        model = of_adapters(["fr", "de", "pt"])
+        kl.export_saved_model(model, path, adapters=["fr", "de", "pt"], adapter_ids=ids)
+        wanted = ["de", "", "pt", "fr", "de", ""]
+        x, _ = data(model, len(wanted))
+        rows = {name: answers(model, name, x) for name in set(wanted)}
+        head = np.stack([rows[name][i] for i, name in enumerate(wanted)])
+        names = np.array(wanted, object)
+        indices = np.array([["fr", "de", "pt"].index(n) if n else -1 for n in wanted], "int32")
+        feeds = {"sequence": x, "adapter": names if ids == "name" else indices}
+        return [Call(feeds, {"head": head})]
+
+    return write
+
+
+def of_adapters(names: Sequence[str]) -> keras.Model:
+    """An encoder with random adapters, each of another rank."""
+    model = composite()
+    for rank, name in enumerate(names, start=1):
+        model = kl.apply_lora(model, kl.LoRAConfig(rank=rank), name=name)
+    randomize_adapters(model)
+    return model
+
+
+def answers(model: keras.Model, name: str, x: np.ndarray) -> np.ndarray:
+    """By Keras, with one adapter active, or none."""
+    if not name:
+        with kl.disable_adapter(model):
+            return model.predict(x, verbose=0)
+    kl.set_adapter(model, name)
+    return model.predict(x, verbose=0)
+
+
 EXPORTS: dict[str, Write] = {
     "kinds": kinds,
     "encoder": exported("composite"),
     "classifier": exported("kerashub task"),
     "two outputs": exported("two inputs, two outputs"),
+    "text classifier": text_classifier,
+    "tokens to tokens": tokens_to_tokens,
+    "text to text": text_to_text,
+    "adapters by name": many_adapters("name"),
+    "adapters by index": many_adapters("index"),
 }

@@ -83,12 +83,13 @@ def test_status_and_metadata_describe_what_is_served(
     available = {"version": "1", "state": "AVAILABLE", "status": status}
     for path in (name, f"{name}/versions/1"):
         assert rest.get(path).json() == {"model_version_status": [available]}
-    signature = client.signatures(name)["serving_default"]
+    signature_name = call.signature or "serving_default"
+    signature = client.signatures(name)[signature_name]
     assert set(signature.inputs) == set(call.feeds)
     assert set(signature.outputs) == set(call.expected)
     metadata = rest.get(f"{name}/metadata").json()
     assert metadata["model_spec"]["version"] == "1"
-    described = metadata["metadata"]["signature_def"]["signature_def"]["serving_default"]
+    described = metadata["metadata"]["signature_def"]["signature_def"][signature_name]
     for side, tensors in (("inputs", signature.inputs), ("outputs", signature.outputs)):
         for key, info in tensors.items():
             assert described[side][key]["dtype"] == DataType.Name(info.dtype)
