@@ -37,6 +37,7 @@ from keras_lora.export.uses import Use, adapted_uses, add_held
 from keras_lora.inject import check_names
 from keras_lora.keys import base_fingerprint
 from keras_lora.layers import BASE, Held, LoRALayer, attach, detach
+from keras_lora.walker import lora_layers
 
 DESCRIPTION = Path("assets.extra", "keras_lora.json")
 FORMAT_VERSION = 1
@@ -100,13 +101,12 @@ class RowAdapters:
     def ready(self) -> Iterator[None]:
         """Within the context the base alone acts, and every layer of `uses` can take rows."""
         plain = [use.layer for use in self.uses if not isinstance(use.layer, LoRALayer)]
-        with disable_adapter(self.model):
-            attached = [attach(layer) for layer in plain]
-            try:
-                yield
-            finally:
-                for layer in attached:
-                    detach(layer)
+        with disable_adapter(self.model), contextlib.ExitStack() as stack:
+            for layer in lora_layers(self.model).values():
+                stack.enter_context(layer.without_slots())
+            for layer in plain:
+                stack.callback(detach, attach(layer))
+            yield
 
     def endpoint(self, endpoint: Endpoint, stored: StoredTables, ids: AdapterIds) -> Endpoint:
         """The endpoint with an input more, which says for each row which adapter acts."""
