@@ -12,6 +12,7 @@ anything is written, by tracing the model with a batch of a size that nothing el
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,7 +109,7 @@ class RowAdapters:
                 stack.callback(detach, attach(layer))
             yield
 
-    def endpoint(self, endpoint: Endpoint, stored: StoredTables, ids: AdapterIds) -> Endpoint:
+    def by_row(self, endpoint: Endpoint, stored: StoredTables, ids: AdapterIds) -> Endpoint:
         """The endpoint with an input more, which says for each row which adapter acts."""
         names = _input_names(endpoint)
         leaves = keras.tree.flatten(endpoint.signature)
@@ -124,7 +125,8 @@ class RowAdapters:
                 values = [inputs[name] for name in names]
                 return endpoint.call(keras.tree.pack_sequence_as(endpoint.signature, values))
 
-        return Endpoint(endpoint.name, call, signature)
+        resources = (*endpoint.resources, stored)
+        return dataclasses.replace(endpoint, call=call, signature=signature, resources=resources)
 
     def try_out(self, endpoint: Endpoint) -> None:
         """Trace an endpoint with a batch of a size of its own.
@@ -167,17 +169,32 @@ def check_adapter_ids(ids: str) -> None:
 
 
 def write_rows(
-    rows: RowAdapters, endpoints: Sequence[Endpoint], ids: AdapterIds, path: Path, workspace: Path
+    rows: RowAdapters,
+    endpoints: Sequence[Endpoint],
+    tried: Sequence[Endpoint],
+    ids: AdapterIds,
+    path: Path,
 ) -> None:
-    """Write a SavedModel of these endpoints, each with the input `adapter`."""
-    stored = StoredTables(rows.pieces, workspace)
-    served = [rows.endpoint(endpoint, stored, ids) for endpoint in endpoints]
+    """Write a SavedModel of these endpoints, each with the input `adapter`.
+
+    Args:
+        rows: The adapters.
+        endpoints: What to serve.
+        tried: Endpoints that use the model in the same ways, to find what is not by row.
+        ids: Names or indices.
+        path: Where to.
+
+    Raises:
+        ValueError: a layer is given something else than the batch.
+    """
+    tables = path.with_name("tables")
+    stored = StoredTables(rows.pieces, tables)
     description = json.dumps(rows.description())
     with rows.ready():
-        for endpoint in served:
-            rows.try_out(endpoint)
-        write_tensors(rows.tables().tensors(), workspace)
-        write_endpoints(served, path, [stored])
+        for endpoint in tried:
+            rows.try_out(rows.by_row(endpoint, stored, ids))
+        write_tensors(rows.tables().tensors(), tables)
+        write_endpoints([rows.by_row(endpoint, stored, ids) for endpoint in endpoints], path)
     rows.check()
     (path / DESCRIPTION).parent.mkdir()
     (path / DESCRIPTION).write_text(description)
