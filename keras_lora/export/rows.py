@@ -121,9 +121,12 @@ class RowAdapters:
 
         def call(inputs: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
             wanted = one_for_each_row(inputs[INPUT], [inputs[name] for name in batched])
-            with self._rows(stored.take(find(wanted, stored.names))):
-                values = [inputs[name] for name in names]
-                return endpoint.call(keras.tree.pack_sequence_as(endpoint.signature, values))
+            slots = find(wanted, stored.names)
+            values = [inputs[name] for name in names]
+            with self._rows(stored.take(slots)):
+                outputs = endpoint.call(keras.tree.pack_sequence_as(endpoint.signature, values))
+            with tf.control_dependencies([slots]):  # those too in which no adapter acts
+                return {name: tf.identity(output) for name, output in outputs.items()}
 
         resources = (*endpoint.resources, stored)
         return dataclasses.replace(endpoint, call=call, signature=signature, resources=resources)
