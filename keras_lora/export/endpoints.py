@@ -1,4 +1,4 @@
-"""What a SavedModel answers: functions of named tensors, and the writing of them."""
+"""What a SavedModel answers: functions of named tensors, and the names of their inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Endpoint:
     """A signature of a SavedModel: a function of one structure of tensors, and what it takes.
 
     `call` is traced when the SavedModel is written, with everything that it computes.
-    `resources` are what the SavedModel must hold besides variables: tokenizers, tables.
+    `resources` hold the tables that the SavedModel must fill before it answers: tokenizers.
     """
 
     name: str
@@ -41,17 +41,17 @@ def serve(
     return Endpoint("serve", call, input_specs(model, given))
 
 
+def write_endpoints(endpoints: Sequence[Endpoint], path: Path) -> None:
+    """Write a SavedModel; the signature of the first endpoint is `serving_default` too."""
+    archive = keras.export.ExportArchive()
+    for endpoint in endpoints:
+        archive.add_endpoint(endpoint.name, endpoint.call, input_signature=[endpoint.signature])
+    # Not the model: it would store every variable a second time (keras issue 23553).
+    for resource in {id(r): r for e in endpoints for r in e.resources}.values():
+        archive.track(resource)
+    archive.write_out(path, verbose=False)
+
+
 def servable(output: tf.Tensor) -> tf.Tensor:
     """TensorFlow Serving's REST API has no JSON form of low precision."""
     return tf.cast(output, tf.float32) if output.dtype in (tf.float16, tf.bfloat16) else output
-
-
-def write_endpoints(endpoints: Sequence[Endpoint], path: Path) -> None:
-    """Write a SavedModel of these endpoints and what they need."""
-    archive = keras.export.ExportArchive()
-    # Not `track(model)`: it would store every variable a second time (keras issue 23553).
-    for resource in {id(r): r for endpoint in endpoints for r in endpoint.resources}.values():
-        archive.track(resource)
-    for endpoint in endpoints:
-        archive.add_endpoint(endpoint.name, endpoint.call, input_signature=[endpoint.signature])
-    archive.write_out(path, verbose=False)

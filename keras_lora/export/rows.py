@@ -12,6 +12,7 @@ anything is written, by tracing the model with a batch of a size that nothing el
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from keras_lora.export.uses import Use, adapted_uses, add_held
 from keras_lora.inject import check_names
 from keras_lora.keys import base_fingerprint
 from keras_lora.layers import BASE, Held, LoRALayer, attach, detach
+from keras_lora.walker import lora_layers
 
 DESCRIPTION = Path("assets.extra", "keras_lora.json")
 FORMAT_VERSION = 1
@@ -100,15 +102,14 @@ class RowAdapters:
     def ready(self) -> Iterator[None]:
         """Within the context the base alone acts, and every layer of `uses` can take rows."""
         plain = [use.layer for use in self.uses if not isinstance(use.layer, LoRALayer)]
-        with disable_adapter(self.model):
-            attached = [attach(layer) for layer in plain]
-            try:
-                yield
-            finally:
-                for layer in attached:
-                    detach(layer)
+        with disable_adapter(self.model), contextlib.ExitStack() as stack:
+            for layer in lora_layers(self.model).values():
+                stack.enter_context(layer.without_slots())
+            for layer in plain:
+                stack.callback(detach, attach(layer))
+            yield
 
-    def endpoint(self, endpoint: Endpoint, stored: StoredTables, ids: AdapterIds) -> Endpoint:
+    def by_row(self, endpoint: Endpoint, stored: StoredTables, ids: AdapterIds) -> Endpoint:
         """The endpoint with an input more, which says for each row which adapter acts."""
         names = _input_names(endpoint)
         leaves = keras.tree.flatten(endpoint.signature)
@@ -120,11 +121,15 @@ class RowAdapters:
 
         def call(inputs: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
             wanted = one_for_each_row(inputs[INPUT], [inputs[name] for name in batched])
-            with self._rows(stored.take(find(wanted, stored.names))):
-                values = [inputs[name] for name in names]
-                return endpoint.call(keras.tree.pack_sequence_as(endpoint.signature, values))
+            slots = find(wanted, stored.names)
+            values = [inputs[name] for name in names]
+            with self._rows(stored.take(slots)):
+                outputs = endpoint.call(keras.tree.pack_sequence_as(endpoint.signature, values))
+            with tf.control_dependencies([slots]):  # those too in which no adapter acts
+                return {name: tf.identity(output) for name, output in outputs.items()}
 
-        return Endpoint(endpoint.name, call, signature, (*endpoint.resources, stored))
+        resources = (*endpoint.resources, stored)
+        return dataclasses.replace(endpoint, call=call, signature=signature, resources=resources)
 
     def try_out(self, endpoint: Endpoint) -> None:
         """Trace an endpoint with a batch of a size of its own.
@@ -167,17 +172,32 @@ def check_adapter_ids(ids: str) -> None:
 
 
 def write_rows(
-    rows: RowAdapters, endpoints: Sequence[Endpoint], ids: AdapterIds, path: Path, workspace: Path
+    rows: RowAdapters,
+    endpoints: Sequence[Endpoint],
+    tried: Sequence[Endpoint],
+    ids: AdapterIds,
+    path: Path,
 ) -> None:
-    """Write a SavedModel of these endpoints, each with the input `adapter`."""
-    stored = StoredTables(rows.pieces, workspace)
-    served = [rows.endpoint(endpoint, stored, ids) for endpoint in endpoints]
+    """Write a SavedModel of these endpoints, each with the input `adapter`.
+
+    Args:
+        rows: The adapters.
+        endpoints: What to serve.
+        tried: Endpoints that use the model in the same ways, to find what is not by row.
+        ids: Names or indices.
+        path: Where to.
+
+    Raises:
+        ValueError: a layer is given something else than the batch.
+    """
+    tables = path.with_name("tables")
+    stored = StoredTables(rows.pieces, tables)
     description = json.dumps(rows.description())
     with rows.ready():
-        for endpoint in served:
-            rows.try_out(endpoint)
-        write_tensors(rows.tables().tensors(), workspace)
-        write_endpoints(served, path)
+        for endpoint in tried:
+            rows.try_out(rows.by_row(endpoint, stored, ids))
+        write_tensors(rows.tables().tensors(), tables)
+        write_endpoints([rows.by_row(endpoint, stored, ids) for endpoint in endpoints], path)
     rows.check()
     (path / DESCRIPTION).parent.mkdir()
     (path / DESCRIPTION).write_text(description)

@@ -127,10 +127,8 @@ def export_saved_model(
     _check_export(model, target, overwrite)
     check_adapter_ids(adapter_ids)
     rows = None if adapters is None else RowAdapters.of(model, adapters)
-    generation = Generation(max_length, stop_token_ids)
-    endpoints = _endpoints(
-        model, input_signature, class_names, preprocessing, generation if generate else None
-    )
+    generation = Generation(max_length, stop_token_ids) if generate else None
+    endpoints = _endpoints(model, input_signature, class_names, preprocessing, generation)
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=target.absolute().parent, prefix=f".{target.name}-"
@@ -140,7 +138,9 @@ def export_saved_model(
             with merged(model) if lora_layers(model) else contextlib.nullcontext():
                 write_endpoints(endpoints, written)
         else:
-            write_rows(rows, endpoints, adapter_ids, written, Path(workspace))
+            # Without text: a tokenizer's graph does not know the size of the batch.
+            tried = _endpoints(model, input_signature, None, False, generation)
+            write_rows(rows, endpoints, tried, adapter_ids, written)
         report = check_saved_model(written)
         if report.problems:
             raise ValueError(

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from keras_lora.export.tables import NAMES, PLACES, Array, Piece, rows_key
+from keras_lora.export.tables import NAMES, PLACES, Array, Piece, rows_key, widths
 
 ADAPTERS = "adapters"  # the prefix of the checkpoint's two files
 INDEX, DATA = f"{ADAPTERS}.index", f"{ADAPTERS}.data-00000-of-00001"
@@ -61,7 +61,7 @@ class StoredTables(tf.saved_model.experimental.TrackableResource):
             NAMES: _variable(NAMES, (), tf.string),
             PLACES: _variable(PLACES, (len(self._pieces), 2), tf.int32),
         }
-        for width in sorted({piece.width for piece in pieces}):
+        for width in widths(pieces):
             self._variables[rows_key(width)] = _variable(rows_key(width), (width,), tf.float32)
         for i, variable in enumerate(self._variables.values()):
             self._track_trackable(variable, f"variable_{i}")

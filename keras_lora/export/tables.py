@@ -3,8 +3,8 @@
 An adapter's factors and its values of heads and biases are *pieces*. All pieces of one width share
 a table: of `A` `(d, r)` each of the `r` columns is a row of width `d`, so adapters of every rank
 lie there one after the other and nothing is padded. `places[slot, piece]` is the first row and
-the number of rows. Slot 0 is the base. Row 0 of each table is zero, and stands for an adapter that
-does not have the piece.
+the number of rows. Slot 0 is the base. Row 0 of a table of factors is zero, and stands for an
+adapter that does not have the factor.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class Tables:
         self.pieces = tuple(pieces)
         self.names: list[str] = []
         self._places: list[Array] = []
-        zeros = {p.width: [np.zeros((1, p.width), "float32")] for p in pieces}
-        self._rows = dict(sorted(zeros.items()))
-        self._lengths = dict.fromkeys(self._rows, 1)
+        factors = {piece.width for piece in pieces if piece.is_factor}
+        self._lengths = {width: int(width in factors) for width in widths(pieces)}
+        self._rows = {w: [np.zeros((n, w), "float32")] for w, n in self._lengths.items()}
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], tensors: Mapping[str, Array]) -> Tables:
@@ -106,6 +106,10 @@ class Tables:
         self._rows[piece.width].append(new)
         self._lengths[piece.width] += len(new)
         return first, len(new)
+
+
+def widths(pieces: Sequence[Piece]) -> list[int]:
+    return sorted({piece.width for piece in pieces})
 
 
 def rows_key(width: int) -> str:

@@ -278,13 +278,12 @@ class LoRALayer(keras.layers.Layer):
 
     @contextlib.contextmanager
     def with_rows(self, rows: Rows) -> Iterator[None]:
-        """Within the context each row of a batch has adapters of its own, and no slot acts."""
-        with self.without_slots():
-            self._lora.rows = rows
-            try:
-                yield
-            finally:
-                self._lora.rows = None
+        """Within the context each row of a batch has adapters of its own."""
+        self._lora.rows = rows
+        try:
+            yield
+        finally:
+            self._lora.rows = None
 
     @property
     def kernel(self) -> Tensor:
@@ -311,7 +310,7 @@ class LoRALayer(keras.layers.Layer):
         """`x W0 + sum_i s_i (drop_i(x) A_i) B_i`: the layer before bias and activation."""
         split = self._split(len(inputs.shape))
         if self._lora.rows is not None:
-            return self._lora.rows.product(split, inputs, ops.convert_to_tensor(self._kernel))
+            return self._lora.rows.product(split, inputs, self._kernel)
         terms = []
         for slot in self._lora.slots:
             x = inputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import keras
 from keras import ops
 
 from keras_lora.lowrank import EinsumSplit, Tensor
@@ -32,14 +33,14 @@ class Rows:
     kernel: Tensor | None = None
     bias: Tensor | None = None
 
-    def product(self, split: EinsumSplit, x: Tensor, kernel: Tensor) -> Tensor:
+    def product(self, split: EinsumSplit, x: Tensor, kernel: keras.Variable) -> Tensor:
         """The layer before bias and activation."""
         refusal = self._refusal(split, x)
         if refusal is not None:
             self.refuse(refusal)
-            return split.adapted_product(x, kernel, [])
+            return split.adapted_product(x, ops.convert_to_tensor(kernel), [])
         if self.kernel is None:
-            product = split.adapted_product(x, kernel, [])
+            product = split.adapted_product(x, ops.convert_to_tensor(kernel), [])
         else:
             product = split.product_by_row(x, self.kernel)
         return product if self.factors is None else product + split.update_by_row(x, *self.factors)
