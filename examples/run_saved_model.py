@@ -3,11 +3,11 @@
     python examples/run_saved_model.py SAVED_MODEL INPUTS.npz OUTPUTS.npz [SIGNATURE]
 
 `INPUTS.npz` holds an array for each input of the signature (`serving_default` unless another one
-is named), by name; the outputs are written to `OUTPUTS.npz` likewise. The model goes through the C++ SavedModel loader
-and `Session::Run` with XLA compilation off, which is what TensorFlow Serving's CPU path does with
-its default settings. `libtensorflow` is taken out of the installed tensorflow package, which is
-located and never imported; so are the operations of tensorflow-text, where that is installed. A
-server has them linked in.
+is named), by name; the outputs are written to `OUTPUTS.npz` likewise. The model goes through the
+C++ SavedModel loader and `Session::Run` with XLA compilation off, which is what TensorFlow
+Serving's CPU path does with its default settings. `libtensorflow` is taken out of the installed
+tensorflow package, which is located and never imported; so are the operations of tensorflow-text,
+where it is installed, which a server has linked in.
 """
 
 from __future__ import annotations
