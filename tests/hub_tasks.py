@@ -32,7 +32,6 @@ MERGES = [
 ]
 LLAMA3 = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
 LENGTH = 13
-CAUSAL_LM: Any = models.CausalLM
 
 
 def word_pieces() -> list[str]:
@@ -126,6 +125,6 @@ def spread(model: keras.Model) -> None:
 
 def task_classes() -> dict[str, Any]:
     """Every language model of KerasHub with a backbone of its own."""
-    tasks: dict[str, Any] = {name: getattr(models, name) for name in dir(models)}
-    writers = {n: t for n, t in tasks.items() if isinstance(t, type) and issubclass(t, CAUSAL_LM)}
-    return {name: task for name, task in writers.items() if task.backbone_cls is not None}
+    found: list[Any] = [getattr(models, name) for name in dir(models)]
+    tasks = [task for task in found if getattr(task, "backbone_cls", None) is not None]
+    return {task.__name__: task for task in tasks if issubclass(task, models.CausalLM)}

@@ -296,7 +296,7 @@ def test_tokens_are_those_of_generate(name: str, service: Service, tmp_path: Pat
 
 
 def test_every_language_model_of_kerashub_is_accounted_for() -> None:
-    assert len(WRITERS) == 31
+    assert len(WRITERS) == 29
     assert NOT_MADE | REFUSED.keys() <= hub_tasks.task_classes().keys()
 
 
