@@ -169,7 +169,7 @@ def test_every_operation_of_tensorflow_text_is_known_as_one(tmp_path: Path) -> N
     file = save(tmp_path, lambda x: {"y": tf.tanh(x)}) / "saved_model.pb"
     graph = saved_model_pb2.SavedModel.FromString(file.read_bytes())
     names = set()
-    for library in Path(tensorflow_text.__file__).parent.glob("python/ops/*.so"):
+    for library in Path(tensorflow_text.__file__).parent.glob("python/*/*.so"):
         handle = pywrap_tf_session.TF_LoadLibrary(str(library))
         operations = op_def_pb2.OpList.FromString(pywrap_tf_session.TF_GetOpList(handle))
         names |= {operation.name for operation in operations.op}

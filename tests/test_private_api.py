@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from models import composite, data, functional, subclassed
 
 import keras_lora as kl
+from keras_lora.export.operations import server_operations
 
 
 @pytest.mark.parametrize("layer_class", [keras.layers.Dense, keras.layers.EinsumDense])
@@ -92,3 +96,19 @@ def test_metrics_are_built_and_tell_their_direction() -> None:
     model._symbolic_build(data_batch=data(model))
     assert len(model.metrics_variables) == 2 + 2 + len(metrics[1].variables)
     assert [metric._direction for metric in metrics] == ["down", "up"]
+
+
+def test_slice_update_needs_xla_unless_it_is_replaced() -> None:
+    """By its public name, but for a reason that Keras may do away with."""
+
+    def update(x: tf.Tensor) -> tf.Tensor:
+        return keras.ops.slice_update(x, (0, 1), x[:, :2])
+
+    operations = []
+    for context in (contextlib.nullcontext(), server_operations()):
+        with context:
+            traced = tf.function(update).get_concrete_function(tf.TensorSpec((None, 5)))
+        operations.append({node.op for node in traced.graph.as_graph_def().node})
+    assert "XlaDynamicUpdateSlice" in operations[0]
+    assert not any(name.startswith("Xla") for name in operations[1])
+    assert "TensorStridedSliceUpdate" in operations[1]

@@ -39,7 +39,7 @@ class Generation:
 def generate_text(model: keras.Model, options: Generation) -> Endpoint:
     """`text` in, `text` out: the prompt and what the model adds, as `model.generate` gives them."""
     preprocessor = preprocessor_of(model)
-    stop = _stop_tokens(model, options)
+    stop = stop_tokens(model, options)
 
     def call(inputs: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         tokens = preprocessor.generate_preprocess(
@@ -57,7 +57,7 @@ def generate_text(model: keras.Model, options: Generation) -> Endpoint:
 def generate_tokens(model: keras.Model, options: Generation) -> Endpoint:
     """Tokens and their mask in, and out with what the model adds in the places of the padding."""
     specs = input_specs(model, None)
-    stop = _stop_tokens(model, options)
+    stop = stop_tokens(model, options)
     pad = _padding(model, specs, options.max_length)
 
     def call(inputs: Tokens) -> dict[str, tf.Tensor]:
@@ -85,7 +85,7 @@ def _traceable(model: keras.Model, endpoint: Endpoint) -> Endpoint:
     return dataclasses.replace(endpoint, call=call)
 
 
-def _stop_tokens(model: keras.Model, options: Generation) -> list[int] | None:
+def stop_tokens(model: keras.Model, options: Generation) -> list[int] | None:
     """As `model.generate` finds them."""
     if options.stop_token_ids is None:
         return None
