@@ -355,12 +355,16 @@ def main() -> None:
     imported = {"tensorflow", "tensorflow_text", "keras", "keras_lora"} & sys.modules.keys()
     if imported:
         raise RuntimeError(f"This process must do without {sorted(imported)}.")
-    plain = {name: _text(v) if v.dtype.hasobject else v for name, v in results.items()}
-    np.savez(outputs, **plain)  # type: ignore[arg-type]
+    save(outputs, results)
+
+
+def save(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a file of NumPy, strings as text where objects would be pickled."""
+    plain = {name: _text(v) if v.dtype.hasobject else v for name, v in arrays.items()}
+    np.savez(path, **plain)  # type: ignore[arg-type]
 
 
 def _text(strings: np.ndarray) -> np.ndarray:
-    """Text where objects would be pickled."""
     decoded = [value.decode(*ENCODING) for value in strings.ravel()]
     return np.array(decoded, np.str_).reshape(strings.shape)
 

@@ -6,13 +6,14 @@ answers come from elsewhere: `model.predict`, or arithmetic in NumPy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import hub_tasks
 import keras
-import keras_hub
 import numpy as np
 import tensorflow as tf
 import test_export
@@ -96,68 +97,47 @@ def exported(name: str) -> Write:
     return write
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "is", "bad", "##ly"]
-CLASSES = ["ash", "elm", "fir", "oak", "yew"]
-FILMS = ["the film", "the film is bad", "badly", ""]
+CLASSES = ["poor", "fair", "good"]
+FILMS = np.array(["the good film!", "a bad film", "films", ""], object)
+
+
+@contextlib.contextmanager
+def lent(make: Callable[[], Any]) -> Iterator[Any]:
+    """An adapted task, whose backbone the tests share: its adapter goes at the end."""
+    model = test_export.adapted(make)
+    try:
+        yield model
+    finally:
+        kl.unload_lora(model)
 
 
 def text_classifier(path: Path) -> list[Call]:
     """Strings in, probabilities and the name of a class out."""
-    model = test_export.adapted(lambda: test_export.classifier(preprocessor=preprocessor()))
-    kl.export_saved_model(model, path, preprocessing=True, class_names=CLASSES)
-    logits = model.predict(np.array(FILMS, object), verbose=0)
-    label = np.array([CLASSES[i].encode() for i in logits.argmax(-1)], object)
-    text = np.array(FILMS, object)
-    return [Call({"text": text}, {"probabilities": softmax(logits), "label": label})]
-
-
-def preprocessor() -> Any:
-    tokenizer = keras_hub.models.BertTokenizer(WORDS)
-    return keras_hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=7)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
-    return exponentials / exponentials.sum(-1, keepdims=True)
-
-
-def language_model(preprocessor: Any = None, vocabulary_size: int = 31) -> Any:
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=vocabulary_size,
-        num_layers=2,
-        num_heads=3,
-        hidden_dim=15,
-        intermediate_dim=17,
-        max_sequence_length=13,
-    )
-    model = keras_hub.models.GPT2CausalLM(backbone, preprocessor=preprocessor)
-    model.compile(sampler="greedy")
-    return model
+    with lent(hub_tasks.CLASSIFIERS["Bert"]) as model:
+        kl.export_saved_model(model, path, preprocessing=True, class_names=CLASSES)
+        exponentials = np.exp(model.predict(FILMS, verbose=0))
+    probabilities = exponentials / exponentials.sum(-1, keepdims=True)
+    label = np.array([CLASSES[i].encode() for i in probabilities.argmax(-1)], object)
+    return [Call({"text": FILMS}, {"probabilities": probabilities, "label": label})]
 
 
 def tokens_to_tokens(path: Path) -> list[Call]:
-    model = test_export.adapted(language_model)
-    kl.export_saved_model(model, path, stop_token_ids=None)
-    token_ids = np.random.default_rng(3).integers(1, 31, (3, 13)).astype("int32")
-    padding_mask = np.ones_like(token_ids)
-    token_ids[:, 5:] = padding_mask[:, 5:] = 0
-    feeds = {"token_ids": token_ids, "padding_mask": padding_mask}
-    written = model.generate(feeds, stop_token_ids=None)
+    with lent(hub_tasks.LANGUAGE_MODELS["GPT2"]) as model:
+        feeds = model.preprocessor.generate_preprocess(["the good", "a film"])
+        feeds = {name: np.array(value).astype("int32") for name, value in feeds.items()}
+        model.preprocessor = None
+        kl.export_saved_model(model, path, stop_token_ids=None)
+        written = model.generate(dict(feeds), stop_token_ids=None)
+        logits = {"logits": model.predict(feeds, verbose=0)}
     expected = {name: np.array(value).astype("int32") for name, value in written.items()}
-    logits = {"logits": model.predict(feeds, verbose=0)}
     return [Call(feeds, logits), Call(feeds, expected, "generate")]
 
 
 def text_to_text(path: Path) -> list[Call]:
-    merges = ["a i", "p l", "n e", "p o", "r t", "ai r", "pl a", "po rt", "Ġ air", "pla ne"]
-    parts = {part for merge in merges for part in (*merge.split(), merge.replace(" ", ""))}
-    vocabulary = {word: i for i, word in enumerate([*sorted(parts), "<|endoftext|>"])}
-    tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary=vocabulary, merges=merges)
-    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=11)
-    model = test_export.adapted(lambda: language_model(preprocessor, len(vocabulary)))
-    kl.export_saved_model(model, path, preprocessing=True)
-    prompts = ["airplane airport", " airplane"]
-    written = np.array([text.encode() for text in model.generate(prompts)], object)
+    prompts = ["the good", "a film"]
+    with lent(hub_tasks.LANGUAGE_MODELS["GPT2"]) as model:
+        kl.export_saved_model(model, path, preprocessing=True)
+        written = np.array([text.encode() for text in model.generate(prompts)], object)
     return [Call({"text": np.array(prompts, object)}, {"text": written}, "generate")]
 
 

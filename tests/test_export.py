@@ -19,7 +19,7 @@ import keras_lora as kl
 CONFIG = kl.LoRAConfig(rank=2, alpha=3)
 
 
-def classifier(dtype: str = "float32", preprocessor: Any = None) -> keras.Model:
+def classifier(dtype: str = "float32") -> keras.Model:
     backbone = keras_hub.models.BertBackbone(
         vocabulary_size=31,
         num_layers=2,
@@ -30,7 +30,7 @@ def classifier(dtype: str = "float32", preprocessor: Any = None) -> keras.Model:
         dtype=dtype,
     )
     return keras_hub.models.BertTextClassifier(
-        backbone=backbone, num_classes=5, preprocessor=preprocessor, dtype=dtype
+        backbone=backbone, num_classes=5, preprocessor=None, dtype=dtype
     )
 
 

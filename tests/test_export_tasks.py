@@ -33,14 +33,14 @@ Arrays = dict[str, Any]
 SERVICE = """
 import sys, numpy as np
 sys.path.insert(0, "examples")
-from run_saved_model import SavedModel
+from run_saved_model import SavedModel, save
 for line in sys.stdin:
     path, inputs, outputs, signature, times = line.split()
     try:
-        model = SavedModel(path, signature)
+        model = SavedModel(path)
         for _ in range(int(times)):
-            answers = model.run(dict(np.load(inputs)))
-        np.savez(outputs, **answers)
+            answers = model.run(dict(np.load(inputs)), signature)
+        save(outputs, answers)
         print("answered", flush=True)
     except Exception as error:
         print(repr(error), flush=True)
