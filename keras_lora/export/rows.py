@@ -79,11 +79,12 @@ class RowAdapters:
 
     def check(self) -> None:
         if self.refusals:
+            reasons = "; ".join(dict.fromkeys(self.refusals))
             raise ValueError(
                 "Expected a model in which each row of a batch can have an adapter of its own. "
-                f"Received: {self.model.name!r}, of which {'; '.join(dict.fromkeys(self.refusals))}"
-                ". Leave these layers out of the adapters (exclude, layers_to_save, bias), or "
-                "export one merged model for each adapter."
+                f"Received: {self.model.name!r} (tried with a batch of {_TRIAL_BATCH} rows), of "
+                f"which {reasons}. Leave these layers out of the adapters (exclude, "
+                "layers_to_save, bias), or export one merged model for each adapter."
             )
 
     def tables(self) -> Tables:
@@ -104,7 +105,7 @@ class RowAdapters:
         return {
             "format_version": FORMAT_VERSION,
             "base": base_fingerprint(self.model),
-            "pieces": {piece.key: list(piece.shape) for piece in self.pieces},
+            "pieces": [[piece.key, piece.shape] for piece in self.pieces],
         }
 
     @contextlib.contextmanager
