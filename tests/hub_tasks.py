@@ -66,11 +66,11 @@ def backbone(name: str, vocabulary: int) -> Any:
         return kerashub_backbones.BACKBONES[f"{name}Backbone"]()[0]
 
 
-def classifier(name: str, tokenizer: Any, **options: Any) -> keras.Model:
+def classifier(name: str, tokenizer: Any, classes: int = 3, **options: Any) -> keras.Model:
     preprocessor = getattr(models, f"{name}TextClassifierPreprocessor")(tokenizer, LENGTH)
     made = getattr(models, f"{name}TextClassifier")
     network = backbone(name, tokenizer.vocabulary_size())
-    return made(network, num_classes=3, preprocessor=preprocessor, **options)
+    return made(network, num_classes=classes, preprocessor=preprocessor, **options)
 
 
 # A text classifier for each kind of tokenizer, and of preprocessor.

@@ -122,6 +122,7 @@ def two_outputs() -> keras.Model:
         (functional, {"class_names": ["a", "b", "a"]}, "distinct strings"),
         (functional, {"class_names": [0, 1, 2]}, "distinct strings"),
         (functional, {"preprocessing": True}, "a KerasHub task"),
+        (functional, {"preprocessing": ()}, "a KerasHub task"),
         (functional, {"max_length": 3}, "not a CausalLM"),
         (functional, {"stop_token_ids": [3]}, "not a CausalLM"),
     ],
@@ -183,20 +184,21 @@ def test_raw_images_to_probabilities(resized: bool, service: Service, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("activation", "loss", "expected"),
+    ("classes", "activation", "loss", "expected"),
     [
-        (None, "auto", keras.ops.softmax),
-        ("softmax", "auto", lambda x: x),
-        ("sigmoid", "binary_crossentropy", lambda x: x),
-        (None, keras.losses.BinaryCrossentropy(from_logits=True), keras.ops.sigmoid),
-        (None, "binary_crossentropy", keras.ops.sigmoid),
+        (3, None, "auto", keras.ops.softmax),
+        (3, "softmax", "auto", lambda x: x),
+        (3, "sigmoid", "binary_crossentropy", lambda x: x),
+        (3, None, keras.losses.BinaryCrossentropy(from_logits=True), keras.ops.sigmoid),
+        (3, None, "binary_crossentropy", keras.ops.sigmoid),
+        (1, None, "mse", keras.ops.sigmoid),
     ],
 )
 def test_probabilities_follow_the_activation_and_the_loss(
-    activation: Any, loss: Any, expected: Any
+    classes: int, activation: Any, loss: Any, expected: Any
 ) -> None:
     tokenizer = models.BertTokenizer(hub_tasks.word_pieces())
-    model = hub_tasks.classifier("Bert", tokenizer, activation=activation)
+    model = hub_tasks.classifier("Bert", tokenizer, classes, activation=activation)
     model.compile(loss=loss)
     outputs = model.predict(TEXTS, verbose=0)
     answers = classify(model, True).call({"text": tf.constant(TEXTS)})
@@ -411,7 +413,10 @@ def test_llama3_has_two_ends() -> None:
         (False, {"max_length": 0}, "positive number"),
         (False, {"stop_token_ids": ()}, "ids of tokens"),
         (False, {"class_names": NAMES}, "None for a language model"),
-        (False, {"preprocessing": True, "generate": False}, "drop preprocessing"),
+        (False, {"stop_token_ids": "</s>"}, "ids of tokens"),
+        (False, {"preprocessing": True, "generate": False}, "for the signature 'generate'"),
+        (False, {"preprocessing": ("prompt",)}, "for the signature 'generate'"),
+        (False, {"max_length": 5, "generate": False}, "True with max_length"),
     ],
 )
 def test_arguments_that_are_not_for_a_language_model(

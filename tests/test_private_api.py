@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import keras
 import numpy as np
@@ -96,6 +97,21 @@ def test_metrics_are_built_and_tell_their_direction() -> None:
     model._symbolic_build(data_batch=data(model))
     assert len(model.metrics_variables) == 2 + 2 + len(metrics[1].variables)
     assert [metric._direction for metric in metrics] == ["down", "up"]
+
+
+def test_a_resource_of_ones_own_takes_assets_along(tmp_path: Path) -> None:
+    """`_track_trackable`, of TensorFlow."""
+
+    class Resource(tf.saved_model.experimental.TrackableResource):
+        def _create_resource(self) -> Any:
+            return tf.raw_ops.VarHandleOp(dtype=tf.bool, shape=[])
+
+    (tmp_path / "words").write_text("one")
+    module = tf.Module()
+    module.resource = Resource()
+    module.resource._track_trackable(tf.saved_model.Asset(str(tmp_path / "words")), "words")
+    tf.saved_model.save(module, str(tmp_path / "saved"))
+    assert (tmp_path / "saved/assets/words").read_text() == "one"
 
 
 def test_slice_update_needs_xla_unless_it_is_replaced() -> None:
