@@ -11,6 +11,7 @@ from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.export import (
     GraphReport,
     RuntimeReport,
+    add_adapter_to_saved_model,
     check_saved_model,
     export_litert,
     export_onnx,
@@ -41,6 +42,7 @@ __all__ = [
     "RuntimeReport",
     "Target",
     "__version__",
+    "add_adapter_to_saved_model",
     "apply_lora",
     "check_saved_model",
     "combine_adapters",

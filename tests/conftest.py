@@ -9,10 +9,12 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import random
+from collections.abc import Iterator
 
 import keras
 import numpy as np
 import pytest
+import servers
 
 keras.utils.set_random_seed(7)
 
@@ -26,3 +28,11 @@ def _seeded() -> None:
     """
     random.seed(7)
     np.random.seed(7)
+
+
+@pytest.fixture(scope="session", params=[servers.STANDIN, servers.REAL])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[servers.Server]:
+    with servers.started(request.param, tmp_path_factory.mktemp("models")) as running:
+        yield running

@@ -1,5 +1,6 @@
 """Models for others to run, without Keras and without this package."""
 
+from keras_lora.export.adding import add_adapter_to_saved_model
 from keras_lora.export.checking import GraphReport, check_saved_model
 from keras_lora.export.conversion import RuntimeReport
 from keras_lora.export.litert_file import export_litert
@@ -9,6 +10,7 @@ from keras_lora.export.saved_model import export_saved_model
 __all__ = [
     "GraphReport",
     "RuntimeReport",
+    "add_adapter_to_saved_model",
     "check_saved_model",
     "export_litert",
     "export_onnx",

@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
 from keras_lora.files import PathLike
 
-# TensorFlow Serving's REST API has no JSON form of these.
-_LOW_PRECISION = {types_pb2.DT_HALF, types_pb2.DT_BFLOAT16}
-_PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc", "NumpyFunction"}
+# What json_tensor.cc of TensorFlow Serving reads and writes.
+_JSON_TYPES = {
+    types_pb2.DT_FLOAT,
+    types_pb2.DT_DOUBLE,
+    types_pb2.DT_INT8,
+    types_pb2.DT_INT16,
+    types_pb2.DT_INT32,
+    types_pb2.DT_INT64,
+    types_pb2.DT_UINT8,
+    types_pb2.DT_UINT32,
+    types_pb2.DT_UINT64,
+    types_pb2.DT_BOOL,
+    types_pb2.DT_STRING,
+}
+_PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
+# Those of tensorflow-text whose names do not begin with "TFText>".
+_TEXT_OPS = {
+    "CaseFoldUTF8",
+    "ConstrainedSequence",
+    "FastBertNormalize",
+    "FastWordpieceTokenizeWithOffsets",
+    "FindSourceOffsets",
+    "MaxSpanningTree",
+    "NormalizeUTF8",
+    "NormalizeUTF8WithOffsetsMap",
+    "PhraseTokenize",
+    "RegexSplitWithOffsets",
+    "RougeL",
+    "SentenceFragments",
+    "SentenceFragmentsV2",
+    "SentencepieceDetokenizeOp",
+    "SentencepieceIdToStringOp",
+    "SentencepieceOp",
+    "SentencepieceStringToIdOp",
+    "SentencepieceTokenizeOp",
+    "SentencepieceTokenizeWithOffsetsOp",
+    "SentencepieceVocabSizeOp",
+    "SplitMergeTokenizeWithOffsets",
+    "TokenizerFromLogits",
+    "UnicodeScriptTokenizeWithOffsets",
+    "WhitespaceTokenizeWithOffsets",
+    "WordpieceTokenizeWithOffsets",
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +67,7 @@ class GraphReport:
 
     Attributes:
         operations: Number of operations, functions included.
-        problems: What a server cannot run, one sentence each; empty where all is well.
+        problems: What a server cannot run, why, and what to do; empty where all is well.
         text_operations: Operations of tensorflow-text, which a server must have linked in.
     """
 
@@ -36,6 +78,11 @@ class GraphReport:
 
 def check_saved_model(path: PathLike) -> GraphReport:
     """Read a SavedModel's graph and say what a server with its default settings cannot run.
+
+    Looked for, in functions too: operations of XLA and functions that must be compiled (servers
+    have XLA off), those that run Python, and those that neither TensorFlow nor tensorflow-text
+    has; types that JSON lacks, and sparse tensors, in signatures; nothing to call. What was found
+    is not run: `examples/run_saved_model.py` does that.
 
     Args:
         path: The directory of a SavedModel.
@@ -48,21 +95,52 @@ def check_saved_model(path: PathLike) -> GraphReport:
     """
     graph = _read_graph(Path(path))
     nodes = list(_nodes(graph))
-    ops = {node.op for node in nodes}
-    problems = [_XLA.format(op=op) for op in sorted(ops) if op.startswith("Xla")]
-    if _must_compile(graph):
-        problems.append("a function compiled with jit_compile=True: compile with jit_compile=False")
-    problems += [_PYTHON.format(op=op) for op in sorted(ops & _PYTHON_OPS)]
-    for name, info in _signature_tensors(graph):
-        if info.dtype in _LOW_PRECISION:
-            dtype = types_pb2.DataType.Name(info.dtype)
-            problems.append(f"{name} of type {dtype}, which has no JSON form: cast it to float32")
-    text = sorted(op for op in ops if op.startswith("TFText>"))
+    ops = {node.op for node in nodes} - _function_names(graph)
+    text = sorted(filter(_is_text, ops))
+    problems = [*_operation_problems(ops, graph), *_signature_problems(graph)]
     return GraphReport(len(nodes), tuple(problems), tuple(text))
 
 
-_XLA = "the operation {op}, which needs XLA, and servers have it off: avoid jit-compiled code"
-_PYTHON = "the operation {op}, which runs Python: use TensorFlow or keras.ops operations instead"
+def _operation_problems(ops: set[str], graph: saved_model_pb2.SavedModel) -> Iterator[str]:
+    for op in sorted(ops):
+        if op.startswith("Xla"):
+            yield (
+                f"the operation {op}, which needs XLA, and servers have it off: leave out "
+                "keras.ops.slice_update and what else makes it"
+            )
+        elif op in _PYTHON_OPS:
+            yield f"the operation {op}, which runs Python: use those of TensorFlow or keras.ops"
+        elif not (_is_text(op) or op.startswith("_") or op in _core_operations()):
+            yield (
+                f"the operation {op}, which is none of TensorFlow: use its own, or a server that "
+                "was built with it"
+            )
+    if _must_compile(graph):
+        yield "a function compiled with jit_compile=True: compile with jit_compile=False"
+
+
+def _is_text(op: str) -> bool:
+    return op.startswith("TFText>") or op in _TEXT_OPS
+
+
+@functools.cache
+def _core_operations() -> frozenset[str]:
+    """Those of every server: what this process has loaded besides is not in `tf.raw_ops`."""
+    return frozenset(dir(tf.raw_ops))
+
+
+def _signature_problems(graph: saved_model_pb2.SavedModel) -> Iterator[str]:
+    if not any("serve" in meta.meta_info_def.tags for meta in graph.meta_graphs):
+        yield "no graph with the tag 'serve', which servers load: export for serving"
+    tensors = list(_signature_tensors(graph))
+    if not tensors:
+        yield "no signature, so that there is nothing to call: export with signatures"
+    for name, info in tensors:
+        if info.WhichOneof("encoding") != "name":
+            yield f"{name}, which is sparse or ragged: take and give dense tensors"
+        elif info.dtype not in _JSON_TYPES:
+            dtype = types_pb2.DataType.Name(info.dtype)
+            yield f"{name} of type {dtype}, which has no JSON form: cast it, as to float32"
 
 
 def _read_graph(path: Path) -> saved_model_pb2.SavedModel:
@@ -80,6 +158,11 @@ def _nodes(graph: saved_model_pb2.SavedModel) -> Iterator[Any]:
             yield from function.node_def
 
 
+def _function_names(graph: saved_model_pb2.SavedModel) -> set[str]:
+    """A call of a function may be an operation of its name."""
+    return {f.signature.name for meta in graph.meta_graphs for f in meta.graph_def.library.function}
+
+
 def _must_compile(graph: saved_model_pb2.SavedModel) -> bool:
     functions = (f for meta in graph.meta_graphs for f in meta.graph_def.library.function)
     return any(
@@ -91,6 +174,8 @@ def _must_compile(graph: saved_model_pb2.SavedModel) -> bool:
 def _signature_tensors(graph: saved_model_pb2.SavedModel) -> Iterator[tuple[str, Any]]:
     for meta in graph.meta_graphs:
         for name, signature in meta.signature_def.items():
+            if name == "__saved_model_init_op":
+                continue  # the loader's own
             for kind, tensors in (("input", signature.inputs), ("output", signature.outputs)):
                 for key, info in tensors.items():
                     yield f"the {kind} {key!r} of {name!r}", info

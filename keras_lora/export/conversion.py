@@ -18,7 +18,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_lora.config import invalid
-from keras_lora.export.saved_model import Endpoint, write_merged, written_whole
+from keras_lora.export.endpoints import Endpoint
+from keras_lora.export.writing import write_merged, written_whole
 from keras_lora.walker import walk
 
 Arrays: TypeAlias = Mapping[str, np.ndarray]

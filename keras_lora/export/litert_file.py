@@ -19,7 +19,8 @@ from keras_lora.export.conversion import (
     package,
     write_converted,
 )
-from keras_lora.export.saved_model import check_export, serve_endpoint
+from keras_lora.export.endpoints import serve
+from keras_lora.export.writing import check_export
 from keras_lora.files import PathLike
 
 _EXTRA = "litert"
@@ -80,7 +81,7 @@ def export_litert(
     for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         _check_size(name, size)
     check_export(model, target, overwrite)
-    endpoint = serve_endpoint(model, input_signature)
+    endpoint = serve(model, input_signature)
     signature = keras.tree.map_structure(
         lambda spec: _sized(spec, batch_size, sequence_length), endpoint.signature
     )

@@ -26,7 +26,8 @@ from keras_lora.export.conversion import (
     package,
     write_converted,
 )
-from keras_lora.export.saved_model import check_export, serve_endpoint
+from keras_lora.export.endpoints import serve
+from keras_lora.export.writing import check_export
 from keras_lora.files import PathLike
 
 _EXTRA = "onnx"
@@ -78,7 +79,7 @@ def export_onnx(
     """
     target = Path(path)
     check_export(model, target, overwrite)
-    endpoint = serve_endpoint(model, input_signature)
+    endpoint = serve(model, input_signature)
     return write_converted(model, endpoint, target, ONNX, sample)
 
 

@@ -2,76 +2,137 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from keras_lora.config import invalid
 from keras_lora.export.checking import GraphReport, check_saved_model
-from keras_lora.export.signatures import input_specs, output_names
+from keras_lora.export.classes import labelled
+from keras_lora.export.endpoints import Endpoint, serve
+from keras_lora.export.generation import Generation, generate_text, generate_tokens
+from keras_lora.export.preprocessing import classify
+from keras_lora.export.rows import AdapterIds, RowAdapters, check_adapter_ids, write_rows
+from keras_lora.export.tasks import is_task
+from keras_lora.export.writing import check_export, write_merged, written_whole
 from keras_lora.files import PathLike
-from keras_lora.inject import merged
-from keras_lora.walker import lora_layers
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A signature of a SavedModel: a function of one structure of tensors, and what it takes."""
-
-    name: str
-    call: Callable[[Any], Mapping[str, tf.Tensor]]
-    signature: Any
 
 
 def export_saved_model(
     model: keras.Model,
     path: PathLike,
     *,
+    adapters: Sequence[str] | None = None,
+    adapter_ids: AdapterIds = "name",
     input_signature: Any | None = None,
+    class_names: Sequence[str] | None = None,
+    preprocessing: bool | Sequence[str] = False,
+    generate: bool = True,
+    max_length: int | None = None,
+    stop_token_ids: Sequence[int] | str | None = "auto",
     overwrite: bool = False,
 ) -> GraphReport:
-    """Write a merged SavedModel for TensorFlow Serving; the model itself is left as it was.
+    """Write a SavedModel for TensorFlow Serving: merged, or one that serves many adapters.
+
+    The model itself is left as it was.
 
     Against `model.export`: variables are stored once (Keras stores them twice), inputs and
     outputs have names (those of the model's inputs; `output_names`, dict keys or `output_0`,
     `output_1`, ...), float16 and bfloat16 outputs become float32, and a graph that a server
     cannot run is refused. The batch axis is free, as are the axes that the model's inputs leave
-    free. The signature is called `serving_default`.
+    free. The signature is called `serve`, and `serving_default`.
+
+    A causal language model of KerasHub (or one from sequence to sequence) has a second signature,
+    `generate`, with the answers of `model.generate` for the sampler that the model is compiled
+    with, greedy or not. A sampler that draws goes on from request to request from the seed's state
+    at the time of the export, so that each server that starts draws the same.
+
+    With `adapters`, nothing is merged. The base's weights are stored once, and beside them the
+    factors of the adapters and their values of biases and `layers_to_save`. The signature has an
+    input more, `adapter`, which says for each row of the batch what it gets:
+
+        y_i = act(x_i W_i + b_i + s (x_i A_i) B_i)        for each row i
+
+    A request may mix adapters of all ranks and the bare base; an unknown name fails it, with the
+    known ones in the error. One more adapter needs no export: `add_adapter_to_saved_model`.
 
     Args:
-        model: A built model, adapted or plain, on the TensorFlow backend. Its active adapters
-            are merged for the export alone.
+        model: A built model, adapted or plain, on the TensorFlow backend. Without `adapters`, its
+            active adapters are merged for the export alone.
         path: The directory to write; made whole beside it and then renamed.
+        adapters: The names of the adapters to serve, active or not.
+        adapter_ids: What `adapter` holds for each row: `"name"`, a string, empty for the base; or
+            `"index"`, an int32, the place in `adapters`, and -1 for the base.
         input_signature: For a subclassed model whose inputs are not all of its compute dtype: a
             structure of `tf.TensorSpec` or `keras.InputSpec` as its `call` takes it.
+        class_names: For a model with one output: a name for each of its columns. The output
+            `label` is added, the name of the largest value of each row.
+        preprocessing: For a task of KerasHub with its preprocessor: True if strings (or images)
+            are to come in, and all else is to be done in the graph. A text classifier takes
+            `text`, or, given the names of segments such as `("premise", "hypothesis")`, these;
+            an image classifier takes `image`, float32 before any scaling. Both give
+            `probabilities`: by the task's activation, or, where it has none, softmax (sigmoid if
+            it is compiled with a binary cross-entropy). Of a language model, `generate` takes
+            `text` and gives `text`, and `serve` remains one of tokens. The length of sequences
+            is the preprocessor's. The server needs the operations of tensorflow-text, and a
+            byte-pair tokenizer keeps there every word that it has seen.
+        generate: False to leave out the signature `generate` of a language model.
+        max_length: Tokens of a prompt and its answer together: prompts are padded to it. None for
+            that of the preprocessor if text comes in, and else for prompts that are padded to
+            the wanted length already, each batch to its own.
+        stop_token_ids: The answer ends with one of these: `"auto"` for the end of the tokenizer,
+            None for none.
         overwrite: Replace `path` if it exists.
 
     Returns:
         A report on the graph.
 
     Raises:
-        ValueError: another backend than TensorFlow, an unbuilt model, a path that exists, or a
-            graph that a server cannot run (XLA or Python operations). Nothing is then written.
+        ValueError: another backend than TensorFlow, an unbuilt model, a path that exists,
+            arguments that are not for this model, or a graph that a server cannot run (XLA or
+            Python operations). With `adapters`: unknown names, values that cannot differ from row
+            to row (of layers that are not `Dense` or `EinsumDense`), or layers whose input does
+            not have the batch as its first axis, as experts that route tokens; all are listed.
+            Nothing is then written.
 
     Example:
 
     >>> import keras, keras_lora as kl, tempfile
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
     >>> model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=2))
-    >>> kl.export_saved_model(model, tempfile.mkdtemp() + "/1").problems
+    >>> path = tempfile.mkdtemp() + "/1"
+    >>> names = ["ash", "elm", "fir", "oak", "yew"]
+    >>> kl.export_saved_model(model, path, class_names=names).problems
     ()
+
+    Many adapters:
+
+    >>> model = keras.Sequential([keras.Input((3,), name="x"), keras.layers.Dense(5, name="up")])
+    >>> for name, rank in (("fr", 2), ("de", 3)):
+    ...     model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=rank), name=name)
+    >>> path = tempfile.mkdtemp() + "/1"
+    >>> report = kl.export_saved_model(model, path, adapters=["fr", "de"])
+    >>> import tensorflow as tf
+    >>> loaded = tf.saved_model.load(path)
+    >>> served = loaded.signatures["serving_default"]
+    >>> served(x=tf.zeros((3, 3)), adapter=tf.constant(["de", "", "fr"]))["up"].shape
+    TensorShape([3, 5])
     """
     target = Path(path)
     check_export(model, target, overwrite)
-    endpoints = [serve_endpoint(model, input_signature)]
+    check_adapter_ids(adapter_ids)
+    rows = None if adapters is None else RowAdapters.of(model, adapters)
+    generation = Generation(generate, max_length, stop_token_ids)
+    endpoints = _endpoints(model, input_signature, class_names, preprocessing, generation)
     with written_whole(target) as written:
-        write_merged(model, endpoints, written)
+        if rows is None:
+            write_merged(model, endpoints, written)
+        else:
+            # Without text: a tokenizer's graph does not know the size of the batch.
+            tried = _endpoints(model, input_signature, None, False, generation)
+            write_rows(rows, endpoints, tried, adapter_ids, written)
         report = check_saved_model(written)
         if report.problems:
             raise ValueError(
@@ -81,57 +142,38 @@ def export_saved_model(
     return report
 
 
-@contextlib.contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A path to write, in a directory that goes; it becomes `target` if nothing is raised."""
-    parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as workspace:
-        written = Path(workspace, "written")
-        yield written
-        if target.exists():
-            target.rename(Path(workspace, "replaced"))
-        written.rename(target)
-
-
-def serve_endpoint(model: keras.Model, given: Any | None) -> Endpoint:
-    """The model's own outputs."""
-
-    def serve(inputs: Any) -> dict[str, tf.Tensor]:
-        outputs = model(inputs, training=False)
-        leaves = keras.tree.flatten(outputs)
-        return dict(zip(output_names(model, outputs), map(_servable, leaves), strict=True))
-
-    return Endpoint("serve", serve, input_specs(model, given))
-
-
-def write_merged(model: keras.Model, endpoints: Sequence[Endpoint], path: Path) -> None:
-    """A SavedModel of the endpoints, with the active adapters of the model merged meanwhile."""
-    with merged(model) if lora_layers(model) else contextlib.nullcontext():
-        _write(endpoints, path)
-
-
-def _write(endpoints: Sequence[Endpoint], path: Path) -> None:
-    archive = keras.export.ExportArchive()
-    # Not `track`: it would store every variable a second time (keras issue 23553).
-    for endpoint in endpoints:
-        archive.add_endpoint(endpoint.name, endpoint.call, input_signature=[endpoint.signature])
-    archive.write_out(path, verbose=False)
-
-
-def check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
-    if keras.backend.backend() != "tensorflow":
+def _endpoints(
+    model: keras.Model,
+    given: Any | None,
+    class_names: Sequence[str] | None,
+    preprocessing: bool | Sequence[str],
+    generation: Generation,
+) -> list[Endpoint]:
+    if is_task(model, "CausalLM"):
+        if class_names is not None:
+            raise invalid("class_names", "None for a language model", class_names)
+        return _language_model(model, given, preprocessing, generation)
+    if generation.given:
         raise invalid(
-            "backend",
-            "the TensorFlow backend to export",
-            keras.backend.backend(),
-            "merge, save to .keras and export in a process with KERAS_BACKEND=tensorflow",
+            "max_length, stop_token_ids",
+            "no values for a model that is not a CausalLM of KerasHub",
+            (generation.max_length, generation.stop_token_ids),
         )
-    if not isinstance(model, keras.Model) or not model.built:
-        raise invalid("model", "a built keras.Model", model, "call it on a batch first")
-    if target.exists() and not overwrite:
-        raise invalid("path", "a path that does not exist", str(target), "pass overwrite=True")
+    served = serve(model, given) if preprocessing is False else classify(model, preprocessing)
+    return [served if class_names is None else labelled(served, class_names)]
 
 
-def _servable(output: tf.Tensor) -> tf.Tensor:
-    return tf.cast(output, tf.float32) if output.dtype in (tf.float16, tf.bfloat16) else output
+def _language_model(
+    model: keras.Model, given: Any | None, preprocessing: object, generation: Generation
+) -> list[Endpoint]:
+    served = serve(model, given, names=["logits"])
+    if not isinstance(preprocessing, bool) or (preprocessing and not generation.wanted):
+        raise invalid(
+            "preprocessing",
+            "False, or, for the signature 'generate' of a language model, True",
+            preprocessing,
+        )
+    if not generation.wanted:
+        return [served]
+    make = generate_text if preprocessing else generate_tokens
+    return [served, make(model, generation)]

@@ -1,0 +1,48 @@
+"""What every export begins and ends with: a model that can be exported, files written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import keras
+
+from keras_lora.config import invalid
+from keras_lora.export.endpoints import Endpoint, write_endpoints
+from keras_lora.inject import merged
+from keras_lora.walker import lora_layers
+
+
+def check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
+    if keras.backend.backend() != "tensorflow":
+        raise invalid(
+            "backend",
+            "the TensorFlow backend to export",
+            keras.backend.backend(),
+            "merge, save to .keras and export in a process with KERAS_BACKEND=tensorflow",
+        )
+    if not isinstance(model, keras.Model) or not model.built:
+        raise invalid("model", "a built keras.Model", model, "call it on a batch first")
+    if target.exists() and not overwrite:
+        raise invalid("path", "a path that does not exist", str(target), "pass overwrite=True")
+
+
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A path to write, in a directory that goes; it becomes `target` if nothing is raised."""
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as workspace:
+        written = Path(workspace, "written")
+        yield written
+        if target.exists():
+            target.rename(Path(workspace, "replaced"))
+        written.rename(target)
+
+
+def write_merged(model: keras.Model, endpoints: Sequence[Endpoint], path: Path) -> None:
+    """A SavedModel of the endpoints, with the active adapters of the model merged meanwhile."""
+    with merged(model) if lora_layers(model) else contextlib.nullcontext():
+        write_endpoints(endpoints, path)
