@@ -108,7 +108,7 @@ def _place_of(kernel: keras.Variable, block: Block) -> Place:
     def index() -> Array:
         grid = np.ix_(block.rows, block.columns)
         places = grid[::-1] if block.stored_transposed else grid
-        return np.ravel_multi_index(places, shape)
+        return np.ravel_multi_index(places, shape).T
 
     return Place(kernel, shape, index)
 
