@@ -46,7 +46,7 @@ def check_saved_model(path: PathLike) -> GraphReport:
     Raises:
         ValueError: there is no readable `saved_model.pb`.
     """
-    graph = _read_graph(Path(path))
+    graph = read_graph(Path(path))
     nodes = list(_nodes(graph))
     ops = {node.op for node in nodes}
     problems = [_XLA.format(op=op) for op in sorted(ops) if op.startswith("Xla")]
@@ -65,7 +65,7 @@ _XLA = "the operation {op}, which needs XLA, and servers have it off: avoid jit-
 _PYTHON = "the operation {op}, which runs Python: use TensorFlow or keras.ops operations instead"
 
 
-def _read_graph(path: Path) -> saved_model_pb2.SavedModel:
+def read_graph(path: Path) -> saved_model_pb2.SavedModel:
     file = path / "saved_model.pb"
     try:
         return saved_model_pb2.SavedModel.FromString(file.read_bytes())

@@ -1,0 +1,237 @@
+"""Adapters of every format in one form: read without a model, or through the one they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+import keras_lora as kl
+from keras_lora.combining import Array, Term
+from keras_lora.files import AdapterFileError
+from keras_lora.kerashub_h5 import read_keras_hub_lora
+from keras_lora.keys import held_by, stable_layers, variable_keys
+from keras_lora.layers import kernel_shape, split_kernel
+from keras_lora.peft_files import PeftModule, read_peft_adapter
+from keras_lora_cli.paths import ADAPTER_CONFIG_FILE, ADAPTERS, Kind, check_kind, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What an adapter adds to one layer: `scale * a @ b`, in the shapes of the file.
+
+    Attributes:
+        rank: The inner size.
+        alpha: Numerator of the scale; None in files that have none.
+        scale: The factor in front of the product.
+        a: The first factor as it is stored.
+        b: The second one.
+        term: Both as the matrices `(shared, d, r)` and `(shared, r, k)`; None where the shapes
+            alone do not tell them.
+        extras: Further values of the layer, such as DoRA's magnitude, by name.
+    """
+
+    rank: int
+    alpha: float | None
+    scale: float
+    a: Array
+    b: Array
+    term: Term | None
+    extras: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        return sum(value.size for value in (self.a, self.b, *self.extras.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter.
+
+    Attributes:
+        kind: The format of its files.
+        layers: By the path or the number of the layer, or the name of the module.
+        values: Heads and biases that belong to it, by name.
+        config: What its files say beside the tensors; empty for a `.lora.h5` file.
+        unknown: Tensors that are not understood.
+    """
+
+    kind: Kind
+    layers: Mapping[str, Layer]
+    values: Mapping[str, Array]
+    config: Mapping[str, Any]
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftOptions:
+    """What the exchange with PEFT may need to be told; see `keras_lora.load_peft_adapter`."""
+
+    heads: Mapping[str, str] = field(default_factory=dict)
+    model_type: str | None = None
+    transformers_config: Mapping[str, Any] | None = None
+
+
+def read_adapter(path: str) -> Adapter:
+    """Read an adapter of any format, without the model that it belongs to.
+
+    Raises:
+        ValueError: there is none.
+        AdapterFileError: its files are damaged.
+    """
+    return _READERS[check_kind(path, ADAPTERS)](path)
+
+
+def load_into(
+    model: keras.Model,
+    path: str,
+    name: str,
+    options: PeftOptions,
+    *,
+    rank: int | None = None,
+) -> list[kl.ConvertedLayer]:
+    """Add an adapter of any format to a model.
+
+    Returns:
+        What came of the layers of a KerasHub file; nothing for the other formats.
+    """
+    kind = check_kind(path, ADAPTERS)
+    if kind is Kind.KERAS_HUB:
+        return kl.load_keras_hub_lora(model, path, name, rank=rank)
+    if kind is Kind.PEFT:
+        kl.load_peft_adapter(model, path, name, **vars(options))
+    else:
+        kl.load_adapter(model, path, name)
+    return []
+
+
+def adapter_of(model: keras.Model, name: str, path: str) -> Adapter:
+    """What `load_into` has added to a model from a path, in the same form."""
+    kind = check_kind(path, ADAPTERS)
+    keys = variable_keys(model)
+    layers = {
+        path: _layer_of(layer, layer.adapters[name])
+        for path, layer in stable_layers(model).items()
+        if name in layer.adapters
+    }
+    values = {keys[id(item.variable)]: item.value(name) for item in held_by(model, name)}
+    config = _CONFIG_READERS[kind](path)
+    return Adapter(kind=kind, layers=layers, values=values, config=config)
+
+
+def _layer_of(layer: kl.LoRALayer, adapter: Any) -> Layer:
+    a, b, spec = np.array(adapter.a), np.array(adapter.b), adapter.acting_spec
+    matrices = split_kernel(layer).matrices(a, b, kernel_shape(layer))
+    term = Term(*matrices, spec.scaling)
+    return Layer(rank=spec.rank, alpha=spec.alpha, scale=spec.scaling, a=a, b=b, term=term)
+
+
+def _read_native(path: str) -> Adapter:
+    files = kl.read_adapter_files(path)
+    values = {k: files.tensors[k] for k in files.config.get("variables", ()) if k in files.tensors}
+    rest = {key: value for key, value in files.tensors.items() if key not in values}
+    paths = [key.removesuffix("/lora_a") for key in rest if key.endswith("/lora_a")]
+    layers, known = {}, set()
+    for place in paths:
+        own = {k.rpartition("/")[2]: v for k, v in rest.items() if k.rpartition("/")[0] == place}
+        layers[place] = _native_layer(path, place, files.config, own)
+        known |= {f"{place}/{name}" for name in own}
+    unknown = tuple(sorted(rest.keys() - known))
+    return Adapter(
+        kind=Kind.NATIVE, layers=layers, values=values, config=files.config, unknown=unknown
+    )
+
+
+def _native_layer(
+    path: str, place: str, config: Mapping[str, Any], tensors: Mapping[str, Array]
+) -> Layer:
+    try:
+        spec = kl.AdapterSpec(**{**config["spec"], **config["layer_specs"].get(place, {})})
+        extras = dict(tensors)
+        a, b = extras.pop("lora_a"), extras.pop("lora_b")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterFileError(
+            f"Invalid {path!r}: expected a spec and two factors for each layer. Received for "
+            f"{place!r}: {type(error).__name__}: {error}; save the adapter again."
+        ) from error
+    return Layer(
+        rank=spec.rank,
+        alpha=spec.alpha,
+        scale=spec.scaling,
+        a=a,
+        b=b,
+        term=_as_term(a, b, spec.rank, spec.scaling),
+        extras=extras,
+    )
+
+
+def _as_term(a: Array, b: Array, rank: int, scale: float) -> Term | None:
+    """The matrices of factors `(shared..., d..., r)` and `(shared..., r, k...)`.
+
+    None where the shapes fit several numbers of shared axes, or none.
+    """
+    fitting = [
+        i
+        for i in range(b.ndim)
+        if a.shape[:i] == b.shape[:i] and b.shape[i] == rank == a.shape[-1] and i < a.ndim
+    ]
+    if len(fitting) != 1:
+        return None
+    shared = int(np.prod(a.shape[: fitting[0]]))
+    return Term(a.reshape(shared, -1, rank), b.reshape(shared, rank, -1), scale)
+
+
+def _read_peft(path: str) -> Adapter:
+    found = read_peft_adapter(path)
+    return Adapter(
+        kind=Kind.PEFT,
+        layers={name: _peft_layer(module) for name, module in found.modules.items()},
+        values=found.saved,
+        config=found.config,
+        unknown=found.unknown,
+    )
+
+
+def _peft_layer(module: PeftModule) -> Layer:
+    extras = {"lora_magnitude_vector": module.magnitude, "lora_B.bias": module.bias}
+    rank, a, b = module.rank, module.a, module.b
+    grouped = b.shape[1] != rank
+    matrices = a.reshape(rank, -1).T[None], b.reshape(len(b), -1).T[None]
+    return Layer(
+        rank=rank,
+        alpha=module.alpha,
+        scale=module.scaling,
+        a=a,
+        b=b,
+        term=None if grouped else Term(*matrices, module.scaling),
+        extras={name: value for name, value in extras.items() if value is not None},
+    )
+
+
+def _read_keras_hub(path: str) -> Adapter:
+    pairs = read_keras_hub_lora(path)
+    layers = {
+        str(i): Layer(rank=len(b), alpha=None, scale=1.0, a=a, b=b, term=_last_axis(a, b))
+        for i, (a, b) in pairs.items()
+    }
+    return Adapter(kind=Kind.KERAS_HUB, layers=layers, values={}, config={})
+
+
+def _last_axis(a: Array, b: Array) -> Term:
+    return Term(a.reshape(1, -1, len(b)), b[None], 1.0)
+
+
+_READERS: dict[Kind, Callable[[str], Adapter]] = {
+    Kind.NATIVE: _read_native,
+    Kind.PEFT: _read_peft,
+    Kind.KERAS_HUB: _read_keras_hub,
+}
+_CONFIG_READERS: dict[Kind, Callable[[str], Mapping[str, Any]]] = {
+    Kind.NATIVE: kl.read_adapter_config,
+    Kind.PEFT: lambda path: read_json(Path(path) / ADAPTER_CONFIG_FILE),
+    Kind.KERAS_HUB: lambda _: {},
+}

@@ -1,0 +1,104 @@
+"""The arguments and options that several commands have, and how they are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+BASE = "A .keras file, a preset or Hugging Face directory, or a handle such as hf://user/model."
+ADAPTER = "An adapter's directory (native or PEFT's), or a .lora.h5 file."
+
+BasePath = Annotated[str, typer.Argument(metavar="BASE", help=BASE)]
+BaseOption = Annotated[str | None, typer.Option("--base", metavar="BASE", help=BASE)]
+AdapterPath = Annotated[str, typer.Argument(metavar="ADAPTER", help=ADAPTER)]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CLASS",
+        help="The class in keras_hub.models to load a preset as, such as CausalLM. By default "
+        "the one that it was saved from, or the backbone.",
+    ),
+]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="An argument of from_preset, such as num_classes=2."
+    ),
+]
+NoPreprocessor = Annotated[
+    bool,
+    typer.Option("--no-preprocessor", help="Load a task without its preprocessor and tokenizer."),
+]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import", metavar="MODULE", help="Import this first: it registers layers of your own."
+    ),
+]
+Heads = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--head",
+        metavar="LAYER=MODULE",
+        help="PEFT: the Hugging Face module of a head, such as logits=classifier.",
+    ),
+]
+ModelType = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="PEFT: Hugging Face's name of the architecture, where several share a class.",
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--transformers-config",
+        metavar="FILE",
+        help="PEFT: the base's config.json, for the few converters that need it. That of a "
+        "Hugging Face directory is read without being asked for.",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is there, if it is of the same kind.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def parsed_arguments(given: Sequence[str] | None) -> dict[str, Any]:
+    """`NAME=VALUE` each; a value is JSON where it can be, and text else.
+
+    Example:
+
+    >>> parsed_arguments(["num_classes=2", "dtype=bfloat16"])
+    {'num_classes': 2, 'dtype': 'bfloat16'}
+    """
+    return {name: _parsed(value) for name, value in pairs(given, "--set").items()}
+
+
+def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
+    """`NAME=VALUE` each.
+
+    Raises:
+        ValueError: one without a name, a sign or a value, or a name twice.
+    """
+    found: dict[str, str] = {}
+    for item in given or ():
+        name, sign, value = item.partition("=")
+        if not (name and sign and value) or name in found:
+            raise ValueError(
+                f"Invalid {option}: expected NAME=VALUE, each name once. Received: {item!r}."
+            )
+        found[name] = value
+    return found
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
