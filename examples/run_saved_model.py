@@ -1,12 +1,13 @@
 """Run a SavedModel as a server does: TensorFlow's C library, no TensorFlow or Keras in Python.
 
-    python examples/run_saved_model.py SAVED_MODEL INPUTS.npz OUTPUTS.npz
+    python examples/run_saved_model.py SAVED_MODEL INPUTS.npz OUTPUTS.npz [SIGNATURE]
 
-`INPUTS.npz` holds an array for each input of the signature `serving_default`, by name; the
-outputs are written to `OUTPUTS.npz` likewise. The model goes through the C++ SavedModel loader
+`INPUTS.npz` holds an array for each input of the signature (`serving_default` unless another one
+is named), by name; the outputs are written to `OUTPUTS.npz` likewise. The model goes through the C++ SavedModel loader
 and `Session::Run` with XLA compilation off, which is what TensorFlow Serving's CPU path does with
 its default settings. `libtensorflow` is taken out of the installed tensorflow package, which is
-located and never imported.
+located and never imported; so are the operations of tensorflow-text, where that is installed. A
+server has them linked in.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ DTYPES: dict[int, Any] = {
     3: np.int32,
     4: np.uint8,
     6: np.int8,
+    7: np.str_,
     9: np.int64,
     10: np.bool_,
     19: np.float16,
 }
+STRING = 7
+STRING_BYTES = 24  # sizeof(TF_TString)
 POINTER = ctypes.c_void_p
 # Result and argument types of each function of tensorflow/c/c_api.h that is called.
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -64,6 +68,11 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "TF_NumDims": (ctypes.c_int, [POINTER]),
     "TF_Dim": (ctypes.c_int64, [POINTER, ctypes.c_int]),
     "TF_DeleteTensor": (None, [POINTER]),
+    "TF_LoadLibrary": (POINTER, [ctypes.c_char_p, POINTER]),
+    "TF_StringInit": (None, [POINTER]),
+    "TF_StringCopy": (None, [POINTER, ctypes.c_char_p, ctypes.c_size_t]),
+    "TF_StringGetDataPointer": (POINTER, [POINTER]),
+    "TF_StringGetSize": (ctypes.c_size_t, [POINTER]),
 }
 # bool tensorflow::DisableXlaCompilation(), which TensorFlow Serving's main() calls.
 DISABLE_XLA = "_ZN10tensorflow21DisableXlaCompilationEv"
@@ -90,6 +99,9 @@ class SavedModel:
     def __init__(self, path: str | Path, signature: str = "serving_default") -> None:
         self._library = _load_library()
         self._status = self._library.TF_NewStatus()
+        for path_of_operations in _text_operations():
+            self._library.TF_LoadLibrary(str(path_of_operations).encode(), self._status)
+            self._check("loading tensorflow-text for")
         self._graph = self._library.TF_NewGraph()
         meta_graph = self._library.TF_NewBuffer()
         self._session = self._library.TF_LoadSessionFromSavedModel(
@@ -146,30 +158,58 @@ class SavedModel:
         return (Output * len(outputs))(*outputs)
 
     def _tensor(self, name: str, value: np.ndarray, dtype: int) -> int:
-        if value.dtype != DTYPES[dtype]:
+        if value.dtype.type is not DTYPES[dtype]:
             raise ValueError(
                 f"Input {name!r}: expected {np.dtype(DTYPES[dtype])}. Received: {value.dtype}."
             )
         value = np.ascontiguousarray(value)
         shape = (ctypes.c_int64 * value.ndim)(*value.shape)
-        tensor: int = self._library.TF_AllocateTensor(dtype, shape, value.ndim, value.nbytes)
-        ctypes.memmove(self._library.TF_TensorData(tensor), value.ctypes.data, value.nbytes)
+        size = STRING_BYTES * value.size if dtype == STRING else value.nbytes
+        tensor: int = self._library.TF_AllocateTensor(dtype, shape, value.ndim, size)
+        if dtype == STRING:
+            for place, text in zip(self._strings(tensor), value.flat, strict=True):
+                self._library.TF_StringInit(place)
+                self._library.TF_StringCopy(place, text.encode(), len(text.encode()))
+        else:
+            ctypes.memmove(self._library.TF_TensorData(tensor), value.ctypes.data, value.nbytes)
         return tensor
 
     def _array(self, tensor: int) -> np.ndarray:
         library = self._library
         shape = [library.TF_Dim(tensor, axis) for axis in range(library.TF_NumDims(tensor))]
-        data = ctypes.string_at(library.TF_TensorData(tensor), library.TF_TensorByteSize(tensor))
-        dtype = DTYPES[library.TF_TensorType(tensor)]
+        if library.TF_TensorType(tensor) == STRING:
+            array = np.array([self._text(place) for place in self._strings(tensor)], np.str_)
+        else:
+            size = library.TF_TensorByteSize(tensor)
+            data = ctypes.string_at(library.TF_TensorData(tensor), size)
+            array = np.frombuffer(data, DTYPES[library.TF_TensorType(tensor)])
         library.TF_DeleteTensor(tensor)
-        return np.frombuffer(data, dtype).reshape(shape)
+        return array.reshape(shape)
+
+    def _strings(self, tensor: int) -> range:
+        """The address of each string of a tensor."""
+        first = self._library.TF_TensorData(tensor) or 0
+        return range(first, first + self._library.TF_TensorByteSize(tensor), STRING_BYTES)
+
+    def _text(self, place: int) -> str:
+        size = self._library.TF_StringGetSize(place)
+        return ctypes.string_at(self._library.TF_StringGetDataPointer(place), size).decode()
+
+
+def _folder(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def _text_operations() -> list[Path]:
+    folder = _folder("tensorflow_text")
+    return [] if folder is None else sorted(folder.glob("python/ops/*.so"))
 
 
 def _load_library() -> Any:
-    spec = importlib.util.find_spec("tensorflow")
-    if spec is None or spec.origin is None:
+    folder = _folder("tensorflow")
+    if folder is None:
         raise RuntimeError("Expected the tensorflow package, whose C library is used.")
-    folder = Path(spec.origin).parent
     ctypes.CDLL(str(folder / "libtensorflow_framework.so.2"), ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(folder / "libtensorflow_cc.so.2"), ctypes.RTLD_GLOBAL)
     for name, (result, arguments) in FUNCTIONS.items():
@@ -222,10 +262,10 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def main() -> None:
-    saved_model, inputs, outputs = sys.argv[1:]
+    saved_model, inputs, outputs, *signature = sys.argv[1:]
     with np.load(inputs) as arrays:
-        results = SavedModel(saved_model).run(dict(arrays))
-    imported = {"tensorflow", "keras", "keras_lora"} & sys.modules.keys()
+        results = SavedModel(saved_model, *signature).run(dict(arrays))
+    imported = {"tensorflow", "tensorflow_text", "keras", "keras_lora"} & sys.modules.keys()
     if imported:
         raise RuntimeError(f"This process must do without {sorted(imported)}.")
     np.savez(outputs, **results)  # type: ignore[arg-type]

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from keras_lora.config import invalid
 from keras_lora.export.checking import GraphReport, check_saved_model
-from keras_lora.export.signatures import input_specs, output_names
+from keras_lora.export.classes import labelled
+from keras_lora.export.endpoints import Endpoint, serve
+from keras_lora.export.generation import Generation, generate_text, generate_tokens
+from keras_lora.export.preprocessing import classify
+from keras_lora.export.tasks import is_task
 from keras_lora.files import PathLike
 from keras_lora.inject import merged
 from keras_lora.walker import lora_layers
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A signature of a SavedModel: a function of one structure of tensors, and what it takes."""
-
-    name: str
-    call: Callable[[Any], Mapping[str, tf.Tensor]]
-    signature: Any
 
 
 def export_saved_model(
@@ -34,6 +27,11 @@ def export_saved_model(
     path: PathLike,
     *,
     input_signature: Any | None = None,
+    class_names: Sequence[str] | None = None,
+    preprocessing: bool | Sequence[str] = False,
+    generate: bool = True,
+    max_length: int | None = None,
+    stop_token_ids: Sequence[int] | str | None = "auto",
     overwrite: bool = False,
 ) -> GraphReport:
     """Write a merged SavedModel for TensorFlow Serving; the model itself is left as it was.
@@ -42,7 +40,12 @@ def export_saved_model(
     outputs have names (those of the model's inputs; `output_names`, dict keys or `output_0`,
     `output_1`, ...), float16 and bfloat16 outputs become float32, and a graph that a server
     cannot run is refused. The batch axis is free, as are the axes that the model's inputs leave
-    free. The signature is called `serving_default`.
+    free. The signature is called `serve`, and `serving_default`.
+
+    A causal language model of KerasHub (or one from sequence to sequence) has a second signature,
+    `generate`, with the answers of `model.generate` for the sampler that the model is compiled
+    with, greedy or not. A sampler that draws goes on from request to request from the seed's state
+    at the time of the export, so that each server that starts draws the same.
 
     Args:
         model: A built model, adapted or plain, on the TensorFlow backend. Its active adapters
@@ -50,26 +53,49 @@ def export_saved_model(
         path: The directory to write; made whole beside it and then renamed.
         input_signature: For a subclassed model whose inputs are not all of its compute dtype: a
             structure of `tf.TensorSpec` or `keras.InputSpec` as its `call` takes it.
+        class_names: For a model with one output: a name for each of its columns. The output
+            `label` is added, the name of the largest value of each row.
+        preprocessing: For a task of KerasHub with its preprocessor: True if strings (or images)
+            are to come in, and all else is to be done in the graph. A text classifier takes
+            `text`, or, given the names of segments such as `("premise", "hypothesis")`, these;
+            an image classifier takes `image`, float32 before any scaling. Both give
+            `probabilities`: by the task's activation, or, where it has none, softmax (sigmoid if
+            it is compiled with a binary cross-entropy). Of a language model, `generate` takes
+            `text` and gives `text`, and `serve` remains one of tokens. The length of sequences
+            is the preprocessor's. The server needs the operations of tensorflow-text, and a
+            byte-pair tokenizer keeps there every word that it has seen.
+        generate: False to leave out the signature `generate` of a language model.
+        max_length: Tokens of a prompt and its answer together: prompts are padded to it. None for
+            that of the preprocessor if text comes in, and else for prompts that are padded to
+            the wanted length already, each batch to its own.
+        stop_token_ids: The answer ends with one of these: `"auto"` for the end of the tokenizer,
+            None for none.
         overwrite: Replace `path` if it exists.
 
     Returns:
         A report on the graph.
 
     Raises:
-        ValueError: another backend than TensorFlow, an unbuilt model, a path that exists, or a
-            graph that a server cannot run (XLA or Python operations). Nothing is then written.
+        ValueError: another backend than TensorFlow, an unbuilt model, a path that exists,
+            arguments that are not for this model, or a graph that a server cannot run (XLA or
+            Python operations). Nothing is then written.
 
     Example:
 
     >>> import keras, keras_lora as kl, tempfile
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
     >>> model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=2))
-    >>> kl.export_saved_model(model, tempfile.mkdtemp() + "/1").problems
+    >>> path = tempfile.mkdtemp() + "/1"
+    >>> names = ["ash", "elm", "fir", "oak", "yew"]
+    >>> kl.export_saved_model(model, path, class_names=names).problems
     ()
     """
     target = Path(path)
     _check_export(model, target, overwrite)
-    endpoints = [_serve(model, input_signature)]
+    generation = Generation(max_length, stop_token_ids)
+    endpoints = _endpoints(
+        model, input_signature, class_names, preprocessing, generation if generate else None
+    )
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=target.absolute().parent, prefix=f".{target.name}-"
@@ -89,22 +115,48 @@ def export_saved_model(
     return report
 
 
-def _serve(model: keras.Model, given: Any | None) -> Endpoint:
-    """The model's own outputs."""
+def _endpoints(
+    model: keras.Model,
+    given: Any | None,
+    class_names: Sequence[str] | None,
+    preprocessing: bool | Sequence[str],
+    generation: Generation | None,
+) -> list[Endpoint]:
+    if is_task(model, "CausalLM"):
+        if class_names is not None:
+            raise invalid("class_names", "None for a language model", class_names)
+        return _language_model(model, given, bool(preprocessing), generation)
+    if generation not in (None, Generation()):
+        raise invalid(
+            "max_length, stop_token_ids",
+            "no values for a model that is not a CausalLM of KerasHub",
+            generation,
+        )
+    served = classify(model, preprocessing) if preprocessing else serve(model, given)
+    return [served if class_names is None else labelled(served, class_names)]
 
-    def serve(inputs: Any) -> dict[str, tf.Tensor]:
-        outputs = model(inputs, training=False)
-        leaves = keras.tree.flatten(outputs)
-        return dict(zip(output_names(model, outputs), map(_servable, leaves), strict=True))
 
-    return Endpoint("serve", serve, input_specs(model, given))
+def _language_model(
+    model: keras.Model, given: Any | None, text: bool, generation: Generation | None
+) -> list[Endpoint]:
+    served = serve(model, given, names=["logits"])
+    if generation is None:
+        if text:
+            raise invalid("generate", "True where text comes in", False, "drop preprocessing")
+        return [served]
+    return [
+        served,
+        generate_text(model, generation) if text else generate_tokens(model, generation),
+    ]
 
 
 def _write(endpoints: Sequence[Endpoint], path: Path) -> None:
     archive = keras.export.ExportArchive()
-    # Not `track`: it would store every variable a second time (keras issue 23553).
     for endpoint in endpoints:
         archive.add_endpoint(endpoint.name, endpoint.call, input_signature=[endpoint.signature])
+        # Not the model: it would store every variable a second time (keras issue 23553).
+        for resource in endpoint.resources:
+            archive.track(resource)
     archive.write_out(path, verbose=False)
 
 
@@ -120,7 +172,3 @@ def _check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
         raise invalid("model", "a built keras.Model", model, "call it on a batch first")
     if target.exists() and not overwrite:
         raise invalid("path", "a path that does not exist", str(target), "pass overwrite=True")
-
-
-def _servable(output: tf.Tensor) -> tf.Tensor:
-    return tf.cast(output, tf.float32) if output.dtype in (tf.float16, tf.bfloat16) else output
