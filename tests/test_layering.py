@@ -34,6 +34,7 @@ ORDER = [
     "inject.merge",
     "inject",
     "combining",
+    "comparing",
     "files",
     "peft_files.config",
     "peft_files.tensors",
@@ -70,6 +71,7 @@ ORDER = [
     "export.saved_model",
     "export",
     "",
+    "__main__",
 ]
 SERVES_TENSORFLOW_ALONE = "export"
 PRIVATE_API = ("layers", "walker", "inject", "export", "kerashub")
