@@ -6,6 +6,7 @@ and errors of typing come at once, and what a command needs is imported when it 
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -23,10 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # TensorFlow's notices of processors that it found.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        from keras_lora_cli.commands import run
-    except ModuleNotFoundError as error:
-        if error.name != "typer":
-            raise
-        print('keras-lora: error: typer is needed: pip install "keras-lora[cli]"', file=sys.stderr)
+        importlib.import_module("typer")
+    except ImportError as error:
+        advice = 'pip install "keras-lora[cli]"'
+        print(f"keras-lora: error: typer is needed: {advice} ({error})", file=sys.stderr)
         return 2
+    from keras_lora_cli.commands import run
+
     return run(sys.argv[1:] if arguments is None else list(arguments))
