@@ -2,22 +2,25 @@
 
     python examples/run_saved_model.py SAVED_MODEL INPUTS.npz OUTPUTS.npz [SIGNATURE]
 
-`INPUTS.npz` holds an array for each input of the signature (`serving_default` unless another one
-is named), by name; the outputs are written to `OUTPUTS.npz` likewise. The model goes through the C++ SavedModel loader
-and `Session::Run` with XLA compilation off, which is what TensorFlow Serving's CPU path does with
-its default settings. `libtensorflow` is taken out of the installed tensorflow package, which is
-located and never imported; so are the operations of tensorflow-text, where that is installed. A
-server has them linked in.
+`INPUTS.npz` holds an array for each input of the signature (`serving_default` if none is named),
+by name; the outputs are written to `OUTPUTS.npz` likewise. Strings are arrays of bytes or text.
+The model goes through the C++ SavedModel loader and `Session::Run` with XLA compilation off, which
+is what TensorFlow Serving's CPU path does with its default settings. `libtensorflow` is taken out
+of the installed tensorflow package, which is located and never imported; so are the operations of
+tensorflow-text if it is installed, which TensorFlow Serving has linked in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import importlib.util
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,186 +30,258 @@ DTYPES: dict[int, Any] = {
     2: np.float64,
     3: np.int32,
     4: np.uint8,
+    5: np.int16,
     6: np.int8,
-    7: np.str_,
+    7: np.object_,  # bytes
     9: np.int64,
     10: np.bool_,
+    17: np.uint16,
     19: np.float16,
+    22: np.uint32,
+    23: np.uint64,
 }
+NUMBERS = {np.dtype(dtype): number for number, dtype in DTYPES.items()}
 STRING = 7
-STRING_BYTES = 24  # sizeof(TF_TString)
-POINTER = ctypes.c_void_p
+STRING_SIZE = 24  # bytes of a TF_TString
+INVALID_ARGUMENT, UNIMPLEMENTED = 3, 12  # of TF_Code
+
+INT, SIZE, TEXT, POINTER = ctypes.c_int, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_void_p
+
+
+class Buffer(ctypes.Structure):
+    _fields_ = (("data", POINTER), ("length", SIZE), ("deallocator", POINTER))
+
+
+class Output(ctypes.Structure):
+    _fields_ = (("operation", POINTER), ("index", INT))
+
+
+POINTERS, TEXTS, LONGS, BUFFER, OUTPUTS = map(
+    ctypes.POINTER, (POINTER, TEXT, ctypes.c_int64, Buffer, Output)
+)
 # Result and argument types of each function of tensorflow/c/c_api.h that is called.
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "TF_NewStatus": (POINTER, []),
-    "TF_GetCode": (ctypes.c_int, [POINTER]),
-    "TF_Message": (ctypes.c_char_p, [POINTER]),
+    "TF_DeleteStatus": (None, [POINTER]),
+    "TF_GetCode": (INT, [POINTER]),
+    "TF_Message": (TEXT, [POINTER]),
+    "TF_LoadLibrary": (POINTER, [TEXT, POINTER]),
     "TF_NewGraph": (POINTER, []),
-    "TF_NewBuffer": (POINTER, []),
+    "TF_DeleteGraph": (None, [POINTER]),
+    "TF_NewBuffer": (BUFFER, []),
+    "TF_DeleteBuffer": (None, [BUFFER]),
     "TF_NewSessionOptions": (POINTER, []),
+    "TF_DeleteSessionOptions": (None, [POINTER]),
     "TF_LoadSessionFromSavedModel": (
         POINTER,
-        [
-            POINTER,
-            POINTER,
-            ctypes.c_char_p,
-            ctypes.POINTER(ctypes.c_char_p),
-            ctypes.c_int,
-            POINTER,
-            POINTER,
-            POINTER,
-        ],
+        [POINTER, POINTER, TEXT, TEXTS, INT, POINTER, BUFFER, POINTER],
     ),
-    "TF_GraphOperationByName": (POINTER, [POINTER, ctypes.c_char_p]),
-    "TF_AllocateTensor": (
-        POINTER,
-        [ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.c_int, ctypes.c_size_t],
+    "TF_SessionRun": (
+        None,
+        [POINTER, POINTER, *2 * (OUTPUTS, POINTERS, INT), POINTERS, INT, POINTER, POINTER],
     ),
+    "TF_DeleteSession": (None, [POINTER, POINTER]),
+    "TF_GraphOperationByName": (POINTER, [POINTER, TEXT]),
+    "TF_AllocateTensor": (POINTER, [INT, LONGS, INT, SIZE]),
     "TF_TensorData": (POINTER, [POINTER]),
-    "TF_TensorByteSize": (ctypes.c_size_t, [POINTER]),
-    "TF_TensorType": (ctypes.c_int, [POINTER]),
-    "TF_NumDims": (ctypes.c_int, [POINTER]),
-    "TF_Dim": (ctypes.c_int64, [POINTER, ctypes.c_int]),
+    "TF_TensorByteSize": (SIZE, [POINTER]),
+    "TF_TensorType": (INT, [POINTER]),
+    "TF_NumDims": (INT, [POINTER]),
+    "TF_Dim": (ctypes.c_int64, [POINTER, INT]),
     "TF_DeleteTensor": (None, [POINTER]),
-    "TF_LoadLibrary": (POINTER, [ctypes.c_char_p, POINTER]),
     "TF_StringInit": (None, [POINTER]),
-    "TF_StringCopy": (None, [POINTER, ctypes.c_char_p, ctypes.c_size_t]),
+    "TF_StringCopy": (None, [POINTER, TEXT, SIZE]),
     "TF_StringGetDataPointer": (POINTER, [POINTER]),
-    "TF_StringGetSize": (ctypes.c_size_t, [POINTER]),
+    "TF_StringGetSize": (SIZE, [POINTER]),
+    "TF_StringDealloc": (None, [POINTER]),
 }
 # bool tensorflow::DisableXlaCompilation(), which TensorFlow Serving's main() calls.
 DISABLE_XLA = "_ZN10tensorflow21DisableXlaCompilationEv"
 
 
-class Buffer(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("length", ctypes.c_size_t),
-        ("deallocator", ctypes.c_void_p),
-    )
+class ModelError(RuntimeError):
+    """What the C library, or this module before it, refuses; `code` is a TF_Code."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
-class Output(ctypes.Structure):
-    _fields_ = (("operation", ctypes.c_void_p), ("index", ctypes.c_int))
+Tensors = dict[str, tuple[str, int]]  # name -> tensor name in the graph, TF_DataType
 
 
-Signature = dict[str, tuple[str, int]]  # name -> tensor name in the graph, TF_DataType
+class Signature(NamedTuple):
+    inputs: Tensors
+    outputs: Tensors
 
 
 class SavedModel:
-    """A SavedModel in a session of the C library."""
+    """A SavedModel in a session of the C library.
 
-    def __init__(self, path: str | Path, signature: str = "serving_default") -> None:
-        self._library = _load_library()
-        self._status = self._library.TF_NewStatus()
-        for path_of_operations in _text_operations():
-            self._library.TF_LoadLibrary(str(path_of_operations).encode(), self._status)
-            self._check("loading tensorflow-text for")
+    Several threads may call `run` at once. The session is closed when the last reference goes.
+
+    Attributes:
+        meta_graph: The `MetaGraphDef` of the tag `serve`, serialized.
+        signatures: The signatures by name.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._library = _library()
         self._graph = self._library.TF_NewGraph()
-        meta_graph = self._library.TF_NewBuffer()
-        self._session = self._library.TF_LoadSessionFromSavedModel(
-            self._library.TF_NewSessionOptions(),
-            None,
-            str(path).encode(),
-            (ctypes.c_char_p * 1)(b"serve"),
-            1,
-            self._graph,
-            meta_graph,
-            self._status,
-        )
-        self._check("loading")
-        buffer = ctypes.cast(meta_graph, ctypes.POINTER(Buffer))[0]
-        signatures = dict(_signatures(ctypes.string_at(buffer.data, buffer.length)))
-        self.inputs, self.outputs = signatures[signature]
+        self._session, self.meta_graph = self._load(str(path).encode())
+        self.signatures = dict(_signatures(self.meta_graph))
+        # At exit the process frees all there is.
+        weakref.finalize(self, _delete, self._library, self._session, self._graph).atexit = False
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One call of the signature. Raises `ValueError` for wrong names or types."""
-        if set(feeds) != set(self.inputs):
-            raise ValueError(f"Expected inputs {sorted(self.inputs)}. Received: {sorted(feeds)}.")
-        tensors = [self._tensor(name, feeds[name], self.inputs[name][1]) for name in self.inputs]
-        fetched = (ctypes.c_void_p * len(self.outputs))()
-        self._library.TF_SessionRun(
-            ctypes.c_void_p(self._session),
-            None,
-            self._endpoints(self.inputs),
-            (ctypes.c_void_p * len(tensors))(*tensors),
-            len(tensors),
-            self._endpoints(self.outputs),
-            fetched,
-            len(self.outputs),
-            None,
-            0,
-            None,
-            ctypes.c_void_p(self._status),
-        )
-        for tensor in tensors:
-            self._library.TF_DeleteTensor(tensor)
-        self._check("running")
-        return {name: self._array(t) for name, t in zip(self.outputs, fetched, strict=True)}
+    def run(
+        self, feeds: Mapping[str, Any], signature: str = "serving_default"
+    ) -> dict[str, np.ndarray]:
+        """One call of a signature. Strings come out as arrays of bytes. Raises `ModelError`."""
+        inputs, outputs = self._signature(signature)
+        _check(feeds, inputs, outputs)
+        with contextlib.ExitStack() as stack:
+            tensors = [stack.enter_context(self._tensor(feeds[name])) for name in inputs]
+            fetched = self._run(inputs, tensors, outputs)
+            # Before the inputs go: an output may share the memory of one.
+            return dict(zip(outputs, map(self._array, fetched), strict=True))
 
-    def _check(self, doing: str) -> None:
-        if self._library.TF_GetCode(self._status):
-            message = self._library.TF_Message(self._status).decode()
-            raise RuntimeError(f"{doing} the SavedModel failed: {message}")
+    def _signature(self, name: str) -> Signature:
+        if name not in self.signatures:
+            raise ModelError(
+                INVALID_ARGUMENT,
+                f"Expected a signature of {sorted(self.signatures)}. Received: {name!r}.",
+            )
+        return self.signatures[name]
 
-    def _endpoints(self, signature: Signature) -> Any:
+    def _load(self, path: bytes) -> tuple[int, bytes]:
+        library, meta_graph = self._library, self._library.TF_NewBuffer()
+        options, tags = library.TF_NewSessionOptions(), (ctypes.c_char_p * 1)(b"serve")
+        try:
+            with _status(library) as status:
+                session = library.TF_LoadSessionFromSavedModel(
+                    options, None, path, tags, 1, self._graph, meta_graph, status
+                )
+            return session, ctypes.string_at(meta_graph[0].data, meta_graph[0].length)
+        finally:
+            library.TF_DeleteSessionOptions(options)
+            library.TF_DeleteBuffer(meta_graph)
+
+    def _run(self, inputs: Tensors, tensors: list[int], outputs: Tensors) -> Any:
+        fetched = (ctypes.c_void_p * len(outputs))()
+        with _status(self._library) as status:
+            self._library.TF_SessionRun(
+                self._session,
+                None,
+                self._endpoints(inputs),
+                (ctypes.c_void_p * len(tensors))(*tensors),
+                len(tensors),
+                self._endpoints(outputs),
+                fetched,
+                len(outputs),
+                None,
+                0,
+                None,
+                status,
+            )
+        return fetched
+
+    def _endpoints(self, tensors: Tensors) -> Any:
         outputs = []
-        for tensor_name, _ in signature.values():
+        for tensor_name, _ in tensors.values():
             operation, _, index = tensor_name.partition(":")
             found = self._library.TF_GraphOperationByName(self._graph, operation.encode())
             outputs.append(Output(found, int(index or 0)))
         return (Output * len(outputs))(*outputs)
 
-    def _tensor(self, name: str, value: np.ndarray, dtype: int) -> int:
-        if value.dtype.type is not DTYPES[dtype]:
-            raise ValueError(
-                f"Input {name!r}: expected {np.dtype(DTYPES[dtype])}. Received: {value.dtype}."
-            )
-        value = np.ascontiguousarray(value)
-        shape = (ctypes.c_int64 * value.ndim)(*value.shape)
-        size = STRING_BYTES * value.size if dtype == STRING else value.nbytes
-        tensor: int = self._library.TF_AllocateTensor(dtype, shape, value.ndim, size)
-        if dtype == STRING:
-            for place, text in zip(self._strings(tensor), value.flat, strict=True):
-                self._library.TF_StringInit(place)
-                self._library.TF_StringCopy(place, text.encode(), len(text.encode()))
+    @contextlib.contextmanager
+    def _tensor(self, value: Any) -> Iterator[int]:
+        array = np.asarray(value, order="C")
+        if array.dtype.kind in "SU":
+            array = array.astype(object)
+        if array.dtype not in NUMBERS:
+            raise ModelError(INVALID_ARGUMENT, f"No tensor can hold NumPy's {array.dtype}.")
+        library, number, strings = self._library, NUMBERS[array.dtype], array.dtype == object
+        size = STRING_SIZE * array.size if strings else array.nbytes
+        shape = (ctypes.c_int64 * array.ndim)(*array.shape)
+        tensor: int = library.TF_AllocateTensor(number, shape, array.ndim, size)
+        data = library.TF_TensorData(tensor)
+        if strings:
+            _copy_strings(library, array, data)
         else:
-            ctypes.memmove(self._library.TF_TensorData(tensor), value.ctypes.data, value.nbytes)
-        return tensor
+            ctypes.memmove(data, array.ctypes.data, size)
+        try:
+            yield tensor
+        finally:
+            for place in _places(data, array.size) if strings else ():
+                library.TF_StringDealloc(place)
+            library.TF_DeleteTensor(tensor)
 
     def _array(self, tensor: int) -> np.ndarray:
         library = self._library
-        shape = [library.TF_Dim(tensor, axis) for axis in range(library.TF_NumDims(tensor))]
-        if library.TF_TensorType(tensor) == STRING:
-            array = np.array([self._text(place) for place in self._strings(tensor)], np.str_)
-        else:
-            size = library.TF_TensorByteSize(tensor)
-            data = ctypes.string_at(library.TF_TensorData(tensor), size)
-            array = np.frombuffer(data, DTYPES[library.TF_TensorType(tensor)])
-        library.TF_DeleteTensor(tensor)
-        return array.reshape(shape)
-
-    def _strings(self, tensor: int) -> range:
-        """The address of each string of a tensor."""
-        first = self._library.TF_TensorData(tensor) or 0
-        return range(first, first + self._library.TF_TensorByteSize(tensor), STRING_BYTES)
-
-    def _text(self, place: int) -> str:
-        size = self._library.TF_StringGetSize(place)
-        return ctypes.string_at(self._library.TF_StringGetDataPointer(place), size).decode()
+        try:
+            shape = [library.TF_Dim(tensor, axis) for axis in range(library.TF_NumDims(tensor))]
+            data, number = library.TF_TensorData(tensor), library.TF_TensorType(tensor)
+            if number == STRING:
+                return _read_strings(library, data, shape)
+            values = ctypes.string_at(data, library.TF_TensorByteSize(tensor))
+            return np.frombuffer(values, DTYPES[number]).reshape(shape)
+        finally:
+            library.TF_DeleteTensor(tensor)
 
 
-def _folder(package: str) -> Path | None:
-    spec = importlib.util.find_spec(package)
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+def _check(feeds: Mapping[str, Any], inputs: Tensors, outputs: Tensors) -> None:
+    if set(feeds) != set(inputs):
+        raise ModelError(
+            INVALID_ARGUMENT, f"Expected inputs {sorted(inputs)}. Received: {sorted(feeds)}."
+        )
+    for name, (_, number) in outputs.items():
+        if number not in DTYPES:
+            raise ModelError(
+                UNIMPLEMENTED, f"Output {name!r}: NumPy has no type for TF_DataType {number}."
+            )
 
 
-def _text_operations() -> list[Path]:
-    folder = _folder("tensorflow_text")
-    return [] if folder is None else sorted(folder.glob("python/ops/*.so"))
+def _places(data: int, count: int) -> range:
+    """The address of each string of a tensor."""
+    return range(data or 0, (data or 0) + STRING_SIZE * count, STRING_SIZE)
 
 
-def _load_library() -> Any:
+def _copy_strings(library: Any, array: np.ndarray, data: int) -> None:
+    for place, value in zip(_places(data, array.size), array.ravel(), strict=True):
+        encoded = value if isinstance(value, bytes) else str(value).encode()
+        library.TF_StringInit(place)
+        library.TF_StringCopy(place, encoded, len(encoded))
+
+
+def _read_strings(library: Any, data: int, shape: list[int]) -> np.ndarray:
+    array = np.empty(shape, object)
+    for i, place in enumerate(_places(data, array.size)):
+        length = library.TF_StringGetSize(place)
+        array.flat[i] = ctypes.string_at(library.TF_StringGetDataPointer(place), length)
+    return array
+
+
+def _delete(library: Any, session: int, graph: int) -> None:
+    with _status(library) as status:
+        library.TF_DeleteSession(session, status)
+    library.TF_DeleteGraph(graph)
+
+
+@contextlib.contextmanager
+def _status(library: Any) -> Iterator[int]:
+    """A status for one call, whose failure is raised."""
+    status: int = library.TF_NewStatus()
+    try:
+        yield status
+        code = library.TF_GetCode(status)
+        if code:
+            raise ModelError(code, library.TF_Message(status).decode(errors="replace"))
+    finally:
+        library.TF_DeleteStatus(status)
+
+
+@functools.cache
+def _library() -> Any:
     folder = _folder("tensorflow")
     if folder is None:
         raise RuntimeError("Expected the tensorflow package, whose C library is used.")
@@ -216,22 +291,33 @@ def _load_library() -> Any:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     library[DISABLE_XLA]()
+    text = _folder("tensorflow_text")
+    for operations in sorted(text.glob("python/ops/*.so")) if text else ():
+        with _status(library) as status:
+            library.TF_LoadLibrary(str(operations).encode(), status)
     return library
 
 
-def _signatures(meta_graph: bytes) -> Iterator[tuple[str, tuple[Signature, Signature]]]:
+def _folder(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _signatures(meta_graph: bytes) -> Iterator[tuple[str, Signature]]:
     """The `signature_def` map, field 5 of a `MetaGraphDef`, read off the wire format."""
     for number, entry in _fields(meta_graph):
         if number == 5:
             pair = dict(_fields(entry))
-            sides: dict[int, Signature] = {1: {}, 2: {}}
+            sides: dict[int, Tensors] = {1: {}, 2: {}}
             for side, item in _fields(pair.get(2, b"")):
                 if side in sides:
                     named = dict(_fields(item))
                     info = dict(_fields(named.get(2, b"")))
                     if 1 in info:
                         sides[side][named[1].decode()] = info[1].decode(), info.get(2, 0)
-            yield pair[1].decode(), (sides[1], sides[2])
+            name = pair[1].decode()
+            if name != "__saved_model_init_op":  # the loader's own, which it has run
+                yield name, Signature(sides[1], sides[2])
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
@@ -264,11 +350,13 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 def main() -> None:
     saved_model, inputs, outputs, *signature = sys.argv[1:]
     with np.load(inputs) as arrays:
-        results = SavedModel(saved_model, *signature).run(dict(arrays))
-    imported = {"tensorflow", "tensorflow_text", "keras", "keras_lora"} & sys.modules.keys()
+        results = SavedModel(saved_model).run(dict(arrays), *signature)
+    imported = {"tensorflow", "keras", "keras_lora"} & sys.modules.keys()
     if imported:
         raise RuntimeError(f"This process must do without {sorted(imported)}.")
-    np.savez(outputs, **results)  # type: ignore[arg-type]
+    # An array of objects would be pickled.
+    plain = {k: v.astype("S") if v.dtype == object else v for k, v in results.items()}
+    np.savez(outputs, **plain)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,12 @@ from keras_lora.adapters import (
     set_adapter,
 )
 from keras_lora.config import AdapterSpec, LoRAConfig
-from keras_lora.export import GraphReport, check_saved_model, export_saved_model
+from keras_lora.export import (
+    GraphReport,
+    add_adapter_to_saved_model,
+    check_saved_model,
+    export_saved_model,
+)
 from keras_lora.files import AdapterFileError, read_adapter_config, read_adapter_files
 from keras_lora.inject import apply_lora, merge_lora, merged, unload_lora
 from keras_lora.kerashub import ConvertedLayer, load_keras_hub_lora, save_keras_hub_lora
@@ -33,6 +38,7 @@ __all__ = [
     "LoRASummary",
     "Target",
     "__version__",
+    "add_adapter_to_saved_model",
     "apply_lora",
     "check_saved_model",
     "combine_adapters",

@@ -107,6 +107,11 @@ class EinsumSplit:
         """The einsum of `(x A) B`."""
         return f"{self.hidden},{self.b}->{self.output}"
 
+    @property
+    def rank_axes(self) -> tuple[int, int]:
+        """Where the rank is among the axes of `A` and of `B`."""
+        return self.a.index(self.rank_label), self.b.index(self.rank_label)
+
     @cached_property
     def is_matrix_product(self) -> bool:
         """Whether the einsum is one product of two matrices, (rows, d) @ (d, k).
@@ -171,6 +176,21 @@ class EinsumSplit:
             update = ops.matmul(hidden, _reshaped(b, self.rank_label, self.free, (-1, k)))
             product = product + update
         return self._from_rows(product, x, w)
+
+    def product_by_row(self, x: Tensor, w: Tensor) -> Tensor:
+        """`x_i W_i`, where each row `i` of the batch, the input's first axis, has its own `W_i`."""
+        return ops.einsum(f"{self.input},{self.input[0]}{self.kernel}->{self.output}", x, w)
+
+    def update_by_row(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """`(x_i A_i) B_i`, where each row `i` of the batch has its own factors.
+
+        `a` is `(batch, r, shared, contracted)` and `b` `(batch, r, shared, free)`: the rank comes
+        first, so that factors of any rank are rows of one table.
+        """
+        row, rank = self.input[0], self.rank_label
+        down = f"{self.input},{row}{rank}{self.shared}{self.contracted}->{self.hidden}"
+        up = f"{self.hidden},{row}{rank}{self.shared}{self.free}->{self.output}"
+        return ops.einsum(up, ops.einsum(down, x, a), b)
 
     def _to_rows(self, x: Tensor, d: int) -> Tensor:
         x = _transposed(x, self.input, self.rows + self.contracted)

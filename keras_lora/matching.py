@@ -66,7 +66,7 @@ class _Reader:
         self._used: set[str] = set()
         self._absent: list[str] = []
         self._wrong: list[str] = []
-        self._check_fields()
+        check_fields(directory, config)
 
     def check_base(self) -> None:
         base = self._config["base"]
@@ -108,7 +108,7 @@ class _Reader:
         return Group(
             None
             if config is None
-            else self._parsed("config", lambda: LoRAConfig.from_dict(config)),
+            else _parsed(self._directory, "config", lambda: LoRAConfig.from_dict(config)),
             [v for v in self._model.weights if keys[id(v)] in trained],
         )
 
@@ -134,15 +134,11 @@ class _Reader:
         self, path: str, target: Target
     ) -> tuple[AdapterSpec, tuple[np.ndarray, np.ndarray]] | None:
         names = (f"{path}/lora_a", f"{path}/lora_b")
-        spec = self._spec(path)
+        spec = spec_of_layer(self._directory, self._config, path)
         shapes = split_kernel(target.layer).factor_shapes(target.kernel_shape, spec.rank)
         a, b = (self._take(name) for name in names)
         fit = [self._fits(n, x, s) for n, x, s in zip(names, (a, b), shapes, strict=True)]
         return (spec, (a, b)) if all(fit) else None
-
-    def _spec(self, path: str) -> AdapterSpec:
-        fields = self._config["layer_specs"].get(path, self._config["spec"])
-        return self._parsed(f"the spec of {path!r}", lambda: AdapterSpec(**fields))
 
     def _take(self, key: str) -> np.ndarray:
         """The tensor, or an empty one with a note that it is missing."""
@@ -161,36 +157,56 @@ class _Reader:
     def _surplus(self) -> list[str]:
         return [key for key in self._tensors if key not in self._used]
 
-    def _check_fields(self) -> None:
-        kinds = {"spec": dict, "layer_specs": dict, "base": dict, "variables": list}
-        kinds |= {"trained": list}
-        wrong = [f for f, kind in kinds.items() if not isinstance(self._config.get(f), kind)]
-        if "config" not in self._config or not isinstance(self._config["config"], dict | None):
-            wrong.append("config")
-        for field in {"variables", "trained"} - set(wrong):
-            if not all(isinstance(key, str) for key in self._config[field]):
-                wrong.append(field)
-        if wrong:
-            raise self._error(
-                "the fields of an adapter of keras_lora",
-                f"others for {wrong}",
-                "save the adapter again",
-            )
-        unknown = sorted(self._config.keys() - _FIELDS)
-        if unknown:
-            warnings.warn(
-                f"{self._directory!r}: ignored the unknown fields {unknown}; a newer keras_lora "
-                "than this one may have written them.",
-                stacklevel=6,
-            )
-
-    def _parsed(self, what: str, parse: Any) -> Any:
-        try:
-            return parse()
-        except (TypeError, ValueError) as error:
-            raise self._error(f"{what} to be valid", error, "save the adapter again") from error
-
     def _error(self, expected: str, received: object, fix: str) -> AdapterFileError:
-        return AdapterFileError(
-            f"Invalid {self._directory!r}: expected {expected}. Received: {received}; {fix}."
+        return misfit(self._directory, expected, received, fix)
+
+
+def check_fields(directory: PathLike, config: dict[str, Any]) -> None:
+    """Raises:
+    AdapterFileError: a config without what every adapter's has.
+    """
+    kinds = {"spec": dict, "layer_specs": dict, "base": dict, "variables": list}
+    kinds |= {"trained": list}
+    wrong = [f for f, kind in kinds.items() if not isinstance(config.get(f), kind)]
+    if "config" not in config or not isinstance(config["config"], dict | None):
+        wrong.append("config")
+    for name in {"variables", "trained"} - set(wrong):
+        if not all(isinstance(key, str) for key in config[name]):
+            wrong.append(name)
+    if wrong:
+        raise misfit(
+            directory,
+            "the fields of an adapter of keras_lora",
+            f"others for {wrong}",
+            "save the adapter again",
         )
+    unknown = sorted(config.keys() - _FIELDS)
+    if unknown:
+        warnings.warn(
+            f"{os.fspath(directory)!r}: ignored the unknown fields {unknown}; a newer keras_lora "
+            "than this one may have written them.",
+            stacklevel=6,
+        )
+
+
+def spec_of_layer(directory: PathLike, config: dict[str, Any], path: str) -> AdapterSpec:
+    """What an adapter's config says of the layer at `path`.
+
+    Raises:
+        AdapterFileError: an invalid spec.
+    """
+    fields = config["layer_specs"].get(path, config["spec"])
+    return _parsed(directory, f"the spec of {path!r}", lambda: AdapterSpec(**fields))
+
+
+def misfit(directory: PathLike, expected: str, received: object, fix: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"Invalid {os.fspath(directory)!r}: expected {expected}. Received: {received}; {fix}."
+    )
+
+
+def _parsed(directory: PathLike, what: str, parse: Any) -> Any:
+    try:
+        return parse()
+    except (TypeError, ValueError) as error:
+        raise misfit(directory, f"{what} to be valid", error, "save the adapter again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -38,6 +39,17 @@ def serve(
         return dict(zip(named, map(servable, leaves), strict=True))
 
     return Endpoint("serve", call, input_specs(model, given))
+
+
+def write_endpoints(endpoints: Sequence[Endpoint], path: Path) -> None:
+    """Write a SavedModel; the signature of the first endpoint is `serving_default` too."""
+    archive = keras.export.ExportArchive()
+    for endpoint in endpoints:
+        archive.add_endpoint(endpoint.name, endpoint.call, input_signature=[endpoint.signature])
+    # Not the model: it would store every variable a second time (keras issue 23553).
+    for resource in {id(r): r for e in endpoints for r in e.resources}.values():
+        archive.track(resource)
+    archive.write_out(path, verbose=False)
 
 
 def servable(output: tf.Tensor) -> tf.Tensor:

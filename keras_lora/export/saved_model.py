@@ -13,9 +13,10 @@ import keras
 from keras_lora.config import invalid
 from keras_lora.export.checking import GraphReport, check_saved_model
 from keras_lora.export.classes import labelled
-from keras_lora.export.endpoints import Endpoint, serve
+from keras_lora.export.endpoints import Endpoint, serve, write_endpoints
 from keras_lora.export.generation import Generation, generate_text, generate_tokens
 from keras_lora.export.preprocessing import classify
+from keras_lora.export.rows import AdapterIds, RowAdapters, check_adapter_ids, write_rows
 from keras_lora.export.tasks import is_task
 from keras_lora.files import PathLike
 from keras_lora.inject import merged
@@ -26,6 +27,8 @@ def export_saved_model(
     model: keras.Model,
     path: PathLike,
     *,
+    adapters: Sequence[str] | None = None,
+    adapter_ids: AdapterIds = "name",
     input_signature: Any | None = None,
     class_names: Sequence[str] | None = None,
     preprocessing: bool | Sequence[str] = False,
@@ -34,7 +37,9 @@ def export_saved_model(
     stop_token_ids: Sequence[int] | str | None = "auto",
     overwrite: bool = False,
 ) -> GraphReport:
-    """Write a merged SavedModel for TensorFlow Serving; the model itself is left as it was.
+    """Write a SavedModel for TensorFlow Serving: merged, or one that serves many adapters.
+
+    The model itself is left as it was.
 
     Against `model.export`: variables are stored once (Keras stores them twice), inputs and
     outputs have names (those of the model's inputs; `output_names`, dict keys or `output_0`,
@@ -47,10 +52,22 @@ def export_saved_model(
     with, greedy or not. A sampler that draws goes on from request to request from the seed's state
     at the time of the export, so that each server that starts draws the same.
 
+    With `adapters`, nothing is merged. The base's weights are stored once, and beside them the
+    factors of the adapters and their values of biases and `layers_to_save`. The signature has an
+    input more, `adapter`, which says for each row of the batch what it gets:
+
+        y_i = act(x_i W_i + b_i + s (x_i A_i) B_i)        for each row i
+
+    A request may mix adapters of all ranks and the bare base; an unknown name fails it, with the
+    known ones in the error. One more adapter needs no export: `add_adapter_to_saved_model`.
+
     Args:
-        model: A built model, adapted or plain, on the TensorFlow backend. Its active adapters
-            are merged for the export alone.
+        model: A built model, adapted or plain, on the TensorFlow backend. Without `adapters`, its
+            active adapters are merged for the export alone.
         path: The directory to write; made whole beside it and then renamed.
+        adapters: The names of the adapters to serve, active or not.
+        adapter_ids: What `adapter` holds for each row: `"name"`, a string, empty for the base; or
+            `"index"`, an int32, the place in `adapters`, and -1 for the base.
         input_signature: For a subclassed model whose inputs are not all of its compute dtype: a
             structure of `tf.TensorSpec` or `keras.InputSpec` as its `call` takes it.
         class_names: For a model with one output: a name for each of its columns. The output
@@ -78,7 +95,10 @@ def export_saved_model(
     Raises:
         ValueError: another backend than TensorFlow, an unbuilt model, a path that exists,
             arguments that are not for this model, or a graph that a server cannot run (XLA or
-            Python operations). Nothing is then written.
+            Python operations). With `adapters`: unknown names, values that cannot differ from row
+            to row (of layers that are not `Dense` or `EinsumDense`), or layers whose input does
+            not have the batch as its first axis, as experts that route tokens; all are listed.
+            Nothing is then written.
 
     Example:
 
@@ -89,20 +109,38 @@ def export_saved_model(
     >>> names = ["ash", "elm", "fir", "oak", "yew"]
     >>> kl.export_saved_model(model, path, class_names=names).problems
     ()
+
+    Many adapters:
+
+    >>> model = keras.Sequential([keras.Input((3,), name="x"), keras.layers.Dense(5, name="up")])
+    >>> for name, rank in (("fr", 2), ("de", 3)):
+    ...     model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=rank), name=name)
+    >>> path = tempfile.mkdtemp() + "/1"
+    >>> report = kl.export_saved_model(model, path, adapters=["fr", "de"])
+    >>> import tensorflow as tf
+    >>> loaded = tf.saved_model.load(path)
+    >>> served = loaded.signatures["serving_default"]
+    >>> served(x=tf.zeros((3, 3)), adapter=tf.constant(["de", "", "fr"]))["up"].shape
+    TensorShape([3, 5])
     """
     target = Path(path)
     _check_export(model, target, overwrite)
-    generation = Generation(max_length, stop_token_ids)
-    endpoints = _endpoints(
-        model, input_signature, class_names, preprocessing, generation if generate else None
-    )
+    check_adapter_ids(adapter_ids)
+    rows = None if adapters is None else RowAdapters.of(model, adapters)
+    generation = Generation(max_length, stop_token_ids) if generate else None
+    endpoints = _endpoints(model, input_signature, class_names, preprocessing, generation)
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=target.absolute().parent, prefix=f".{target.name}-"
     ) as workspace:
         written = Path(workspace, "written")
-        with merged(model) if lora_layers(model) else contextlib.nullcontext():
-            _write(endpoints, written)
+        if rows is None:
+            with merged(model) if lora_layers(model) else contextlib.nullcontext():
+                write_endpoints(endpoints, written)
+        else:
+            # Without text: a tokenizer's graph does not know the size of the batch.
+            tried = _endpoints(model, input_signature, None, False, generation)
+            write_rows(rows, endpoints, tried, adapter_ids, written)
         report = check_saved_model(written)
         if report.problems:
             raise ValueError(
@@ -148,16 +186,6 @@ def _language_model(
         served,
         generate_text(model, generation) if text else generate_tokens(model, generation),
     ]
-
-
-def _write(endpoints: Sequence[Endpoint], path: Path) -> None:
-    archive = keras.export.ExportArchive()
-    for endpoint in endpoints:
-        archive.add_endpoint(endpoint.name, endpoint.call, input_signature=[endpoint.signature])
-        # Not the model: it would store every variable a second time (keras issue 23553).
-        for resource in endpoint.resources:
-            archive.track(resource)
-    archive.write_out(path, verbose=False)
 
 
 def _check_export(model: keras.Model, target: Path, overwrite: bool) -> None:

@@ -27,6 +27,7 @@ from keras_lora.layers.registry import (
     split_kernel,
     supported_base,
 )
+from keras_lora.layers.rows import Rows
 from keras_lora.layers.slots import Adapter, Factor, Group
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "LoRADense",
     "LoRAEinsumDense",
     "LoRALayer",
+    "Rows",
     "all_held",
     "attach",
     "check_adaptable",

@@ -28,6 +28,7 @@ from keras import ops
 from keras_lora.config import AdapterSpec, invalid
 from keras_lora.initializers import a_initializer
 from keras_lora.layers.held import Held
+from keras_lora.layers.rows import Rows
 from keras_lora.layers.slots import Adapter, Factor, Group, Slot, dropped
 from keras_lora.lowrank import EinsumSplit, Shape, Tensor, split_equation
 
@@ -50,6 +51,8 @@ class LoRAState:
     held: list[Held] = field(default_factory=list)
     # Models that were adapted or switched with this layer in them: their optimizers know of it.
     models: WeakSet[Any] = field(default_factory=WeakSet)
+    # Within `with_rows`: what each row of a batch has of its own.
+    rows: Rows | None = None
     # Between the constructor and `build`.
     pending: dict[str, AdapterSpec] = field(default_factory=dict)
     train_bias: bool = False
@@ -273,6 +276,15 @@ class LoRALayer(keras.layers.Layer):
         finally:
             self._lora.slots = slots
 
+    @contextlib.contextmanager
+    def with_rows(self, rows: Rows) -> Iterator[None]:
+        """Within the context each row of a batch has adapters of its own."""
+        self._lora.rows = rows
+        try:
+            yield
+        finally:
+            self._lora.rows = None
+
     @property
     def kernel(self) -> Tensor:
         """The effective kernel, `W0 + sum_i s_i A_i B_i`, in the dtype of `W0`.
@@ -281,6 +293,8 @@ class LoRALayer(keras.layers.Layer):
         `W0` itself, as a variable, where no adapter acts.
         """
         base = super().kernel
+        if self._lora.rows is not None:
+            self._lora.rows.refuse("its kernel is read, and there is another for each row")
         if not self._lora.slots:
             return base
         wide = self._wide_dtype()
@@ -294,6 +308,9 @@ class LoRALayer(keras.layers.Layer):
 
     def adapted_product(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """`x W0 + sum_i s_i (drop_i(x) A_i) B_i`: the layer before bias and activation."""
+        split = self._split(len(inputs.shape))
+        if self._lora.rows is not None:
+            return self._lora.rows.product(split, inputs, self._kernel)
         terms = []
         for slot in self._lora.slots:
             x = inputs
@@ -302,7 +319,6 @@ class LoRALayer(keras.layers.Layer):
             scaled = ops.multiply(slot.scaling, slot.b)
             a, b = (ops.cast(v, self.compute_dtype) for v in (slot.a, scaled))
             terms.append((x, a, b))
-        split = self._split(len(inputs.shape))
         return split.adapted_product(inputs, ops.convert_to_tensor(self._kernel), terms)
 
     def get_config(self) -> dict[str, Any]:
@@ -360,10 +376,13 @@ class LoRALayer(keras.layers.Layer):
 
     def _affine(self, inputs: Tensor, training: bool | None) -> Tensor:
         """`act(x W0 + b + delta)`; the base's own `call` where there is no slot."""
-        if not self._lora.slots:
+        rows = self._lora.rows
+        if rows is None and not self._lora.slots:
             return super().call(inputs, training=training)
         x = self.adapted_product(inputs, training)
-        if self.bias is not None:
+        if rows is not None and rows.bias is not None:
+            x = rows.add_bias(x)
+        elif self.bias is not None:
             x = ops.add(x, self.bias)
         return x if self.activation is None else self.activation(x)
 

@@ -1,0 +1,107 @@
+"""What differs among the adapters of a model: factors, kernels and biases, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_lora.export.tables import Piece
+from keras_lora.keys import stable_layers, variable_keys
+from keras_lora.layers import (
+    BASE,
+    Held,
+    LoRALayer,
+    Rows,
+    all_held,
+    kernel_shape,
+    lora_class_for,
+    plain_class,
+    split_kernel,
+)
+from keras_lora.walker import walk
+
+
+@dataclass(eq=False)
+class Use:
+    """A layer whose factors, kernel or bias differ from row to row, and the keys of these."""
+
+    path: str
+    layer: keras.layers.Layer
+    factors: tuple[Piece, Piece] | None = None
+    kernel: Piece | None = None
+    bias: Piece | None = None
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [p for p in (*(self.factors or ()), self.kernel, self.bias) if p is not None]
+
+    def rows(self, taken: Mapping[str, tf.Tensor], refusals: list[str]) -> Rows:
+        def of(piece: Piece | None) -> Any:
+            return piece and tf.cast(taken[piece.key], self.layer.compute_dtype)
+
+        def refuse(reason: str) -> None:
+            refusals.append(f"'{self.path}': {reason}")
+
+        factors = self.factors and (of(self.factors[0]), of(self.factors[1]))
+        return Rows(refuse, factors, of(self.kernel), of(self.bias))
+
+
+def adapted_uses(model: keras.Model, names: Sequence[str], refusals: list[str]) -> dict[int, Use]:
+    uses = {}
+    for path, layer in stable_layers(model).items():
+        if not set(names) & set(layer.adapters):
+            continue
+        if isinstance(layer, keras.layers.Dense | keras.layers.EinsumDense):
+            uses[id(layer)] = Use(path, layer, _factor_pieces(path, layer))
+        else:
+            refusals.append(f"'{path}': adapters of a {layer.base_class.__name__} act on no row")
+    return uses
+
+
+def _factor_pieces(path: str, layer: LoRALayer) -> tuple[Piece, Piece]:
+    split = split_kernel(layer)
+    shapes: list[list[Any]] = [list(s) for s in split.factor_shapes(kernel_shape(layer), rank=0)]
+    for shape, axis in zip(shapes, split.rank_axes, strict=True):
+        shape[axis] = None
+    a, b = map(tuple, shapes)
+    return Piece(f"{path}/lora_a", a), Piece(f"{path}/lora_b", b)
+
+
+def add_held(
+    model: keras.Model, names: Sequence[str], uses: dict[int, Use], refusals: list[str]
+) -> dict[str, Held]:
+    """The values that differ among the adapters, by key, as pieces of their layers."""
+    keys, owners, held = variable_keys(model), _owners(model), {}
+    for item in all_held(model.variables):
+        if all(np.array_equal(item.value(n), item.value(BASE)) for n in {*names} & item.names):
+            continue
+        key, owner = keys[id(item.variable)], owners.get(id(item.variable))
+        if owner is None or item.variable.dtype == "float64":
+            refusals.append(
+                f"'{key}': only a kernel or a bias of a Dense or EinsumDense layer, in 32 bits "
+                "or less, can differ from row to row"
+            )
+            continue
+        path, layer, role = owner
+        use = uses.setdefault(id(layer), Use(path, layer))
+        setattr(use, role, Piece(key, tuple(item.variable.shape)))
+        held[key] = item
+    return held
+
+
+def _owners(model: keras.Model) -> dict[int, tuple[str, keras.layers.Layer, str]]:
+    """Path, layer and role of each kernel and bias that a layer can have for each row."""
+    owners = {}
+    for node in walk(model):
+        layer = node.layer
+        if not layer.built or lora_class_for(plain_class(layer)) is None:
+            continue
+        owners[id(layer.bias)] = node.path, layer, "bias"
+        if not isinstance(layer, LoRALayer) and layer.dtype_policy.quantization_mode is None:
+            owners[id(layer.kernel)] = node.path, layer, "kernel"
+    return owners
