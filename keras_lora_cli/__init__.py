@@ -29,6 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advice = 'pip install "keras-lora[cli]"'
         print(f"keras-lora: error: typer is needed: {advice} ({error})", file=sys.stderr)
         return 2
-    from keras_lora_cli.commands import run
+    from keras_lora_cli import adapter_commands, app, model_commands  # noqa: F401
 
-    return run(sys.argv[1:] if arguments is None else list(arguments))
+    return app.run(sys.argv[1:] if arguments is None else list(arguments))

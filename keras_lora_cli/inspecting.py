@@ -15,6 +15,9 @@ from rich.console import Console
 
 import keras_lora as kl
 from keras_lora.export.checking import read_graph
+from keras_lora.export.rows import DESCRIPTION
+from keras_lora.export.stored import ADAPTERS as STORED
+from keras_lora.export.tables import NAMES
 from keras_lora.layers import split_kernel
 from keras_lora.summary import shown_bytes
 from keras_lora_cli.adapters import Adapter, read_adapter
@@ -41,15 +44,32 @@ def inspect(base: Base, config: kl.LoRAConfig, steps: Steps) -> Answer:
 def check(path: str) -> Answer:
     """Say what a server could not run; negative where there is something."""
     check_kind(path, [Kind.SAVED_MODEL])
-    data = {"path": path, **describe_report(kl.check_saved_model(path))}
+    data = {"path": path, **_described(kl.check_saved_model(path))}
     return Answer(data, _report_views(data), negative=bool(data["problems"]))
 
 
-def describe_report(report: kl.GraphReport) -> dict[str, Any]:
+def describe_export(report: kl.GraphReport, path: str) -> dict[str, Any]:
+    """What is known of a SavedModel; `adapters` is None in one that does not serve several."""
+    several = Path(path, DESCRIPTION).exists()
+    return {
+        "adapters": served_adapters(path) if several else None,
+        "signatures": _signatures(path),
+        **_described(report),
+    }
+
+
+def served_adapters(path: str) -> list[str]:
+    """The names of the adapters that a SavedModel serves."""
+    reader = tf.train.load_checkpoint(str(Path(path, "assets", STORED)))
+    _, *names = reader.get_tensor(NAMES).tolist()
+    return [name.decode() for name in names]
+
+
+def _described(report: kl.GraphReport) -> dict[str, Any]:
     return {name: _plain(value) for name, value in vars(report).items()}
 
 
-def describe_signatures(path: str) -> dict[str, Any]:
+def _signatures(path: str) -> dict[str, Any]:
     """`{signature: {"inputs": {name: {"dtype": ..., "shape": ...}}, "outputs": ...}}`."""
     return {
         name: {"inputs": _tensors(signature.inputs), "outputs": _tensors(signature.outputs)}
@@ -76,8 +96,7 @@ def _saved_model(path: str) -> Answer:
         "path": path,
         "format": Kind.SAVED_MODEL.value,
         "bytes": size_of(path),
-        "signatures": describe_signatures(path),
-        **describe_report(kl.check_saved_model(path)),
+        **describe_export(kl.check_saved_model(path), path),
     }
     rows = [
         (signature, kind.removesuffix("s"), name, tensor["dtype"], _shape(tensor["shape"]))
@@ -86,7 +105,8 @@ def _saved_model(path: str) -> Answer:
         for name, tensor in tensors.items()
     ]
     headings = ("signature", "kind", "name", "dtype", "shape")
-    about = {"path": path, "format": data["format"], "size": shown_bytes(data["bytes"])}
+    about = {name: data[name] for name in ("path", "format", "adapters")}
+    about["size"] = shown_bytes(data["bytes"])
     views = [facts(about), table("Signatures", headings, rows), *_report_views(data)]
     return Answer(data, views)
 

@@ -1,8 +1,8 @@
-"""`merge` and `export`: a base with adapters, written as a model."""
+"""`merge`: a base and adapters as one plain model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from keras_lora.inject import active_names
 from keras_lora.summary import shown_bytes
 from keras_lora_cli.adapters import PeftOptions, load_into
 from keras_lora_cli.bases import Base, keras_hub, load_base
-from keras_lora_cli.inspecting import describe_report, describe_signatures
+from keras_lora_cli.inspecting import describe_export
 from keras_lora_cli.output import Answer, Steps, facts
 from keras_lora_cli.paths import (
     ADAPTERS,
@@ -40,31 +40,15 @@ def merge(
 ) -> Answer:
     """Fold the sum of adapters into a base, and write a plain model."""
     kind = kind or _default_kind(base.path, out)
-    _check(base, adapters, out, kind, overwrite)
+    check_paths(base, adapters, out, kind, overwrite)
     named = {f"adapter_{i}": path for i, path in enumerate(adapters)}
-    model = _adapted(base, named, options, steps)
+    model = adapted_base(base, named, options, steps)
     with steps.step("merging and writing"):
+        let_act(model, named)
         if kind is not Kind.SAVED_MODEL:
             model = kl.merge_lora(model)
         found = _WRITERS[kind](model, out)
-    return _answer(model, out, kind, list(adapters), found)
-
-
-def export(
-    base: Base,
-    adapters: Mapping[str, str],
-    out: str,
-    options: PeftOptions,
-    *,
-    overwrite: bool,
-    steps: Steps,
-) -> Answer:
-    """Write a SavedModel for a server."""
-    _check(base, list(adapters.values()), out, Kind.SAVED_MODEL, overwrite)
-    model = _adapted(base, adapters, options, steps)
-    with steps.step("exporting"):
-        found = _write_saved_model(model, out)
-    return _answer(model, out, Kind.SAVED_MODEL, list(adapters), found)
+    return answer(model, out, kind, list(adapters), found)
 
 
 def _default_kind(base: str, out: str) -> Kind:
@@ -79,7 +63,7 @@ def _default_kind(base: str, out: str) -> Kind:
     raise refused(out, "a path that tells the format", "a directory", fix)
 
 
-def _check(base: Base, adapters: Sequence[str], out: str, kind: Kind, overwrite: bool) -> None:
+def check_paths(base: Base, adapters: Sequence[str], out: str, kind: Kind, overwrite: bool) -> None:
     """All that can be known before the base is loaded, which may take long."""
     check_kind(base.path, BASES)
     for path in adapters:
@@ -91,19 +75,23 @@ def _check(base: Base, adapters: Sequence[str], out: str, kind: Kind, overwrite:
     check_free(out, kind, overwrite)
 
 
-def _adapted(
+def adapted_base(
     base: Base, adapters: Mapping[str, str], options: PeftOptions, steps: Steps
 ) -> keras.Model:
-    """The base, on which all of the adapters act beside those that it had."""
+    """The base with adapters beside those that it had; the first one acts where none did."""
     with steps.step("loading the base"):
         model = load_base(base)
-    before = active_names(kl.lora_layers(model))
     for name, path in adapters.items():
         with steps.step(f"loading {path}"):
             load_into(model, path, name, options)
-    if before or adapters:
-        kl.set_adapter(model, [*before, *adapters])
     return model
+
+
+def let_act(model: keras.Model, names: Collection[str]) -> None:
+    """Let these adapters act too."""
+    before = active_names(kl.lora_layers(model))
+    if names:
+        kl.set_adapter(model, [*before, *(name for name in names if name not in before)])
 
 
 def _write_keras(model: keras.Model, out: str) -> dict[str, Any]:
@@ -125,7 +113,7 @@ def _write_preset(model: keras.Model, out: str) -> dict[str, Any]:
 
 def _write_saved_model(model: keras.Model, out: str) -> dict[str, Any]:
     report = kl.export_saved_model(model, out, overwrite=True)  # `check_free` has looked
-    return describe_report(report) | {"signatures": describe_signatures(out)}
+    return describe_export(report, out)
 
 
 _WRITERS: dict[Kind, Callable[[keras.Model, str], dict[str, Any]]] = {
@@ -135,16 +123,17 @@ _WRITERS: dict[Kind, Callable[[keras.Model, str], dict[str, Any]]] = {
 }
 
 
-def _answer(
+def answer(
     model: keras.Model, out: str, kind: Kind, adapters: Sequence[str], found: Mapping[str, Any]
 ) -> Answer:
+    """What was written, and what its writer found."""
     data: dict[str, Any] = {
         "out": out,
         "format": kind.value,
-        "adapters": list(adapters),
         "class": type(model).__name__,
         "bytes": size_of(out),
         **found,
+        "adapters": list(adapters),
     }
     shown = {
         "out": out,

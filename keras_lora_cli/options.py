@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from keras_lora_cli.paths import CONFIG_FILE, read_json
+
+if TYPE_CHECKING:
+    from keras_lora_cli.adapters import PeftOptions
+    from keras_lora_cli.bases import Base
 
 BASE = "A .keras file, a preset or Hugging Face directory, or a handle such as hf://user/model."
 ADAPTER = "An adapter's directory (native or PEFT's), or a .lora.h5 file."
@@ -95,6 +101,41 @@ def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
             )
         found[name] = value
     return found
+
+
+def made_base(
+    path: str,
+    task: str | None,
+    arguments: Sequence[str] | None,
+    imports: Sequence[str] | None,
+    no_preprocessor: bool = False,
+) -> Base:
+    """The base that these options describe."""
+    from keras_lora_cli.bases import Base
+
+    return Base(
+        path=path,
+        task=task,
+        arguments=parsed_arguments(arguments),
+        preprocessor=not no_preprocessor,
+        modules=imports or (),
+    )
+
+
+def peft_options(
+    base: str | None, heads: Sequence[str] | None, model_type: str | None, config_file: Path | None
+) -> PeftOptions:
+    """What these options tell of the Hugging Face model; its directory may tell the rest."""
+    from keras_lora_cli.adapters import PeftOptions
+
+    file = config_file or Path(base or "", CONFIG_FILE)
+    config = read_json(file)
+    return PeftOptions(
+        heads=pairs(heads, "--head"),
+        model_type=model_type,
+        # A preset of Keras has a file of this name too.
+        transformers_config=config if "model_type" in config else None,
+    )
 
 
 def _parsed(value: str) -> Any:

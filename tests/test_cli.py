@@ -61,7 +61,9 @@ def classifier() -> keras.Model:
 def save_adapter(model: keras.Model, config: kl.LoRAConfig, name: str) -> None:
     """Adapt a model, save the adapter and leave the model as it was."""
     kl.apply_lora(model, config)
-    randomize_adapters(model)
+    rng = np.random.default_rng(len(name))
+    for variable in model.trainable_variables:
+        variable.assign(rng.normal(scale=0.3, size=variable.shape))
     kl.save_adapter(model, f"adapters/{name}")
     if name == "gpt2":
         kl.save_peft_adapter(model, "peft/gpt2", prefix="transformer.")
@@ -122,7 +124,7 @@ def ask(run: Run) -> Ask:
 
     def call(*arguments: object, code: int = 0) -> Any:
         result = run(*arguments, "--json")
-        assert (result.code, result.err) == (code, "")
+        assert (result.err, result.code) == ("", code)
         return json.loads(result.out)
 
     return call
@@ -320,6 +322,53 @@ def test_the_base_alone_is_exported_too(ask: Ask, tmp_path: Path) -> None:
     np.testing.assert_allclose(received, expected_outputs(x), atol=1e-5)
 
 
+def served(path: Path, **inputs: object) -> dict[str, np.ndarray]:
+    signature = tf.saved_model.load(path).signatures["serving_default"]
+    return {key: value.numpy() for key, value in signature(**inputs).items()}
+
+
+def test_many_adapters_are_exported_and_one_is_added(ask: Ask, tmp_path: Path) -> None:
+    adapters = ["--adapter", f"a={REVIEWS}", "--adapter", "b=adapters/style"]
+    version = tmp_path / "served" / "1"
+    assert ask("export", BASE, version, *adapters)["adapters"] == ["a", "b"]
+    added = ask("add-adapter", version, f"c={REVIEWS}")
+    assert added == {"out": str(tmp_path / "served" / "2"), "adapters": ["a", "b", "c"]}
+    assert ask("inspect", added["out"])["adapters"] == ["a", "b", "c"]
+    assert ask("inspect", "unservable")["adapters"] is None
+    x, _ = data(functional())
+    names = ["a", "", "b", "c", "b", "a"]
+    received = served(tmp_path / "served" / "2", features=tf.constant(x), adapter=names)["head"]
+    paths = {"a": [REVIEWS], "b": ["adapters/style"], "c": [REVIEWS], "": []}
+    expected = {name: expected_outputs(x, *adapters) for name, adapters in paths.items()}
+    for i, name in enumerate(names):
+        np.testing.assert_allclose(received[i], expected[name][i], atol=1e-5)
+    again = ask("add-adapter", version, f"c={REVIEWS}", "--out", tmp_path / "other")
+    assert again["out"] == str(tmp_path / "other")
+
+
+def test_their_sum_is_exported_with_the_names_of_classes(ask: Ask, tmp_path: Path) -> None:
+    adapters = ["--adapter", f"a={REVIEWS}", "--adapter", "b=adapters/style", "--merged"]
+    names = ["bad", "so so", "good"]
+    options = [part for name in names for part in ("--class-name", name)]
+    found = ask("export", BASE, tmp_path / "1", *adapters, *options)
+    assert found["adapters"] == ["a", "b"]
+    x, _ = data(functional())
+    received = served(tmp_path / "1", features=tf.constant(x))
+    expected = expected_outputs(x, REVIEWS, "adapters/style")
+    np.testing.assert_allclose(received["head"], expected, atol=1e-5)
+    labels = [name.decode() for name in received["label"]]
+    assert labels == [names[i] for i in expected.argmax(1)]
+
+
+def test_a_language_model_is_exported_with_and_without_generation(ask: Ask, tmp_path: Path) -> None:
+    adapter = ["--adapter", "g=adapters/gpt2", "--merged"]
+    plain = ask("export", "presets/gpt2", tmp_path / "1", *adapter, "--no-generate")
+    assert set(plain["signatures"]) == {"serve", "serving_default"}
+    lengths = ["--max-length", 11, "--stop-token-id", 3]
+    found = ask("export", "presets/gpt2", tmp_path / "2", *adapter, *lengths)
+    assert set(found["signatures"]) == {"serve", "serving_default", "generate"}
+
+
 # --- convert --------------------------------------------------------------------------------
 
 
@@ -495,6 +544,9 @@ REFUSED = {
     "no form": ("merge base.keras adapters/style out", "a path that tells the format"),
     "no preset": ("merge base.keras adapters/style out --format preset", "a model of KerasHub"),
     "no ending": ("merge base.keras adapters/style out --format keras", "ends in .keras"),
+    "no room": ("add-adapter unservable a=adapters/style", "adapters=[...]) wrote"),
+    "no native one": ("add-adapter unservable a=peft/gpt2", "expected an adapter's directory."),
+    "no class names": ("export base.keras out --class-name a", "class_names"),
     "no name": ("export base.keras out --adapter adapters/style", "expected NAME=VALUE"),
     "a base that is needed": ("convert adapters/gpt2 out", "Expected a --base"),
     "nothing to convert": ("convert gpt2.lora.h5 out.lora.h5", "Expected a --base"),
