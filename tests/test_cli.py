@@ -436,7 +436,7 @@ def test_a_hugging_face_directory_is_a_base(ask: Ask, tmp_path: Path) -> None:
 def test_differences_are_those_of_the_deltas(ask: Ask) -> None:
     found = ask("diff", REVIEWS, "adapters/style", code=1)
     assert not found["equal"]
-    assert found["differing"] == ["middle", "up", "head/kernel", "head/bias"]
+    assert set(found["differing"]) == {"middle", "up", "head/kernel", "head/bias"}
     first, second = tensors(REVIEWS), tensors("adapters/style")
     x = 1.5 * first["up/lora_a"].astype("float64") @ first["up/lora_b"]
     y = 16 / 3**0.5 * second["up/lora_a"].astype("float64") @ second["up/lora_b"]
