@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from keras_lora.kerashub_h5 import read_keras_hub_lora
 from keras_lora.keys import held_by, stable_layers, variable_keys
 from keras_lora.layers import kernel_shape, split_kernel
 from keras_lora.peft_files import PeftModule, read_peft_adapter
+from keras_lora.serialization import adapter_tensors
 from keras_lora_cli.paths import ADAPTER_CONFIG_FILE, ADAPTERS, Kind, check_kind, read_json
 
 
@@ -30,8 +31,8 @@ class Layer:
         scale: The factor in front of the product.
         a: The first factor as it is stored.
         b: The second one.
-        term: Both as the matrices `(shared, d, r)` and `(shared, r, k)`; None where the shapes
-            alone do not tell them.
+        matrices: Both as `(shared, d, r)` and `(shared, r, k)`; None where the shapes alone do
+            not tell them.
         extras: Further values of the layer, such as DoRA's magnitude, by name.
     """
 
@@ -40,8 +41,13 @@ class Layer:
     scale: float
     a: Array
     b: Array
-    term: Term | None
+    matrices: tuple[Array, Array] | None = None
     extras: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def term(self) -> Term | None:
+        """The delta, where the matrices are known; a copy of them in float64."""
+        return Term(*self.matrices, self.scale) if self.matrices else None
 
     @property
     def parameters(self) -> int:
@@ -111,69 +117,67 @@ def load_into(
 
 def adapter_of(model: keras.Model, name: str, path: str) -> Adapter:
     """What `load_into` has added to a model from a path, in the same form."""
-    kind = check_kind(path, ADAPTERS)
-    keys = variable_keys(model)
-    layers = {
-        path: _layer_of(layer, layer.adapters[name])
-        for path, layer in stable_layers(model).items()
-        if name in layer.adapters
-    }
+    kind, keys = check_kind(path, ADAPTERS), variable_keys(model)
+    tensors = adapter_tensors(model, name)
     values = {keys[id(item.variable)]: item.value(name) for item in held_by(model, name)}
+    factors = {key: value for key, value in tensors.items() if key not in values}
+    layers = {}
+    for place, layer in stable_layers(model).items():
+        if name in layer.adapters:
+            found = _layer(layer.adapters[name].acting_spec, _at(place, factors))
+            matrices = split_kernel(layer).matrices(found.a, found.b, kernel_shape(layer))
+            layers[place] = replace(found, matrices=matrices)
     config = _CONFIG_READERS[kind](path)
     return Adapter(kind=kind, layers=layers, values=values, config=config)
 
 
-def _layer_of(layer: kl.LoRALayer, adapter: Any) -> Layer:
-    a, b, spec = np.array(adapter.a), np.array(adapter.b), adapter.acting_spec
-    matrices = split_kernel(layer).matrices(a, b, kernel_shape(layer))
-    term = Term(*matrices, spec.scaling)
-    return Layer(rank=spec.rank, alpha=spec.alpha, scale=spec.scaling, a=a, b=b, term=term)
-
-
 def _read_native(path: str) -> Adapter:
     files = kl.read_adapter_files(path)
-    values = {k: files.tensors[k] for k in files.config.get("variables", ()) if k in files.tensors}
-    rest = {key: value for key, value in files.tensors.items() if key not in values}
-    paths = [key.removesuffix("/lora_a") for key in rest if key.endswith("/lora_a")]
-    layers, known = {}, set()
-    for place in paths:
-        own = {k.rpartition("/")[2]: v for k, v in rest.items() if k.rpartition("/")[0] == place}
-        layers[place] = _native_layer(path, place, files.config, own)
-        known |= {f"{place}/{name}" for name in own}
-    unknown = tuple(sorted(rest.keys() - known))
+    config, tensors = files.config, files.tensors
+    values = {key: tensors[key] for key in config.get("variables", ()) if key in tensors}
+    factors = {key: value for key, value in tensors.items() if key not in values}
+    layers, unknown = {}, []
+    for place in dict.fromkeys(key.rpartition("/")[0] for key in factors):
+        found = _at(place, factors)
+        if found.keys() >= {"lora_a", "lora_b"}:
+            layer = _layer(_native_spec(path, place, config), found)
+            layers[place] = replace(layer, matrices=_matrices(layer))
+        else:
+            unknown += [f"{place}/{name}" for name in found]
     return Adapter(
-        kind=Kind.NATIVE, layers=layers, values=values, config=files.config, unknown=unknown
+        kind=Kind.NATIVE, layers=layers, values=values, config=config, unknown=tuple(unknown)
     )
 
 
-def _native_layer(
-    path: str, place: str, config: Mapping[str, Any], tensors: Mapping[str, Array]
-) -> Layer:
+def _at(place: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The tensors of one layer, by the last part of their keys."""
+    keys = {key: key.rpartition("/") for key in tensors}
+    return {name: tensors[key] for key, (owner, _, name) in keys.items() if owner == place}
+
+
+def _native_spec(path: str, place: str, config: Mapping[str, Any]) -> kl.AdapterSpec:
     try:
-        spec = kl.AdapterSpec(**{**config["spec"], **config["layer_specs"].get(place, {})})
-        extras = dict(tensors)
-        a, b = extras.pop("lora_a"), extras.pop("lora_b")
+        return kl.AdapterSpec(**config["layer_specs"].get(place, config["spec"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterFileError(
-            f"Invalid {path!r}: expected a spec and two factors for each layer. Received for "
-            f"{place!r}: {type(error).__name__}: {error}; save the adapter again."
+            f"Invalid {path!r}: expected a spec for each layer. Received for {place!r}: "
+            f"{type(error).__name__}: {error}; save the adapter again."
         ) from error
-    return Layer(
-        rank=spec.rank,
-        alpha=spec.alpha,
-        scale=spec.scaling,
-        a=a,
-        b=b,
-        term=_as_term(a, b, spec.rank, spec.scaling),
-        extras=extras,
-    )
 
 
-def _as_term(a: Array, b: Array, rank: int, scale: float) -> Term | None:
-    """The matrices of factors `(shared..., d..., r)` and `(shared..., r, k...)`.
+def _layer(spec: kl.AdapterSpec, tensors: Mapping[str, Array]) -> Layer:
+    """A layer from the tensors that this package has for it; the matrices are to be found."""
+    extras = dict(tensors)
+    a, b = extras.pop("lora_a"), extras.pop("lora_b")
+    return Layer(rank=spec.rank, alpha=spec.alpha, scale=spec.scaling, a=a, b=b, extras=extras)
+
+
+def _matrices(layer: Layer) -> tuple[Array, Array] | None:
+    """Those of factors `(shared..., d..., r)` and `(shared..., r, k...)`.
 
     None where the shapes fit several numbers of shared axes, or none.
     """
+    a, b, rank = layer.a, layer.b, layer.rank
     fitting = [
         i
         for i in range(b.ndim)
@@ -182,7 +186,7 @@ def _as_term(a: Array, b: Array, rank: int, scale: float) -> Term | None:
     if len(fitting) != 1:
         return None
     shared = int(np.prod(a.shape[: fitting[0]]))
-    return Term(a.reshape(shared, -1, rank), b.reshape(shared, rank, -1), scale)
+    return a.reshape(shared, -1, rank), b.reshape(shared, rank, -1)
 
 
 def _read_peft(path: str) -> Adapter:
@@ -207,7 +211,7 @@ def _peft_layer(module: PeftModule) -> Layer:
         scale=module.scaling,
         a=a,
         b=b,
-        term=None if grouped else Term(*matrices, module.scaling),
+        matrices=None if grouped else matrices,
         extras={name: value for name, value in extras.items() if value is not None},
     )
 
@@ -215,14 +219,17 @@ def _peft_layer(module: PeftModule) -> Layer:
 def _read_keras_hub(path: str) -> Adapter:
     pairs = read_keras_hub_lora(path)
     layers = {
-        str(i): Layer(rank=len(b), alpha=None, scale=1.0, a=a, b=b, term=_last_axis(a, b))
+        str(i): Layer(
+            rank=len(b),
+            alpha=None,
+            scale=1.0,
+            a=a,
+            b=b,
+            matrices=(a.reshape(1, -1, len(b)), b[None]),
+        )
         for i, (a, b) in pairs.items()
     }
     return Adapter(kind=Kind.KERAS_HUB, layers=layers, values={}, config={})
-
-
-def _last_axis(a: Array, b: Array) -> Term:
-    return Term(a.reshape(1, -1, len(b)), b[None], 1.0)
 
 
 _READERS: dict[Kind, Callable[[str], Adapter]] = {

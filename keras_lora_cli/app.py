@@ -30,7 +30,7 @@ def command(*examples: str) -> Callable[[Callable[..., Answer]], Callable[..., N
     """Make a function a command, whose docstring and examples are its help."""
 
     def decorate(function: Callable[..., Answer]) -> Callable[..., None]:
-        name = function.__name__.removesuffix("_").replace("_", "-")
+        name = function.__name__.replace("_", "-")
         EXAMPLES[name] = examples
 
         @functools.wraps(function)

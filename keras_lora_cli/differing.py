@@ -57,7 +57,7 @@ def _read_alone(first: str, second: str) -> tuple[Adapter, Adapter]:
     if kinds[0] is not kinds[1]:
         raise _needs_base(f"{NAMES[kinds[0]]} and {NAMES[kinds[1]]}")
     pair = read_adapter(first), read_adapter(second)
-    unclear = {n for adapter in pair for n, v in adapter.layers.items() if v.term is None}
+    unclear = {n for adapter in pair for n, v in adapter.layers.items() if v.matrices is None}
     if unclear:
         raise _needs_base(f"factors whose shapes do not tell the matrices: {sorted(unclear)}")
     return pair
@@ -85,10 +85,11 @@ def _needs_base(received: str) -> ValueError:
 def _check_shapes(first: Adapter, second: Adapter) -> None:
     """Refuse adapters of two bases."""
     problems = []
-    for name, (a, b) in _paired(first.layers, second.layers).items():
-        shapes = [layer.term.shape if layer and layer.term else None for layer in (a, b)]
-        if None not in shapes and shapes[0] != shapes[1]:
-            problems.append(f"{name}: matrices {shapes[0]} and {shapes[1]}")
+    for name, layers in _paired(first.layers, second.layers).items():
+        terms = [layer.term for layer in layers if layer is not None]
+        shapes = {term.shape for term in terms if term is not None}
+        if len(shapes) > 1:
+            problems.append(f"{name}: matrices {' and '.join(map(str, sorted(shapes)))}")
     for name, (x, y) in _paired(_all_values(first), _all_values(second)).items():
         if x is not None and y is not None and x.shape != y.shape:
             problems.append(f"{name}: shapes {x.shape} and {y.shape}")
