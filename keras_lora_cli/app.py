@@ -49,13 +49,15 @@ def _show(function: Callable[[], Answer], as_json: bool) -> None:
     try:
         with speaking():
             answer = function()
+        answer.show(as_json)
+    except BrokenPipeError:  # as of `| head`, which typer ends quietly
+        raise
     except Exception as error:  # whatever Keras and TensorFlow may raise
         if os.environ.get(TRACEBACK):
             raise
         known = isinstance(error, ValueError | OSError | ImportError)
         complain("error", error if known else f"{type(error).__name__}: {error}")
         raise typer.Exit(2) from error
-    answer.show(as_json)
     if answer.negative:
         raise typer.Exit(1)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keras_lora_cli.paths import CONFIG_FILE, read_json
+from keras_lora_cli.paths import CONFIG_FILE, read_json, refused
 
 if TYPE_CHECKING:
     from keras_lora_cli.adapters import PeftOptions
@@ -128,14 +128,24 @@ def peft_options(
     """What these options tell of the Hugging Face model; its directory may tell the rest."""
     from keras_lora_cli.adapters import PeftOptions
 
-    file = config_file or Path(base or "", CONFIG_FILE)
-    config = read_json(file)
     return PeftOptions(
         heads=pairs(heads, "--head"),
         model_type=model_type,
-        # A preset of Keras has a file of this name too.
-        transformers_config=config if "model_type" in config else None,
+        transformers_config=_transformers_config(base, config_file),
     )
+
+
+def _transformers_config(base: str | None, given: Path | None) -> dict[str, Any] | None:
+    if given is None and base is None:
+        return None
+    file = given or Path(str(base), CONFIG_FILE)
+    config = read_json(file)
+    if "model_type" in config:
+        return config
+    if given is not None:
+        expected = "the config.json of a Hugging Face model, with a model_type"
+        raise refused(str(given), expected, "none" if not config else "another", "check the path")
+    return None  # a preset of Keras has a file of this name too
 
 
 def _parsed(value: str) -> Any:

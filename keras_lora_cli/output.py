@@ -38,7 +38,7 @@ class Answer:
 
     def show(self, as_json: bool) -> None:
         if as_json:
-            print(json.dumps(self.data, indent=2, ensure_ascii=False, allow_nan=False))
+            print(json.dumps(self.data, indent=2, allow_nan=False))
             return
         console = Console()
         if not console.is_terminal:

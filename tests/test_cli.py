@@ -552,6 +552,10 @@ REFUSED = {
     "nothing to convert": ("convert gpt2.lora.h5 out.lora.h5", "Expected a --base"),
     "no such dtype": ("convert peft/gpt2 out --to peft --dtype int8", "expected one of"),
     "heads unnamed": ("convert peft/bert out --base presets/bert", "has no variable that is this"),
+    "no such config": (
+        "convert adapters/gpt2 out --base presets/gpt2 --transformers-config broken.txt",
+        "the config.json of a Hugging Face model",
+    ),
     "two formats": ("diff adapters/gpt2 peft/gpt2", "directory of PEFT; give the model"),
     "two bases": ("diff adapters/style adapters/other", "Expected two adapters of one base"),
     "no tolerance": ("diff peft/gpt2 peft/gpt2 --tolerance=-1", "that is not negative"),
