@@ -41,6 +41,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/injection.py
 	$(BIN)/python benchmarks/merged.py
 	$(BIN)/python benchmarks/adapters.py
+	$(BIN)/python benchmarks/serving.py
 
 clean:
 	rm -rf $(VENV) .assets dist site

@@ -3,7 +3,7 @@
     python examples/run_saved_model.py SAVED_MODEL INPUTS.npz OUTPUTS.npz [SIGNATURE]
 
 `INPUTS.npz` holds an array for each input of the signature (`serving_default` if none is named),
-by name; the outputs are written to `OUTPUTS.npz` likewise. Strings are arrays of bytes or text.
+by name; the outputs are written to `OUTPUTS.npz` likewise, strings as arrays of text.
 The model goes through the C++ SavedModel loader and `Session::Run` with XLA compilation off, which
 is what TensorFlow Serving's CPU path does with its default settings. `libtensorflow` is taken out
 of the installed tensorflow package, which is located and never imported; so are the operations of
@@ -42,6 +42,7 @@ DTYPES: dict[int, Any] = {
 }
 NUMBERS = {np.dtype(dtype): number for number, dtype in DTYPES.items()}
 STRING = 7
+ENCODING = "utf-8", "surrogateescape"  # of strings that are given or wanted as text
 STRING_SIZE = 24  # bytes of a TF_TString
 INVALID_ARGUMENT, UNIMPLEMENTED = 3, 12  # of TF_Code
 
@@ -248,7 +249,7 @@ def _places(data: int, count: int) -> range:
 
 def _copy_strings(library: Any, array: np.ndarray, data: int) -> None:
     for place, value in zip(_places(data, array.size), array.ravel(), strict=True):
-        encoded = value if isinstance(value, bytes) else str(value).encode()
+        encoded = value if isinstance(value, bytes) else value.encode(*ENCODING)
         library.TF_StringInit(place)
         library.TF_StringCopy(place, encoded, len(encoded))
 
@@ -351,12 +352,21 @@ def main() -> None:
     saved_model, inputs, outputs, *signature = sys.argv[1:]
     with np.load(inputs) as arrays:
         results = SavedModel(saved_model).run(dict(arrays), *signature)
-    imported = {"tensorflow", "keras", "keras_lora"} & sys.modules.keys()
+    imported = {"tensorflow", "tensorflow_text", "keras", "keras_lora"} & sys.modules.keys()
     if imported:
         raise RuntimeError(f"This process must do without {sorted(imported)}.")
-    # An array of objects would be pickled.
-    plain = {k: v.astype("S") if v.dtype == object else v for k, v in results.items()}
-    np.savez(outputs, **plain)  # type: ignore[arg-type]
+    save(outputs, results)
+
+
+def save(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a file of NumPy, strings as text where objects would be pickled."""
+    plain = {name: _text(v) if v.dtype.hasobject else v for name, v in arrays.items()}
+    np.savez(path, **plain)  # type: ignore[arg-type]
+
+
+def _text(strings: np.ndarray) -> np.ndarray:
+    decoded = [value.decode(*ENCODING) for value in strings.ravel()]
+    return np.array(decoded, np.str_).reshape(strings.shape)
 
 
 if __name__ == "__main__":

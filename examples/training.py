@@ -65,11 +65,15 @@ def compile_for_training(model: keras.Model) -> None:
     )
 
 
-def tokenise(rows: assets.Rows, length: int) -> Data:
-    preprocessor = keras_hub.models.BertTextClassifierPreprocessor.from_preset(
+def preprocessor(length: int) -> keras.layers.Layer:
+    """Strings to rows of so many tokens."""
+    return keras_hub.models.BertTextClassifierPreprocessor.from_preset(
         str(assets.minilm()), sequence_length=length
     )
-    features = preprocessor(list(rows.texts))
+
+
+def tokenise(rows: assets.Rows, length: int) -> Data:
+    features = preprocessor(length)(list(rows.texts))
     return Data(
         {name: np.asarray(x, "int32") for name, x in features.items()}, np.array(rows.labels)
     )

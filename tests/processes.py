@@ -27,13 +27,18 @@ sys.meta_path.insert(0, Blocker(BLOCKED))
 
 def run(script: str, *arguments: object, block: tuple[str, ...] = ()) -> str:
     """Run a script whose imports of the packages in `block` fail; its output."""
-    prologue = BLOCK.replace("BLOCKED", ", ".join(map(repr, block))) if block else ""
-    return finish(start(prologue + script, *arguments))
+    return finish(start((blocking(*block) if block else "") + script, *arguments))
+
+
+def blocking(*packages: str) -> str:
+    """The beginning of a script that cannot import these packages."""
+    return BLOCK.replace("BLOCKED", ", ".join(map(repr, packages)))
 
 
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -19,6 +19,7 @@ from test_export_rows import HEAD, adapted, answers, assert_rows, client, config
 
 import keras_lora as kl
 from keras_lora.export import adding
+from keras_lora.export.rows import DESCRIPTION
 
 FEEDS = {"features": normal(5)}
 BASE_FILES = ["saved_model.pb", "variables/variables.data-00000-of-00001"]
@@ -193,8 +194,8 @@ def test_bad_arguments(exported: tuple[keras.Model, Path]) -> None:
     (first / "assets/adapters.index").write_bytes(b"cut")
     with pytest.raises(ValueError, match="Expected tables of adapters"):
         kl.add_adapter_to_saved_model(first, folder / "it", "it")
-    description = json.loads((first / adding.DESCRIPTION).read_text())
-    (first / adding.DESCRIPTION).write_text(json.dumps({**description, "format_version": 2}))
+    description = json.loads((first / DESCRIPTION).read_text())
+    (first / DESCRIPTION).write_text(json.dumps({**description, "format_version": 2}))
     with pytest.raises(ValueError, match="format_version 2"):
         kl.add_adapter_to_saved_model(first, folder / "it", "it")
     assert listed(folder / "served") == ["1"]
@@ -217,6 +218,7 @@ KILLED = """
 import os, sys
 import keras_lora as kl
 from keras_lora.export import adding
+from keras_lora.export.rows import DESCRIPTION
 
 def killed(*_):
     os._exit(0)

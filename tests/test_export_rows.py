@@ -14,6 +14,7 @@ import processes
 import pytest
 import tensorflow as tf
 from models import composite, functional, randomize_adapters, state, subclassed
+from test_export import PythonInside
 
 import keras_lora as kl
 from keras_lora.layers import BASE, all_held
@@ -199,6 +200,22 @@ def test_rows_of_a_mixed_batch_equal_the_merged_models(case: str, tmp_path: Path
     assert len(set(different.values())) == len(different)
 
 
+def test_what_is_compiled_stays_and_predicts_the_same(tmp_path: Path) -> None:
+    model, (x,) = small(), CASES["functional"][1]().values()
+    kl.set_adapter(model, "it")
+    model.compile("adam", "mse")
+    model.fit(x, np.zeros((len(MIX), 3)), verbose=0)
+    before, functions = model.predict(x, verbose=0), (model.train_function, model.predict_function)
+    optimizer = [np.array(v) for v in model.optimizer.variables]
+    kl.export_saved_model(model, tmp_path / "1", adapters=NAMES)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+    assert (model.train_function, model.predict_function) == functions
+    for variable, value in zip(model.optimizer.variables, optimizer, strict=True):
+        np.testing.assert_array_equal(np.array(variable), value)
+    assert kl.lora_layers(model)["up"].active_adapters == ()
+    assert kl.lora_layers(model)["middle"].active_adapters == ("it",)
+
+
 def test_any_mix_of_any_length_is_answered_alike(tmp_path: Path) -> None:
     model, feeds = small(), CASES["functional"][1]()
     kl.export_saved_model(model, tmp_path / "1", adapters=NAMES)
@@ -237,6 +254,34 @@ def test_a_part_of_the_adapters_by_index(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.slow
+def test_text_in_and_labels_out_by_row(tmp_path: Path) -> None:
+    """A tokenizer's graph does not know the size of the batch."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "is", "long"]
+    preprocessor = keras_hub.models.BertTextClassifierPreprocessor(
+        keras_hub.models.BertTokenizer(words), sequence_length=7
+    )
+
+    def make() -> keras.Model:
+        task = bert()
+        return keras_hub.models.BertTextClassifier(
+            backbone=task.backbone, num_classes=5, preprocessor=preprocessor
+        )
+
+    text = np.array(["the film", "is long", "long film is the long film", "the"] * 3)[: len(MIX)]
+    labels = ["ash", "elm", "fir", "oak", "yew"]
+    model = adapted(make, CASES["kerashub task"][2])
+    kl.export_saved_model(
+        model, tmp_path / "1", adapters=NAMES, preprocessing=True, class_names=labels
+    )
+    serve = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"]
+    received = serve(adapter=tf.constant(MIX), text=tf.constant(text))
+    expected = tf.nn.softmax(answers(model, preprocessor(text))).numpy()
+    assert_rows(received["probabilities"].numpy(), expected)
+    wanted = [labels[i].encode() for i in expected.argmax(axis=-1)]
+    assert received["label"].numpy().tolist() == wanted
+
+
 CLIENT = """
 import json, sys
 import numpy as np
@@ -262,7 +307,7 @@ print(json.dumps(refused))
 def client(path: Path, feeds: Mapping[str, Any], bad: list[list[str]]) -> tuple[Feeds, list[Any]]:
     """Answers of TensorFlow's C library, and what it says of bad adapters, once per output."""
     folder = path.parent
-    np.savez(folder / "in.npz", **{name: np.array(value) for name, value in feeds.items()})
+    np.savez(folder / "in.npz", **{name: np.array(value) for name, value in feeds.items()})  # type: ignore[arg-type]
     block = ("keras", "keras_lora")
     arguments = (path, folder / "in.npz", folder / "out.npz", json.dumps(bad))
     printed = processes.run(CLIENT, *arguments, block=block)
@@ -281,13 +326,13 @@ def test_an_unknown_name_fails_its_request_in_the_c_library(tmp_path: Path) -> N
     """Even where the output that is asked for depends on no adapter."""
     model = adapted(two_outputs, (config(2, ["up"]), config(3, ["class"])))
     kl.export_saved_model(model, tmp_path / "1", adapters=["fr", "de"])
-    feeds = {"x": normal(5), "adapter": [name.replace("it", "fr") for name in MIX]}
-    unknown = [*feeds["adapter"][:-1], "zz"]
-    received, refused = client(tmp_path / "1", feeds, [unknown, ["fr"], feeds["adapter"] * 2])
+    x, names = normal(5), [name.replace("it", "fr") for name in MIX]
+    bad = [[*names[:-1], "zz"], ["fr"], names * 2]
+    received, refused = client(tmp_path / "1", {"x": x, "adapter": names}, bad)
     for name in ("fr", "de", ""):
         kl.set_adapter(model, name or None)
-        rows = [i for i, other in enumerate(feeds["adapter"]) if other == name]
-        for key, expected in zip(("class", "plain"), model(feeds["x"]), strict=True):
+        rows = [i for i, other in enumerate(names) if other == name]
+        for key, expected in zip(("class", "plain"), model(x), strict=True):
             assert_rows(received[key][rows], np.array(expected)[rows])
     assert [code for code, _ in refused] == [3] * 6  # INVALID_ARGUMENT
     for _, message in refused[:2]:
@@ -411,6 +456,7 @@ REFUSED: dict[str, tuple[Callable[[], keras.Model], kl.LoRAConfig, str]] = {
         config(2, ["up"], layers_to_save=["norm"]),
         r"'norm/gamma': only a kernel or a bias.*'norm/beta'",
     ),
+    "python": (around(PythonInside(name="python")), config(2, ["head"]), "PyFunc"),
     "input": (named_adapter, config(2, ["head"]), "none of them 'adapter'"),
 }
 

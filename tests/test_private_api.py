@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+import tensorflow_text
 from models import composite, data, functional, subclassed
 
 import keras_lora as kl
+from keras_lora.export.checking import TEXT_OPERATIONS
+from keras_lora.export.operations import server_operations
 
 
 @pytest.mark.parametrize("layer_class", [keras.layers.Dense, keras.layers.EinsumDense])
@@ -92,3 +100,43 @@ def test_metrics_are_built_and_tell_their_direction() -> None:
     model._symbolic_build(data_batch=data(model))
     assert len(model.metrics_variables) == 2 + 2 + len(metrics[1].variables)
     assert [metric._direction for metric in metrics] == ["down", "up"]
+
+
+def test_a_resource_of_ones_own_takes_assets_along(tmp_path: Path) -> None:
+    """`_track_trackable`, of TensorFlow."""
+
+    class Resource(tf.saved_model.experimental.TrackableResource):
+        def _create_resource(self) -> Any:
+            return tf.raw_ops.VarHandleOp(dtype=tf.bool, shape=[])
+
+    (tmp_path / "words").write_text("one")
+    module = tf.Module()
+    module.resource = Resource()
+    module.resource._track_trackable(tf.saved_model.Asset(str(tmp_path / "words")), "words")
+    tf.saved_model.save(module, str(tmp_path / "saved"))
+    assert (tmp_path / "saved/assets/words").read_text() == "one"
+
+
+def test_slice_update_needs_xla_unless_it_is_replaced() -> None:
+    """By its public name, but for a reason that Keras may do away with."""
+
+    def update(x: tf.Tensor) -> tf.Tensor:
+        return keras.ops.slice_update(x, (0, 1), x[:, :2])
+
+    operations = []
+    for context in (contextlib.nullcontext(), server_operations()):
+        with context:
+            traced = tf.function(update).get_concrete_function(tf.TensorSpec((None, 5)))
+        operations.append({node.op for node in traced.graph.as_graph_def().node})
+    assert "XlaDynamicUpdateSlice" in operations[0]
+    assert not any(name.startswith("Xla") for name in operations[1])
+    assert "TensorStridedSliceUpdate" in operations[1]
+
+
+def test_operations_of_tensorflow_text_are_known() -> None:
+    """What `check_saved_model` lists, from the libraries themselves."""
+    folder = Path(tensorflow_text.__file__).parent
+    libraries = [tf.load_op_library(str(path)) for path in folder.glob("python/ops/*.so")]
+    names = {name for library in libraries for name in vars(library) if name[0].isupper()}
+    operations = {n for n in names if not n.startswith(("TFText_", "TV_"))}
+    assert operations - {"Annotated", "Any", "List", "TypeVar"} == TEXT_OPERATIONS

@@ -72,7 +72,7 @@ def add_adapter_to_saved_model(
     goal = _next_version(source) if target is None else Path(target)
     if goal.exists():
         raise invalid("target", "a path that does not exist", str(goal), "choose another")
-    pieces = [Piece(key, tuple(shape)) for key, shape in description["pieces"].items()]
+    pieces = [Piece(key, tuple(shape)) for key, shape in description["pieces"]]
     values = _values(directory, pieces, description["base"])
     tables = Tables.of(pieces, read_tensors(source / _ASSETS))
     if check_adapter_name(name) in tables.names:

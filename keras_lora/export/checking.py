@@ -16,6 +16,33 @@ from keras_lora.files import PathLike
 
 # TensorFlow Serving's REST API has no JSON form of these.
 _LOW_PRECISION = {types_pb2.DT_HALF, types_pb2.DT_BFLOAT16}
+# Those operations of tensorflow-text that are not called `TFText>...`.
+TEXT_OPERATIONS = {
+    "CaseFoldUTF8",
+    "ConstrainedSequence",
+    "FastBertNormalize",
+    "FastWordpieceTokenizeWithOffsets",
+    "FindSourceOffsets",
+    "MaxSpanningTree",
+    "NormalizeUTF8",
+    "NormalizeUTF8WithOffsetsMap",
+    "PhraseTokenize",
+    "RegexSplitWithOffsets",
+    "SentenceFragments",
+    "SentenceFragmentsV2",
+    "SentencepieceDetokenizeOp",
+    "SentencepieceIdToStringOp",
+    "SentencepieceOp",
+    "SentencepieceStringToIdOp",
+    "SentencepieceTokenizeOp",
+    "SentencepieceTokenizeWithOffsetsOp",
+    "SentencepieceVocabSizeOp",
+    "SplitMergeTokenizeWithOffsets",
+    "TokenizerFromLogits",
+    "UnicodeScriptTokenizeWithOffsets",
+    "WhitespaceTokenizeWithOffsets",
+    "WordpieceTokenizeWithOffsets",
+}
 _PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc", "NumpyFunction"}
 
 
@@ -57,7 +84,7 @@ def check_saved_model(path: PathLike) -> GraphReport:
         if info.dtype in _LOW_PRECISION:
             dtype = types_pb2.DataType.Name(info.dtype)
             problems.append(f"{name} of type {dtype}, which has no JSON form: cast it to float32")
-    text = sorted(op for op in ops if op.startswith("TFText>"))
+    text = sorted(op for op in ops if op.startswith("TFText>") or op in TEXT_OPERATIONS)
     return GraphReport(len(nodes), tuple(problems), tuple(text))
 
 

@@ -22,8 +22,9 @@ Tokens = Mapping[str, tf.Tensor]
 
 @dataclass(frozen=True)
 class Generation:
-    """The arguments of `model.generate` that a SavedModel holds."""
+    """Whether a SavedModel writes, and the arguments of `model.generate` that it holds then."""
 
+    wanted: bool = True
     max_length: int | None = None
     stop_token_ids: Sequence[int] | str | None = "auto"
 
@@ -32,14 +33,22 @@ class Generation:
         if length is not None and (not isinstance(length, int) or length < 1):
             raise invalid("max_length", "None or a positive number of tokens", length)
         stop = self.stop_token_ids
-        if stop is not None and stop != "auto" and (isinstance(stop, str) or not list(stop)):
+        ids = isinstance(stop, Sequence) and not isinstance(stop, str) and len(stop) > 0
+        if stop is not None and stop != "auto" and not ids:
             raise invalid("stop_token_ids", "'auto', None or ids of tokens", stop)
+        if self.given and not self.wanted:
+            raise invalid("generate", "True with max_length or stop_token_ids", self.wanted)
+
+    @property
+    def given(self) -> bool:
+        """Whether there is anything that only a language model has use for."""
+        return self.max_length is not None or self.stop_token_ids != "auto"
 
 
 def generate_text(model: keras.Model, options: Generation) -> Endpoint:
     """`text` in, `text` out: the prompt and what the model adds, as `model.generate` gives them."""
     preprocessor = preprocessor_of(model)
-    stop = _stop_tokens(model, options)
+    stop = stop_tokens(model, options)
 
     def call(inputs: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         tokens = preprocessor.generate_preprocess(
@@ -57,7 +66,7 @@ def generate_text(model: keras.Model, options: Generation) -> Endpoint:
 def generate_tokens(model: keras.Model, options: Generation) -> Endpoint:
     """Tokens and their mask in, and out with what the model adds in the places of the padding."""
     specs = input_specs(model, None)
-    stop = _stop_tokens(model, options)
+    stop = stop_tokens(model, options)
     pad = _padding(model, specs, options.max_length)
 
     def call(inputs: Tokens) -> dict[str, tf.Tensor]:
@@ -85,7 +94,7 @@ def _traceable(model: keras.Model, endpoint: Endpoint) -> Endpoint:
     return dataclasses.replace(endpoint, call=call)
 
 
-def _stop_tokens(model: keras.Model, options: Generation) -> list[int] | None:
+def stop_tokens(model: keras.Model, options: Generation) -> list[int] | None:
     """As `model.generate` finds them."""
     if options.stop_token_ids is None:
         return None

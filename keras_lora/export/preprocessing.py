@@ -76,7 +76,7 @@ def _image_spec(model: keras.Model) -> tf.TensorSpec:
 
 
 def _to_probabilities(model: keras.Model) -> Any:
-    """What takes the task's outputs to probabilities; binary losses give one for each class."""
+    """What takes the task's outputs to probabilities; without an activation, the loss decides."""
     activation = keras.activations.get(model.activation)
     if activation in (keras.activations.softmax, keras.activations.sigmoid):
         return keras.activations.linear
@@ -88,4 +88,5 @@ def _to_probabilities(model: keras.Model) -> Any:
         )
     loss = getattr(model, "loss", None)
     binary = isinstance(loss, _BINARY) or loss in ("binary_crossentropy", "bce")
+    binary = binary or model.output.shape[-1] == 1
     return keras.activations.sigmoid if binary else keras.activations.softmax

@@ -34,10 +34,11 @@ from keras_lora.export.requests import (
 )
 from keras_lora.export.stored import StoredTables, write_tensors
 from keras_lora.export.tables import Array, Piece, Tables
-from keras_lora.export.uses import Use, adapted_uses, add_held
+from keras_lora.export.uses import Use, adapted_uses, add_held, unplaced
 from keras_lora.inject import check_names
 from keras_lora.keys import base_fingerprint
 from keras_lora.layers import BASE, Held, LoRALayer, attach, detach
+from keras_lora.serialization import adapter_tensors
 from keras_lora.walker import lora_layers
 
 DESCRIPTION = Path("assets.extra", "keras_lora.json")
@@ -78,24 +79,33 @@ class RowAdapters:
 
     def check(self) -> None:
         if self.refusals:
+            reasons = "; ".join(dict.fromkeys(self.refusals))
             raise ValueError(
                 "Expected a model in which each row of a batch can have an adapter of its own. "
-                f"Received: {self.model.name!r}, of which {'; '.join(dict.fromkeys(self.refusals))}"
-                ". Leave these layers out of the adapters (exclude, layers_to_save, bias), or "
-                "export one merged model for each adapter."
+                f"Received: {self.model.name!r} (tried with a batch of {_TRIAL_BATCH} rows), of "
+                f"which {reasons}. Leave these layers out of the adapters (exclude, "
+                "layers_to_save, bias), or export one merged model for each adapter."
             )
 
     def tables(self) -> Tables:
+        """Raises:
+        ValueError: an adapter is more than factors, kernels and biases.
+        """
         tables = Tables(self.pieces)
-        for name in (BASE, *self.names):
-            tables.add(name, self._values(name))
+        tables.add(BASE, {key: item.value(BASE) for key, item in self.held.items()})
+        for name in self.names:
+            values = self._values(name)
+            strange = unplaced(self.model, name, values, self.pieces)
+            self.refusals.extend(f"'{key}': it has no form by row" for key in strange)
+            tables.add(name, values)
+        self.check()
         return tables
 
     def description(self) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
             "base": base_fingerprint(self.model),
-            "pieces": {piece.key: list(piece.shape) for piece in self.pieces},
+            "pieces": [[piece.key, piece.shape] for piece in self.pieces],
         }
 
     @contextlib.contextmanager
@@ -155,14 +165,11 @@ class RowAdapters:
             yield
 
     def _values(self, name: str) -> dict[str, Array]:
-        """The pieces of an adapter, or of the base."""
-        values = {key: item.value(name) for key, item in self.held.items() if name in item.names}
+        """What an adapter consists of, with the scale in `B`."""
+        values = adapter_tensors(self.model, name)
         for use in self.uses:
             if use.factors is not None and name in use.layer.adapters:
-                adapter = use.layer.adapters[name]
-                a, b = use.factors
-                values[a.key] = np.array(adapter.a)
-                values[b.key] = np.float32(adapter.scaling) * np.array(adapter.b)
+                values[use.factors[1].key] *= np.float32(use.layer.adapters[name].scaling)
         return values
 
 

@@ -127,7 +127,7 @@ def export_saved_model(
     _check_export(model, target, overwrite)
     check_adapter_ids(adapter_ids)
     rows = None if adapters is None else RowAdapters.of(model, adapters)
-    generation = Generation(max_length, stop_token_ids) if generate else None
+    generation = Generation(generate, max_length, stop_token_ids)
     endpoints = _endpoints(model, input_signature, class_names, preprocessing, generation)
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
@@ -158,34 +158,36 @@ def _endpoints(
     given: Any | None,
     class_names: Sequence[str] | None,
     preprocessing: bool | Sequence[str],
-    generation: Generation | None,
+    generation: Generation,
 ) -> list[Endpoint]:
     if is_task(model, "CausalLM"):
         if class_names is not None:
             raise invalid("class_names", "None for a language model", class_names)
-        return _language_model(model, given, bool(preprocessing), generation)
-    if generation not in (None, Generation()):
+        return _language_model(model, given, preprocessing, generation)
+    if generation.given:
         raise invalid(
             "max_length, stop_token_ids",
             "no values for a model that is not a CausalLM of KerasHub",
-            generation,
+            (generation.max_length, generation.stop_token_ids),
         )
-    served = classify(model, preprocessing) if preprocessing else serve(model, given)
+    served = serve(model, given) if preprocessing is False else classify(model, preprocessing)
     return [served if class_names is None else labelled(served, class_names)]
 
 
 def _language_model(
-    model: keras.Model, given: Any | None, text: bool, generation: Generation | None
+    model: keras.Model, given: Any | None, preprocessing: object, generation: Generation
 ) -> list[Endpoint]:
     served = serve(model, given, names=["logits"])
-    if generation is None:
-        if text:
-            raise invalid("generate", "True where text comes in", False, "drop preprocessing")
+    if not isinstance(preprocessing, bool) or (preprocessing and not generation.wanted):
+        raise invalid(
+            "preprocessing",
+            "False, or, for the signature 'generate' of a language model, True",
+            preprocessing,
+        )
+    if not generation.wanted:
         return [served]
-    return [
-        served,
-        generate_text(model, generation) if text else generate_tokens(model, generation),
-    ]
+    make = generate_text if preprocessing else generate_tokens
+    return [served, make(model, generation)]
 
 
 def _check_export(model: keras.Model, target: Path, overwrite: bool) -> None:

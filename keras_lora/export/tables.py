@@ -71,8 +71,7 @@ class Tables:
         self.names: list[str] = []
         self._places: list[Array] = []
         factors = {piece.width for piece in pieces if piece.is_factor}
-        self._lengths = {width: int(width in factors) for width in widths(pieces)}
-        self._rows = {w: [np.zeros((n, w), "float32")] for w, n in self._lengths.items()}
+        self._rows = {w: np.zeros((int(w in factors), w), "float32") for w in widths(pieces)}
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], tensors: Mapping[str, Array]) -> Tables:
@@ -80,8 +79,7 @@ class Tables:
         tables = cls(pieces)
         tables.names = [name.decode() for name in tensors[NAMES].tolist()]
         tables._places = list(tensors[PLACES])
-        tables._rows = {width: [tensors[rows_key(width)]] for width in tables._rows}
-        tables._lengths = {width: len(rows) for width, (rows,) in tables._rows.items()}
+        tables._rows = {width: np.array(tensors[rows_key(width)]) for width in tables._rows}
         return tables
 
     def add(self, name: str, values: Mapping[str, Array]) -> None:
@@ -97,14 +95,16 @@ class Tables:
 
     def tensors(self) -> dict[str, Array]:
         """What is stored, by key; see the module."""
-        rows = {rows_key(width): np.concatenate(parts) for width, parts in self._rows.items()}
+        rows = {rows_key(width): table for width, table in self._rows.items()}
         names = np.array([name.encode() for name in self.names], dtype=object)
         return {NAMES: names, PLACES: np.stack(self._places), **rows}
 
     def _put(self, piece: Piece, value: Array) -> tuple[int, int]:
-        new, first = piece.rows(value).astype("float32", copy=False), self._lengths[piece.width]
-        self._rows[piece.width].append(new)
-        self._lengths[piece.width] += len(new)
+        new, table = piece.rows(value), self._rows[piece.width]
+        first = len(table)
+        # In place: all adapters together may be larger than the base.
+        table.resize((first + len(new), piece.width), refcheck=False)
+        table[first:] = new
         return first, len(new)
 
 

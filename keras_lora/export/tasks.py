@@ -12,10 +12,10 @@ import tensorflow as tf
 from keras_lora.config import invalid
 
 
-def is_task(model: keras.Model, *names: str) -> bool:
-    """Whether the model is one of these tasks of `keras_hub.models`."""
+def is_task(model: keras.Model, name: str) -> bool:
+    """Whether the model is this task of `keras_hub.models`."""
     hub = sys.modules.get("keras_hub")  # not imported by now: then no model is a task
-    return hub is not None and isinstance(model, tuple(getattr(hub.models, n) for n in names))
+    return hub is not None and isinstance(model, getattr(hub.models, name))
 
 
 def preprocessor_of(model: keras.Model) -> Any:

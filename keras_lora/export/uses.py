@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_lora.export.tables import Piece
+from keras_lora.export.tables import Array, Piece
 from keras_lora.keys import stable_layers, variable_keys
 from keras_lora.layers import (
     BASE,
@@ -52,14 +52,16 @@ class Use:
 
 
 def adapted_uses(model: keras.Model, names: Sequence[str], refusals: list[str]) -> dict[int, Use]:
+    """The layers that these adapters adapt, by identity."""
     uses = {}
     for path, layer in stable_layers(model).items():
         if not set(names) & set(layer.adapters):
             continue
-        if isinstance(layer, keras.layers.Dense | keras.layers.EinsumDense):
+        if _is_linear(layer):
             uses[id(layer)] = Use(path, layer, _factor_pieces(path, layer))
         else:
-            refusals.append(f"'{path}': adapters of a {layer.base_class.__name__} act on no row")
+            kind = layer.base_class.__name__
+            refusals.append(f"'{path}': a layer of the kind {kind} has no adapters by row")
     return uses
 
 
@@ -78,7 +80,7 @@ def add_held(
     """The values that differ among the adapters, by key, as pieces of their layers."""
     keys, owners, held = variable_keys(model), _owners(model), {}
     for item in all_held(model.variables):
-        if all(np.array_equal(item.value(n), item.value(BASE)) for n in {*names} & item.names):
+        if not _differs(item, names):
             continue
         key, owner = keys[id(item.variable)], owners.get(id(item.variable))
         if owner is None or item.variable.dtype == "float64":
@@ -94,14 +96,35 @@ def add_held(
     return held
 
 
+def unplaced(
+    model: keras.Model, name: str, values: Mapping[str, Array], pieces: Sequence[Piece]
+) -> list[str]:
+    """The keys of an adapter that have no piece, and are not values of the base."""
+    same = {id(item.variable) for item in all_held(model.variables) if not _differs(item, [name])}
+    known = {piece.key for piece in pieces}
+    known |= {key for identity, key in variable_keys(model).items() if identity in same}
+    return [key for key in values if key not in known]
+
+
+def _differs(item: Held, names: Sequence[str]) -> bool:
+    values = (item.value(name) for name in names if name in item.names)
+    return any(not np.array_equal(value, item.value(BASE)) for value in values)
+
+
 def _owners(model: keras.Model) -> dict[int, tuple[str, keras.layers.Layer, str]]:
     """Path, layer and role of each kernel and bias that a layer can have for each row."""
     owners = {}
     for node in walk(model):
         layer = node.layer
-        if not layer.built or lora_class_for(plain_class(layer)) is None:
+        if not layer.built or not _is_linear(layer):
             continue
         owners[id(layer.bias)] = node.path, layer, "bias"
         if not isinstance(layer, LoRALayer) and layer.dtype_policy.quantization_mode is None:
             owners[id(layer.kernel)] = node.path, layer, "kernel"
     return owners
+
+
+def _is_linear(layer: keras.layers.Layer) -> bool:
+    """Whether the layer is of a kind that `Rows` can stand in for."""
+    known = isinstance(layer, keras.layers.Dense | keras.layers.EinsumDense)
+    return known and lora_class_for(plain_class(layer)) is not None
