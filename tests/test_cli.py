@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import pty
+import runpy
 import shlex
 import subprocess
 import sys
@@ -618,7 +620,7 @@ def test_warnings_are_lines(run: Run, tmp_path: Path) -> None:
 
 
 def test_modules_are_imported_for_layers_of_ones_own(
-    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Ask, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_layers.py").write_text(
         "import keras\n"
@@ -626,15 +628,13 @@ def test_modules_are_imported_for_layers_of_ones_own(
         "class Shift(keras.layers.Layer):\n"
         "    def call(self, x): return x + 1\n"
     )
-    script = """
-import sys, keras
-sys.path.insert(0, sys.argv[1])
-import own_layers
-up, shift, head = keras.layers.Dense(3, name="up"), own_layers.Shift(), keras.layers.Dense(2)
-keras.Sequential([keras.Input((5,)), up, shift, head]).save(sys.argv[1] + "/own.keras")
-"""
-    processes.run(script, tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    shift = importlib.import_module("own_layers").Shift()
+    up, head = keras.layers.Dense(3, name="up"), keras.layers.Dense(2)
+    keras.Sequential([keras.Input((5,)), up, shift, head]).save(tmp_path / "own.keras")
+    keras.saving.get_custom_objects().pop("own>Shift")
+    sys.modules.pop("own_layers")
+    assert run("inspect", tmp_path / "own.keras").code == 2
     found = ask("inspect", tmp_path / "own.keras", "--import", "own_layers")
     assert [t["path"] for t in found["targets"]] == ["up"]
 
@@ -727,11 +727,13 @@ def test_a_process_fails_with_one_line(files: Path) -> None:
     assert line.startswith("keras-lora: error: Invalid 'nowhere'")
 
 
-@pytest.mark.slow
-def test_the_package_is_the_command_too() -> None:
-    script = "import runpy, sys; sys.argv[0] = 'x'; runpy.run_module('keras_lora', alter_sys=True)"
-    script = f"try:\n    {script}\nexcept SystemExit as done:\n    assert not done.code"
-    assert processes.run(script, "--version").splitlines()[-1] == kl.__version__
+def test_the_package_is_the_command_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["keras_lora", "--version"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module("keras_lora", run_name="__main__")
+    assert (done.value.code, capsys.readouterr().out) == (0, f"{kl.__version__}\n")
 
 
 def test_steps_count() -> None:
