@@ -88,7 +88,7 @@ def _from_file(path: str) -> keras.Model:
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         fix = f"copy it or save it again ({error})"
         raise invalid("base", "a whole .keras file", path, fix) from error
-    if b'"keras_hub' in config:
+    if re.search(rb'"keras_(hub|nlp)', config):
         keras_hub()  # registers its classes
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True)

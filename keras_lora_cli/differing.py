@@ -7,7 +7,7 @@ from typing import Any
 
 from keras_lora.combining import Array, Term
 from keras_lora.comparing import Distance, array_distance, delta_distance
-from keras_lora.config import invalid
+from keras_lora.config import invalid, is_finite
 from keras_lora_cli.adapters import Adapter, Layer, PeftOptions, adapter_of, load_into, read_adapter
 from keras_lora_cli.bases import Base, load_base
 from keras_lora_cli.output import Answer, Steps, facts, shown, table
@@ -26,8 +26,8 @@ def diff(
     steps: Steps,
 ) -> Answer:
     """Compare what two adapters compute, layer by layer, and what else they hold and say."""
-    if not tolerance >= 0:
-        raise invalid("tolerance", "a number that is not negative", tolerance)
+    if not (is_finite(tolerance) and tolerance >= 0):
+        raise invalid("tolerance", "a finite number that is not negative", tolerance)
     with steps.step("reading"):
         if base is None:
             pair = _read_alone(first, second)
