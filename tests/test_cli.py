@@ -29,7 +29,6 @@ import keras_lora as kl
 import keras_lora_cli
 from keras_lora.layers import split_kernel
 from keras_lora_cli.app import EXAMPLES, TRACEBACK, app
-from keras_lora_cli.output import Steps, steps
 
 BASE = "the base.keras"
 REVIEWS = "adapters/réviews"
@@ -734,10 +733,3 @@ def test_the_package_is_the_command_too(
     with pytest.raises(SystemExit) as done:
         runpy.run_module("keras_lora", run_name="__main__")
     assert (done.value.code, capsys.readouterr().out) == (0, f"{kl.__version__}\n")
-
-
-def test_steps_count() -> None:
-    with steps(2) as bar:
-        assert isinstance(bar, Steps)
-        with bar.step("one"):
-            pass
