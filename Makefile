@@ -26,7 +26,7 @@ test: lint test-tensorflow test-backends docs
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy keras_lora tests examples benchmarks docs
+	$(BIN)/mypy keras_lora keras_lora_cli tests examples benchmarks docs
 
 # Two processes: the tests are many and small, and TensorFlow's threads wait on each other.
 test-tensorflow: $(VENV)/.dev

@@ -87,7 +87,9 @@ class LoRASummary:
         ]
         for name in ("weight", "gradient", "optimizer"):
             ours, theirs = (getattr(cost, f"{name}_bytes") for cost in (self.trained, self.full))
-            lines.append(f"{name}s trained: {_bytes(ours)}; full fine-tuning: {_bytes(theirs)}")
+            lines.append(
+                f"{name}s trained: {shown_bytes(ours)}; full fine-tuning: {shown_bytes(theirs)}"
+            )
         return "\n".join(lines).replace("optimizers trained", "optimizer state (Adam)")
 
 
@@ -162,7 +164,7 @@ def _size(variable: keras.Variable | Factor) -> int:
     return math.prod(variable.shape)
 
 
-def _bytes(count: float) -> str:
+def shown_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"

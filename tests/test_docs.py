@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import doctest
 import re
+import shlex
 from pathlib import Path
 
 import processes
 import pytest
 
+import keras_lora_cli
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def blocks(page: Path, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+
+
+def run_python(page: Path, folder: Path) -> None:
+    script = "\n".join(blocks(page, "python"))
+    if script:
+        processes.run(f"import os; os.chdir({str(folder)!r})\n{script}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run_in_order(page: Path, tmp_path: Path) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M)
-    if blocks:
-        processes.run(f"import os; os.chdir({str(tmp_path)!r})\n" + "\n".join(blocks))
+def test_python_and_console_blocks_run_in_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_python(page, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "console"):
+        for shown in re.split(r"^\$ ", block, flags=re.M)[1:]:
+            command, _, expected = shown.partition("\n")
+            program, *arguments = shlex.split(command)
+            assert program == "keras-lora"
+            assert keras_lora_cli.main(arguments) == 0
+            received = capsys.readouterr().out
+            options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            same = doctest.OutputChecker().check_output(expected, received, options)
+            assert same, f"{command}\n{received}"
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ ORDER = [
     "inject.merge",
     "inject",
     "combining",
+    "comparing",
     "files",
     "peft_files.config",
     "peft_files.tensors",
@@ -81,6 +82,7 @@ ORDER = [
     "export.onnx_file",
     "export",
     "",
+    "__main__",
 ]
 SERVES_TENSORFLOW_ALONE = "export"
 PRIVATE_API = ("layers", "walker", "inject", "export", "kerashub")

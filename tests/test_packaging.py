@@ -14,7 +14,7 @@ import keras_lora as kl
 
 EXTRAS = (
     *("keras_hub", "keras_nlp", "peft", "torch", "transformers", "jax", "matplotlib"),
-    *("onnx", "onnxruntime", "tf2onnx", "ai_edge_litert"),
+    *("onnx", "onnxruntime", "tf2onnx", "ai_edge_litert", "typer"),
 )
 
 
@@ -27,8 +27,11 @@ def test_the_wheel_imports_without_any_extra(tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert "keras_lora/py.typed" in names
+    (entries,) = (name for name in names if name.endswith("entry_points.txt"))
+    text = (tmp_path / "site" / entries).read_text()
+    assert text == "[console_scripts]\nkeras-lora = keras_lora_cli:main\n"
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"keras_lora"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"keras_lora", "keras_lora_cli"}
     script = """
 import sys
 sys.path.insert(0, sys.argv[1])

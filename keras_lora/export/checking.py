@@ -93,7 +93,7 @@ def check_saved_model(path: PathLike) -> GraphReport:
     Raises:
         ValueError: there is no readable `saved_model.pb`.
     """
-    graph = _read_graph(Path(path))
+    graph = read_graph(Path(path))
     nodes = list(_nodes(graph))
     ops = {node.op for node in nodes} - _function_names(graph)
     text = sorted(filter(_is_text, ops))
@@ -143,7 +143,7 @@ def _signature_problems(graph: saved_model_pb2.SavedModel) -> Iterator[str]:
             yield f"{name} of type {dtype}, which has no JSON form: cast it, as to float32"
 
 
-def _read_graph(path: Path) -> saved_model_pb2.SavedModel:
+def read_graph(path: Path) -> saved_model_pb2.SavedModel:
     file = path / "saved_model.pb"
     try:
         return saved_model_pb2.SavedModel.FromString(file.read_bytes())

@@ -1,0 +1,34 @@
+"""The command `keras-lora`.
+
+A package of its own, since `keras_lora` imports TensorFlow, which takes seconds: help, completion
+and errors of typing come at once, and what a command needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: What is typed after `keras-lora`; by default what was.
+
+    Returns:
+        The exit code: 0 where all is well, 1 for a negative answer, 2 for an error.
+    """
+    # TensorFlow's notices of processors that it found.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        importlib.import_module("typer")
+    except ImportError as error:
+        advice = 'pip install "keras-lora[cli]"'
+        print(f"keras-lora: error: typer is needed: {advice} ({error})", file=sys.stderr)
+        return 2
+    from keras_lora_cli import adapter_commands, app, model_commands  # noqa: F401
+
+    return app.run(sys.argv[1:] if arguments is None else list(arguments))

@@ -1,0 +1,244 @@
+"""Adapters of every format in one form: read without a model, or through the one they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+import keras_lora as kl
+from keras_lora.combining import Array, Term
+from keras_lora.files import AdapterFileError
+from keras_lora.kerashub_h5 import read_keras_hub_lora
+from keras_lora.keys import held_by, stable_layers, variable_keys
+from keras_lora.layers import kernel_shape, split_kernel
+from keras_lora.peft_files import PeftModule, read_peft_adapter
+from keras_lora.serialization import adapter_tensors
+from keras_lora_cli.paths import ADAPTER_CONFIG_FILE, ADAPTERS, Kind, check_kind, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What an adapter adds to one layer: `scale * a @ b`, in the shapes of the file.
+
+    Attributes:
+        rank: The inner size.
+        alpha: Numerator of the scale; None in files that have none.
+        scale: The factor in front of the product.
+        a: The first factor as it is stored.
+        b: The second one.
+        matrices: Both as `(shared, d, r)` and `(shared, r, k)`; None where the shapes alone do
+            not tell them.
+        extras: Further values of the layer, such as DoRA's magnitude, by name.
+    """
+
+    rank: int
+    alpha: float | None
+    scale: float
+    a: Array
+    b: Array
+    matrices: tuple[Array, Array] | None = None
+    extras: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def term(self) -> Term | None:
+        """The delta, where the matrices are known; a copy of them in float64."""
+        return Term(*self.matrices, self.scale) if self.matrices else None
+
+    @property
+    def parameters(self) -> int:
+        return sum(value.size for value in (self.a, self.b, *self.extras.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter.
+
+    Attributes:
+        kind: The format of its files.
+        layers: By the path or the number of the layer, or the name of the module.
+        values: Heads and biases that belong to it, by name.
+        config: What its files say beside the tensors; empty for a `.lora.h5` file.
+        unknown: Tensors that are not understood.
+    """
+
+    kind: Kind
+    layers: Mapping[str, Layer]
+    values: Mapping[str, Array]
+    config: Mapping[str, Any]
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftOptions:
+    """What the exchange with PEFT may need to be told; see `keras_lora.load_peft_adapter`."""
+
+    heads: Mapping[str, str] = field(default_factory=dict)
+    model_type: str | None = None
+    transformers_config: Mapping[str, Any] | None = None
+
+
+def read_adapter(path: str) -> Adapter:
+    """Read an adapter of any format, without the model that it belongs to.
+
+    Raises:
+        ValueError: there is none.
+        AdapterFileError: its files are damaged.
+    """
+    return _READERS[check_kind(path, ADAPTERS)](path)
+
+
+def load_into(
+    model: keras.Model,
+    path: str,
+    name: str,
+    options: PeftOptions,
+    *,
+    rank: int | None = None,
+) -> list[kl.ConvertedLayer]:
+    """Add an adapter of any format to a model.
+
+    Returns:
+        What came of the layers of a KerasHub file; nothing for the other formats.
+    """
+    kind = check_kind(path, ADAPTERS)
+    if kind is Kind.KERAS_HUB:
+        return kl.load_keras_hub_lora(model, path, name, rank=rank)
+    if kind is Kind.PEFT:
+        kl.load_peft_adapter(model, path, name, **vars(options))
+    else:
+        kl.load_adapter(model, path, name)
+    return []
+
+
+def adapter_of(model: keras.Model, name: str, path: str) -> Adapter:
+    """What `load_into` has added to a model from a path, in the same form."""
+    kind, keys = check_kind(path, ADAPTERS), variable_keys(model)
+    tensors = adapter_tensors(model, name)
+    values = {keys[id(item.variable)]: item.value(name) for item in held_by(model, name)}
+    factors = {key: value for key, value in tensors.items() if key not in values}
+    layers = {}
+    for place, layer in stable_layers(model).items():
+        if name in layer.adapters:
+            found = _layer(layer.adapters[name].acting_spec, _at(place, factors))
+            matrices = split_kernel(layer).matrices(found.a, found.b, kernel_shape(layer))
+            layers[place] = replace(found, matrices=matrices)
+    config = _CONFIG_READERS[kind](path)
+    return Adapter(kind=kind, layers=layers, values=values, config=config)
+
+
+def _read_native(path: str) -> Adapter:
+    files = kl.read_adapter_files(path)
+    config, tensors = files.config, files.tensors
+    values = {key: tensors[key] for key in config.get("variables", ()) if key in tensors}
+    factors = {key: value for key, value in tensors.items() if key not in values}
+    layers, unknown = {}, []
+    for place in dict.fromkeys(key.rpartition("/")[0] for key in factors):
+        found = _at(place, factors)
+        if found.keys() >= {"lora_a", "lora_b"}:
+            layer = _layer(_native_spec(path, place, config), found)
+            layers[place] = replace(layer, matrices=_matrices(layer))
+        else:
+            unknown += [f"{place}/{name}" for name in found]
+    return Adapter(
+        kind=Kind.NATIVE, layers=layers, values=values, config=config, unknown=tuple(unknown)
+    )
+
+
+def _at(place: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The tensors of one layer, by the last part of their keys."""
+    keys = {key: key.rpartition("/") for key in tensors}
+    return {name: tensors[key] for key, (owner, _, name) in keys.items() if owner == place}
+
+
+def _native_spec(path: str, place: str, config: Mapping[str, Any]) -> kl.AdapterSpec:
+    try:
+        return kl.AdapterSpec(**config["layer_specs"].get(place, config["spec"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterFileError(
+            f"Invalid {path!r}: expected a spec for each layer. Received for {place!r}: "
+            f"{type(error).__name__}: {error}; save the adapter again."
+        ) from error
+
+
+def _layer(spec: kl.AdapterSpec, tensors: Mapping[str, Array]) -> Layer:
+    """A layer from the tensors that this package has for it; the matrices are to be found."""
+    extras = dict(tensors)
+    a, b = extras.pop("lora_a"), extras.pop("lora_b")
+    return Layer(rank=spec.rank, alpha=spec.alpha, scale=spec.scaling, a=a, b=b, extras=extras)
+
+
+def _matrices(layer: Layer) -> tuple[Array, Array] | None:
+    """Those of factors `(shared..., d..., r)` and `(shared..., r, k...)`.
+
+    None where the shapes fit several numbers of shared axes, or none.
+    """
+    a, b, rank = layer.a, layer.b, layer.rank
+    fitting = [
+        i
+        for i in range(b.ndim)
+        if a.shape[:i] == b.shape[:i] and b.shape[i] == rank == a.shape[-1] and i < a.ndim
+    ]
+    if len(fitting) != 1:
+        return None
+    shared = int(np.prod(a.shape[: fitting[0]]))
+    return a.reshape(shared, -1, rank), b.reshape(shared, rank, -1)
+
+
+def _read_peft(path: str) -> Adapter:
+    found = read_peft_adapter(path)
+    return Adapter(
+        kind=Kind.PEFT,
+        layers={name: _peft_layer(module) for name, module in found.modules.items()},
+        values=found.saved,
+        config=found.config,
+        unknown=found.unknown,
+    )
+
+
+def _peft_layer(module: PeftModule) -> Layer:
+    extras = {"lora_magnitude_vector": module.magnitude, "lora_B.bias": module.bias}
+    rank, a, b = module.rank, module.a, module.b
+    grouped = b.shape[1] != rank
+    matrices = a.reshape(rank, -1).T[None], b.reshape(len(b), -1).T[None]
+    return Layer(
+        rank=rank,
+        alpha=module.alpha,
+        scale=module.scaling,
+        a=a,
+        b=b,
+        matrices=None if grouped else matrices,
+        extras={name: value for name, value in extras.items() if value is not None},
+    )
+
+
+def _read_keras_hub(path: str) -> Adapter:
+    pairs = read_keras_hub_lora(path)
+    layers = {
+        str(i): Layer(
+            rank=len(b),
+            alpha=None,
+            scale=1.0,
+            a=a,
+            b=b,
+            matrices=(a.reshape(1, -1, len(b)), b[None]),
+        )
+        for i, (a, b) in pairs.items()
+    }
+    return Adapter(kind=Kind.KERAS_HUB, layers=layers, values={}, config={})
+
+
+_READERS: dict[Kind, Callable[[str], Adapter]] = {
+    Kind.NATIVE: _read_native,
+    Kind.PEFT: _read_peft,
+    Kind.KERAS_HUB: _read_keras_hub,
+}
+_CONFIG_READERS: dict[Kind, Callable[[str], Mapping[str, Any]]] = {
+    Kind.NATIVE: kl.read_adapter_config,
+    Kind.PEFT: lambda path: read_json(Path(path) / ADAPTER_CONFIG_FILE),
+    Kind.KERAS_HUB: lambda _: {},
+}

@@ -1,0 +1,241 @@
+"""The commands whose subject is a model: arguments, options and help.
+
+What they do imports TensorFlow, which takes seconds; so each imports it when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import typer
+
+from keras_lora_cli import options as o
+from keras_lora_cli.app import command
+from keras_lora_cli.output import Answer, steps
+from keras_lora_cli.paths import Kind
+
+_PRESETS = ("attention", "all-linear", "all")
+
+
+@command(
+    "keras-lora inspect adapters/reviews",
+    "keras-lora inspect model.keras --targets attention --rank 4",
+    "keras-lora inspect served/1 --json",
+)
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A model, an adapter or a SavedModel.")
+    ],
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a model, what to adapt: attention, all-linear (the default), all, re:PATTERN, "
+            "or a name; several names by several options."
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Of a model, names to leave out.")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Of a model, the rank of the adapter.")] = 8,
+    task: o.Task = None,
+    arguments: o.Arguments = None,
+    imports: o.Imports = None,
+    as_json: o.AsJson = False,  # noqa: ARG001  (read by `command`)
+) -> Answer:
+    """Say what a model or an adapter is.
+
+    Of a model, the layers that could be adapted, and what an adapter would cost. Of an adapter,
+    its format, base, layers, ranks and sizes. Of a SavedModel, its signatures, and what a server
+    could not run.
+    """
+    with steps(2) as bar:
+        with bar.starting():
+            from keras_lora.config import LoRAConfig
+            from keras_lora_cli import inspecting
+        base = o.made_base(path, task, arguments, imports)
+        config = LoRAConfig(rank=rank, targets=_targets(targets), exclude=exclude or ())
+        return inspecting.inspect(base, config, bar)
+
+
+@command(
+    "keras-lora merge model.keras adapters/reviews merged.keras",
+    "keras-lora merge model.keras adapters/reviews served/reviews/1",
+    "keras-lora merge presets/bert adapters/reviews adapters/style presets/merged",
+    "keras-lora merge hf://user/llama peft/adapter merged --task CausalLM --format preset",
+)
+def merge(
+    base: o.BasePath,
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", help=f"{o.ADAPTER} Several add up.")
+    ],
+    out: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUT",
+            help="What to write: model.keras, a directory called by a number for a SavedModel (as "
+            "servers have versions), or another directory for a preset.",
+        ),
+    ],
+    format_: Annotated[
+        Literal["keras", "preset", "saved-model"] | None,
+        typer.Option("--format", help="The format of OUT, if its form does not tell it."),
+    ] = None,
+    task: o.Task = None,
+    arguments: o.Arguments = None,
+    no_preprocessor: o.NoPreprocessor = False,
+    imports: o.Imports = None,
+    heads: o.Heads = None,
+    model_type: o.ModelType = None,
+    config_file: o.ConfigFile = None,
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,  # noqa: ARG001
+) -> Answer:
+    """Fold adapters into their base, and write a plain model: no trace of keras_lora is left."""
+    with steps(3 + len(adapters)) as bar:
+        with bar.starting():
+            from keras_lora_cli import merging
+        return merging.merge(
+            o.made_base(base, task, arguments, imports, no_preprocessor),
+            adapters,
+            out,
+            Kind(format_) if format_ else None,
+            o.peft_options(base, heads, model_type, config_file),
+            overwrite=overwrite,
+            steps=bar,
+        )
+
+
+@command(
+    "keras-lora export model.keras served/1",
+    "keras-lora export model.keras served/1 --adapter en=adapters/en --adapter fr=adapters/fr",
+    "keras-lora export presets/bert served/1 --preprocessing --class-name bad --class-name good",
+)
+def export(
+    base: o.BasePath,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The SavedModel's directory.")],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME=ADAPTER",
+            help="An adapter to serve: each row of a request names one, or the base.",
+        ),
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Serve the sum of the adapters, and no others.")
+    ] = False,
+    adapter_ids: Annotated[
+        Literal["name", "index"],
+        typer.Option(help="How a request says which: by name, or by the place among --adapter."),
+    ] = "name",
+    class_names: Annotated[
+        list[str] | None,
+        typer.Option("--class-name", metavar="NAME", help="Of each class, in order: adds label."),
+    ] = None,
+    preprocessing: Annotated[
+        bool, typer.Option("--preprocessing", help="Take strings or images, of a KerasHub task.")
+    ] = False,
+    segments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--segment", metavar="NAME", help="Preprocess these inputs as segments of one text."
+        ),
+    ] = None,
+    no_generate: Annotated[
+        bool, typer.Option("--no-generate", help="Of a language model, its logits alone.")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(help="Of a language model, tokens of prompt and answer.")
+    ] = None,
+    stop_token_ids: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--stop-token-id",
+            help="Of a language model, what ends an answer; by default the tokenizer's own end.",
+        ),
+    ] = None,
+    task: o.Task = None,
+    arguments: o.Arguments = None,
+    no_preprocessor: o.NoPreprocessor = False,
+    imports: o.Imports = None,
+    heads: o.Heads = None,
+    model_type: o.ModelType = None,
+    config_file: o.ConfigFile = None,
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,  # noqa: ARG001
+) -> Answer:
+    """Write a SavedModel for TensorFlow Serving, which needs neither Keras nor keras_lora.
+
+    With adapters the base's weights are stored once, and requests have an input more, adapter:
+    the name for each row of the batch, empty for the base.
+    """
+    named = o.pairs(adapters, "--adapter")
+    with steps(3 + len(named)) as bar:
+        with bar.starting():
+            from keras_lora_cli import exporting
+        serving = exporting.Serving(
+            merged=merged,
+            adapter_ids=adapter_ids,
+            class_names=class_names or None,
+            preprocessing=segments or preprocessing,
+            generate=not no_generate,
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+        )
+        return exporting.export(
+            o.made_base(base, task, arguments, imports, no_preprocessor),
+            named,
+            out,
+            serving,
+            o.peft_options(base, heads, model_type, config_file),
+            overwrite=overwrite,
+            steps=bar,
+        )
+
+
+@command(
+    "keras-lora add-adapter served/1 de=adapters/de",
+    "keras-lora add-adapter served/1 de=adapters/de --out served/7",
+)
+def add_adapter(
+    path: Annotated[
+        str, typer.Argument(metavar="DIR", help="A SavedModel that was exported with --adapter.")
+    ],
+    adapter: Annotated[
+        str, typer.Argument(metavar="NAME=ADAPTER", help="A native adapter of the same base.")
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="What to write; by default the next version beside DIR.")
+    ] = None,
+    as_json: o.AsJson = False,  # noqa: ARG001
+) -> Answer:
+    """Write the next version of a SavedModel, which serves one adapter more.
+
+    The base's weights are the same files, as hard links. A server loads the version by itself.
+    """
+    ((name, directory),) = o.pairs([adapter], "NAME=ADAPTER").items()
+    with steps(1) as bar, bar.starting():
+        from keras_lora_cli import exporting
+    return exporting.add_adapter(path, directory, name, out)
+
+
+@command("keras-lora check served/1", "keras-lora check served/1 --json")
+def check(
+    path: Annotated[str, typer.Argument(metavar="DIR", help="A SavedModel's directory.")],
+    as_json: o.AsJson = False,  # noqa: ARG001
+) -> Answer:
+    """Say what a server with its default settings could not run in a SavedModel.
+
+    Exit code 1 where there is something.
+    """
+    with steps(1) as bar, bar.starting():
+        from keras_lora_cli import inspecting
+    return inspecting.check(path)
+
+
+def _targets(given: Sequence[str] | None) -> str | Sequence[str]:
+    if not given:
+        return "all-linear"
+    alone = len(given) == 1 and (given[0] in _PRESETS or given[0].startswith("re:"))
+    return given[0] if alone else given

@@ -1,0 +1,150 @@
+"""What a command says: an answer on standard output, and everything else on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+from rich.table import Table
+from rich.text import Text
+
+# Of a pipe or a file, where nothing says how wide it is: wide enough for long paths.
+_WIDTH = 240
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found or did.
+
+    Attributes:
+        data: Plain values, what `--json` prints.
+        views: The same for people.
+        negative: Whether the question was answered by no: the exit code is then 1.
+    """
+
+    data: dict[str, Any]
+    views: Sequence[RenderableType] = field(default=())
+    negative: bool = False
+
+    def show(self, as_json: bool) -> None:
+        if as_json:
+            print(json.dumps(self.data, indent=2, allow_nan=False))
+            return
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=_WIDTH)
+        for view in self.views:
+            console.print(view)
+
+
+def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A table of plain text, with columns of numbers on the right."""
+    made = Table(title=Text(title), title_justify="left")
+    for i, heading in enumerate(headings):
+        numbers = bool(rows) and all(isinstance(row[i], int | float) for row in rows)
+        made.add_column(heading, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(shown(value)) for value in row))
+    return made
+
+
+def facts(values: Mapping[str, object]) -> Table:
+    """Names and values, one to a line; those that are None are left out."""
+    made = Table.grid(padding=(0, 2))
+    for name, value in values.items():
+        if value is not None:
+            made.add_row(Text(name, style="bold"), Text(shown(value)))
+    return made
+
+
+def shown(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return ", ".join(map(shown, value)) or "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+class Steps:
+    """The steps of a long command, as a bar on a terminal."""
+
+    def __init__(self, bar: Progress, total: int) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=total)
+
+    @contextlib.contextmanager
+    def step(self, description: str) -> Iterator[None]:
+        self._bar.update(self._task, description=description)
+        yield
+        self._bar.advance(self._task)
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """The step in which TensorFlow is imported, whose C++ code then speaks of processors."""
+        with self.step("starting TensorFlow"), _silenced():
+            yield
+
+
+@contextlib.contextmanager
+def steps(total: int) -> Iterator[Steps]:
+    """A bar of `total` steps on standard error, which is gone when they are done."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    terminal = sys.stderr.isatty()
+    with _own_stderr() if terminal else contextlib.nullcontext() as stream:
+        console = Console(file=stream, stderr=True)
+        hidden = not terminal
+        with Progress(*columns, Elapsed(), console=console, transient=True, disable=hidden) as bar:
+            yield Steps(bar, total)
+
+
+@contextlib.contextmanager
+def _own_stderr() -> Iterator[TextIO]:
+    """Standard error by another number, which stays while `_silenced` closes the usual one."""
+    with os.fdopen(os.dup(2), "w") as stream:
+        yield stream
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Within the context nothing of this process, C++ code included, reaches standard error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def complain(kind: str, message: object) -> None:
+    """One line on standard error."""
+    print(f"keras-lora: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def speaking() -> Iterator[None]:
+    """Within the context warnings are lines, and what libraries print goes to standard error."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: complain("warning", message)
+        yield
