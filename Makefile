@@ -51,7 +51,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/injection.py
 	$(BIN)/python benchmarks/merged.py
 	$(BIN)/python benchmarks/adapters.py
-	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/saved_model.py
 
 clean:
 	rm -rf $(VENV) .assets dist site

@@ -23,7 +23,7 @@ from test_export import adapted, classifier, large, predict, sequential, two_inp
 
 import keras_lora as kl
 from keras_lora.export import conversion, litert_file, onnx_file
-from keras_lora.export.saved_model import serve_endpoint
+from keras_lora.export.endpoints import serve
 
 Feeds = dict[str, np.ndarray]
 Shapes = Mapping[str, tuple[Any, ...]]
@@ -295,7 +295,7 @@ def test_a_file_that_answers_otherwise_is_not_written(kind: str, tmp_path: Path)
         return dataclasses.replace(program, run=wrong)
 
     model = adapted(functional)
-    before, endpoint = state(model), serve_endpoint(model, None)
+    before, endpoint = state(model), serve(model, None)
     broken = dataclasses.replace(runtime, load=load)
     with pytest.raises(ValueError, match="differ from the model's by {'head': 0.*above 0.0001"):
         conversion.write_converted(model, endpoint, tmp_path / "model", broken, None)

@@ -1,8 +1,8 @@
 """What a server measures of SavedModels: TensorFlow's C library, without TensorFlow in Python.
 
-    python benchmarks/served.py ORDER.json
+    python benchmarks/saved_model_process.py ORDER.json
 
-For `serving.py`, as a process of its own: memory is that of the models alone. The order is
+For `saved_model.py`, as a process of its own: memory is that of the models alone. The order is
 `{"inputs": FILE.npz, "batch": rows, "rounds": n, "models": {name: {"path", "copies",
 "adapters"}}}`; each model is loaded, in as many copies as it says, and asked in turn, all for the
 same batch. Where it has an input `adapter`, the names go round the rows. The answer, on the last

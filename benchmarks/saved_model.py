@@ -1,13 +1,14 @@
 """Serving many adapters: latency, memory and disk of exported models, in TensorFlow's C library.
 
-    python benchmarks/serving.py [--check]
+    python benchmarks/saved_model.py [--check]
 
 A BERT-shaped KerasHub encoder with a classifier, adapters of rank 8 on attention. Exported are the
-base, a merged model, and models that hold 8 and 256 adapters; a server process (`served.py`) loads
-all and answers batches, for the latter of rows that each want another adapter. Then, for 1 to 256
-tasks, one model of many adapters against one merged model for each task, which gets one request of
-one row: memory and throughput. Where the merged models do not fit into memory, as many are loaded
-as fit, and their mean is multiplied: those figures are marked with ≈.
+base, a merged model, and models that hold 8 and 256 adapters; a process of its own
+(`saved_model_process.py`) loads all and answers batches, for the latter of rows that each want
+another adapter. Then, for 1 to 256 tasks, one model of many adapters against one merged model for
+each task, which gets one request of one row: memory and throughput. Where the merged models do not
+fit into memory, as many are loaded as fit, and their mean is multiplied: those figures are marked
+with ≈.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def measure(
     listed = {name: {"path": str(folder / name), **m._asdict()} for name, m in models.items()}
     order = {"inputs": inputs, "batch": batch, "rounds": rounds, "models": listed}
     (folder / "order.json").write_text(json.dumps(order))
-    script = Path(__file__).with_name("served.py")
+    script = Path(__file__).with_name("saved_model_process.py")
     command = [sys.executable, str(script), str(folder / "order.json")]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found = json.loads(printed.splitlines()[-1])
