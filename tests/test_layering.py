@@ -17,6 +17,8 @@ ORDER = [
     "initializers",
     "layers.slots",
     "layers.held",
+    "layers.state",
+    "layers.checkpoint",
     "layers.base",
     "layers.linear",
     "layers.registry",

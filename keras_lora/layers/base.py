@@ -14,12 +14,9 @@ import contextlib
 import dataclasses
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakSet
 
 import keras
 import numpy as np
@@ -27,36 +24,20 @@ from keras import ops
 
 from keras_lora.config import AdapterSpec, invalid
 from keras_lora.initializers import a_initializer
-from keras_lora.layers.held import Held
+from keras_lora.layers.checkpoint import (
+    BASE_ONLY,
+    STATE_PREFIX,
+    adapter_values,
+    assign_values,
+    check_values,
+)
 from keras_lora.layers.slots import Adapter, Factor, Group, Slot, dropped
+from keras_lora.layers.state import LoRAState
 from keras_lora.lowrank import EinsumSplit, Shape, Tensor, split_equation
 
 DEFAULT_ADAPTER = "default"
 # Marks a variable or a layer that was frozen here with the flag that it had before.
 WAS_TRAINABLE = "_lora_was_trainable"
-
-
-@dataclass
-class LoRAState:
-    """What a layer has more than its base class has. Keras tracks none of this object."""
-
-    base_class: type
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    slots: list[Slot] = field(default_factory=list)
-    active: tuple[str, ...] = ()
-    # There once an adapter has dropout; then the masks are part of the computation for good.
-    seeds: keras.random.SeedGenerator | None = None
-    # What a checkpoint of this layer holds for its model: see `inject.apply`.
-    held: list[Held] = field(default_factory=list)
-    # Models that were adapted or switched with this layer in them: their optimizers know of it.
-    models: WeakSet[Any] = field(default_factory=WeakSet)
-    # Between the constructor and `build`.
-    pending: dict[str, AdapterSpec] = field(default_factory=dict)
-    train_bias: bool = False
-    # Why the last weights file was refused.
-    refusal: str | None = None
-    # Why a `.keras` file cannot hold this layer, or None: see `inject.guard_saving`.
-    unsaveable: str | None = None
 
 
 class LoRALayer(keras.layers.Layer):
@@ -330,22 +311,18 @@ class LoRALayer(keras.layers.Layer):
         """
         with self.without_slots():  # the base class stores `self.kernel`
             super().save_own_variables(store)
-        for key, value in self._adapter_state().items():
+        for key, value in adapter_values(self._lora).items():
             store[key] = value
 
     def load_own_variables(self, store: Any) -> None:
         keys = list(store.keys())
-        saved = {key: store[key] for key in keys if key.startswith(_STATE_PREFIX)}
+        saved = {key: store[key] for key in keys if key.startswith(STATE_PREFIX)}
         if saved:
-            self._check_state(saved)
+            check_values(self._lora, saved, self.path)
         super().load_own_variables({key: store[key] for key in keys if key not in saved})
         if not saved:
-            warnings.warn(_BASE_ONLY, stacklevel=2)
-        for key, assign in self._assigners().items():
-            if key in saved:
-                assign(saved[key])
-        for slot in self._lora.slots:
-            slot.refresh()
+            warnings.warn(BASE_ONLY, stacklevel=2)
+        assign_values(self._lora, saved)
 
     def save_assets(self, dir_path: str) -> None:  # noqa: ARG002
         """Stop the writing of a `.keras` file that could not be read back.
@@ -440,58 +417,6 @@ class LoRALayer(keras.layers.Layer):
             if locked:
                 self._tracker.lock()
 
-    def _adapter_state(self) -> dict[str, np.ndarray]:
-        """What a checkpoint holds for the adapters, by key."""
-        state = {}
-        for name, adapter in self._lora.adapters.items():
-            state[f"{_STATE_PREFIX}a.{name}"] = np.array(adapter.a)
-            state[f"{_STATE_PREFIX}b.{name}"] = np.array(adapter.b)
-            state[f"{_SCALING_PREFIX}{name}"] = np.array(adapter.scaling, "float32")
-        if self._lora.seeds is not None:
-            # Else a resumed run would draw other dropout masks than an unbroken one.
-            state[f"{_STATE_PREFIX}seeds"] = ops.convert_to_numpy(self._lora.seeds.state)
-        return state | {key: item.aside[name] for key, item, name in self._held_values()}
-
-    def _assigners(self) -> dict[str, Callable[[Any], None]]:
-        """How each value of `_adapter_state` but the scales is put back."""
-        put: dict[str, Callable[[Any], None]] = {}
-        for name, adapter in self._lora.adapters.items():
-            put[f"{_STATE_PREFIX}a.{name}"] = adapter.a.assign
-            put[f"{_STATE_PREFIX}b.{name}"] = adapter.b.assign
-        if self._lora.seeds is not None:
-            put[f"{_STATE_PREFIX}seeds"] = self._lora.seeds.state.assign
-        return put | {key: partial(item.assign, name) for key, item, name in self._held_values()}
-
-    def _held_values(self) -> list[tuple[str, Held, str]]:
-        """The values held aside, by key: those of other adapters, and the base's own."""
-        pairs = [(i, item, n) for i, item in enumerate(self._lora.held) for n in item.aside]
-        return [
-            (f"{_STATE_PREFIX}held.{i}.{name}" if name else f"{_BASE_PREFIX}{i}", item, name)
-            for i, item, name in pairs
-        ]
-
-    def _check_state(self, saved: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint whose adapters are not those of this layer."""
-        live = self._adapter_state()
-        # A model from a `.keras` file does not know its base's own values.
-        missing = {key for key in live.keys() - saved.keys() if not key.startswith(_BASE_PREFIX)}
-        extra = {key for key in saved.keys() - live.keys() if not key.startswith(_BASE_PREFIX)}
-        wrong = [f"{key} is missing" for key in missing]
-        wrong += [f"{key} is not expected" for key in extra]
-        for key in live.keys() & saved.keys():
-            received, expected = tuple(saved[key].shape), tuple(live[key].shape)
-            if received != expected:
-                wrong.append(f"{key} has shape {received}, expected {expected}")
-            elif key.startswith(_SCALING_PREFIX) and abs(saved[key][()] - live[key]) > 1e-6:
-                wrong.append(f"{key} is {saved[key][()]}, expected {live[key]}")
-        if wrong:
-            self._lora.refusal = (
-                f"Layer '{self.path}': the file's adapters are not this layer's: "
-                f"{'; '.join(sorted(wrong))}. Load it into a model that was adapted with the "
-                "same LoRAConfig: apply_lora(model, config), then load_weights."
-            )
-            raise ValueError(self._lora.refusal)
-
     def _check_load_own_variables(self, store: Any) -> None:
         expected = len(self.base_variables)
         if len(store.keys()) != expected:
@@ -503,16 +428,6 @@ class LoRALayer(keras.layers.Layer):
                 or f"Layer '{self.path}' expected {expected} base variables in the file. "
                 f"Received: {len(store.keys())}."
             )
-
-
-_STATE_PREFIX = "lora_"
-_SCALING_PREFIX = f"{_STATE_PREFIX}scaling."
-_BASE_PREFIX = f"{_STATE_PREFIX}base."
-_BASE_ONLY = (
-    "The weights file holds no adapters: the base's weights were loaded and the adapters of the "
-    "model were left as they are. If the file is of a merged model, its adapters now count "
-    "twice: call unload_lora(model) first."
-)
 
 
 def _adapted_class(lora_class: type) -> type:

@@ -8,8 +8,9 @@ from typing import Any
 import keras
 
 from keras_lora.config import invalid
-from keras_lora.layers.base import LoRALayer, LoRAState, plain_class
+from keras_lora.layers.base import LoRALayer, plain_class
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
+from keras_lora.layers.state import LoRAState
 from keras_lora.lowrank import EinsumSplit, split_equation
 
 _LORA_CLASSES: dict[type, type[LoRALayer]] = {
