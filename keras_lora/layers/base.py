@@ -3,7 +3,6 @@
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_tracker`: a built layer is locked, and adapters are added after it was built.
     `_track_variable`, `_untrack_variable`: adapters are taken away and put back.
-    `_kernel`: the frozen kernel itself, since `kernel` gives the effective one.
     `_check_load_own_variables`: counts a layer's variables, adapters included, before it
         loads those of the base.
 """
@@ -19,17 +18,23 @@ from types import MappingProxyType
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_lora.config import AdapterSpec, invalid
-from keras_lora.initializers import a_initializer
+from keras_lora.initializers import factor_initializers
 from keras_lora.layers.checkpoint import (
     BASE_ONLY,
     STATE_PREFIX,
     adapter_values,
     assign_values,
     check_values,
+)
+from keras_lora.layers.matrix import (
+    base_kernel,
+    bias_of,
+    is_table,
+    kernel_constraint,
+    kernel_shape,
 )
 from keras_lora.layers.slots import Adapter, Factor, Group, Slot, dropped
 from keras_lora.layers.state import LoRAState
@@ -40,7 +45,11 @@ DEFAULT_ADAPTER = "default"
 WAS_TRAINABLE = "_lora_was_trainable"
 
 
-class LoRALayer(keras.layers.Layer):
+class Adapting:
+    """Marks the classes of this package: they stand before Keras's in those of a layer."""
+
+
+class LoRALayer(Adapting, keras.layers.Layer):
     """Abstract base of every adapted layer.
 
         y = act(x W0 + b + sum_i s_i (drop_i(x) A_i) B_i)     over the active adapters i
@@ -62,7 +71,7 @@ class LoRALayer(keras.layers.Layer):
         **kwargs: As the base layer takes them.
 
     Raises:
-        ValueError: an invalid spec, a kernel constraint, or Keras's own `lora_rank`.
+        ValueError: an invalid spec, a constraint on the kernel, or Keras's own `lora_rank`.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -94,6 +103,9 @@ class LoRALayer(keras.layers.Layer):
             specs = {DEFAULT_ADAPTER: spec}
         else:
             specs = {check_adapter_name(n): AdapterSpec(**spec) for n, spec in adapters.items()}
+        if kwargs.get("weights") is not None:
+            fix = "build the layer and assign to its base_kernel"
+            raise invalid("weights", "None", kwargs["weights"], fix)
         acting = tuple(specs if active is None else active)
         if not set(acting) <= set(specs):
             raise invalid("active", f"names among {sorted(specs)}", active)
@@ -121,7 +133,7 @@ class LoRALayer(keras.layers.Layer):
         super().build(input_shape)
         for variable in self.base_variables:
             remember_flag(variable)
-            variable.trainable = variable is self.bias and self._lora.train_bias
+            variable.trainable = variable is bias_of(self) and self._lora.train_bias
         active = self._lora.active
         for name, spec in self._lora.pending.items():
             self.add_adapter(name, spec)
@@ -150,13 +162,13 @@ class LoRALayer(keras.layers.Layer):
 
     @property
     def base_kernel(self) -> keras.Variable:
-        """The frozen kernel `W0`."""
-        return self._kernel
+        """The frozen kernel `W0`; the table of an embedding."""
+        return base_kernel(self)
 
     def fold(self) -> None:
         """`W0 <- W0 + sum_i s_i A_i B_i`, over the active adapters."""
         # Without the gradient: torch would take the kernel for a function of A and B.
-        self._kernel.assign(ops.stop_gradient(self.kernel))
+        self.base_kernel.assign(ops.stop_gradient(self.kernel))
 
     @property
     def adapter_variables(self) -> list[keras.Variable]:
@@ -174,8 +186,8 @@ class LoRALayer(keras.layers.Layer):
         """Make the factors of a new adapter. It does not act until it is activated."""
         a_shape, b_shape = self._factor_shapes(spec.rank)
         fan_in, _ = self._split().matrix_shape(kernel_shape(self))
-        a = Factor(a_initializer(spec, fan_in), a_shape)
-        adapter = Adapter(spec, a, Factor(np.zeros(b_shape)), group)
+        a, b = factor_initializers(spec, fan_in, is_table(self))
+        adapter = Adapter(spec, Factor(a, a_shape), Factor(b, b_shape), group)
         self._lora.adapters[name] = adapter
         return adapter
 
@@ -214,7 +226,7 @@ class LoRALayer(keras.layers.Layer):
     def fits(self, specs: Sequence[AdapterSpec]) -> bool:
         """Whether such adapters can act without new variables, which need a new trace."""
         enough = len(specs) <= len(self._lora.slots)
-        masked = self.masks or not any(spec.dropout for spec in specs)
+        masked = self.masks or not self._has_dropout(specs)
         pairs = zip(specs, self._lora.slots, strict=False)
         return enough and masked and all(spec.rank <= slot.rank for spec, slot in pairs)
 
@@ -261,7 +273,7 @@ class LoRALayer(keras.layers.Layer):
         Summed in float32, or in the dtype of `W0` where that is wider, and rounded once.
         `W0` itself, as a variable, where no adapter acts.
         """
-        base = super().kernel
+        base = self.base_kernel
         if not self._lora.slots:
             return base
         wide = self._wide_dtype()
@@ -280,11 +292,10 @@ class LoRALayer(keras.layers.Layer):
             x = inputs
             if training and self._lora.seeds is not None:
                 x = dropped(x, slot.rate, self._lora.seeds)
-            scaled = ops.multiply(slot.scaling, slot.b)
-            a, b = (ops.cast(v, self.compute_dtype) for v in (slot.a, scaled))
+            a, b = (ops.cast(v, self.compute_dtype) for v in (slot.a, slot.scaled_b))
             terms.append((x, a, b))
         split = self._split(len(inputs.shape))
-        return split.adapted_product(inputs, ops.convert_to_tensor(self._kernel), terms)
+        return split.adapted_product(inputs, ops.convert_to_tensor(self.base_kernel), terms)
 
     def get_config(self) -> dict[str, Any]:
         built = {name: adapter.acting_spec for name, adapter in self._lora.adapters.items()}
@@ -347,7 +358,12 @@ class LoRALayer(keras.layers.Layer):
     def _trains_bias(self) -> bool:
         if not self.built:
             return self._lora.train_bias
-        return self.bias is not None and self.bias.trainable
+        bias = bias_of(self)
+        return bias is not None and bias.trainable
+
+    def _has_dropout(self, specs: Sequence[AdapterSpec]) -> bool:
+        # What the adapter of a table takes is the number of a token.
+        return not is_table(self) and any(spec.dropout for spec in specs)
 
     def _split(self, input_rank: int | None = None) -> EinsumSplit:
         return split_equation(self.kernel_equation(self), input_rank)
@@ -357,7 +373,7 @@ class LoRALayer(keras.layers.Layer):
 
     def _wide_dtype(self) -> str:
         """The dtype of sums that are rounded once."""
-        dtype = keras.backend.standardize_dtype(self._kernel.dtype)
+        dtype = keras.backend.standardize_dtype(self.base_kernel.dtype)
         return "float64" if dtype == "float64" else "float32"
 
     def _made_slots(self, adapters: Sequence[Adapter]) -> dict[int, Slot]:
@@ -377,7 +393,7 @@ class LoRALayer(keras.layers.Layer):
         try:
             with self._unlocked():
                 slots = {index: Slot.make(new, index, adapters[index]) for index in needed}
-                if any(adapter.spec.dropout for adapter in adapters) and self._lora.seeds is None:
+                if self._has_dropout([x.spec for x in adapters]) and self._lora.seeds is None:
                     self._lora.seeds = keras.random.SeedGenerator()
                     self._tracker.add_to_store("seed_generators", self._lora.seeds)
         except BaseException:
@@ -431,16 +447,12 @@ class LoRALayer(keras.layers.Layer):
 
 
 def _adapted_class(lora_class: type) -> type:
-    return next(c for c in lora_class.__mro__ if not issubclass(c, LoRALayer))
+    return next(c for c in lora_class.__mro__ if not issubclass(c, Adapting))
 
 
 def plain_class(layer: keras.layers.Layer) -> type:
     """The class of a layer, or the one that it has without its adapters."""
     return layer.base_class if isinstance(layer, LoRALayer) else type(layer)
-
-
-def kernel_shape(layer: keras.layers.Layer) -> Shape:
-    return tuple(layer._kernel.shape)
 
 
 def check_adaptable(layer: keras.layers.Layer) -> None:
@@ -450,11 +462,13 @@ def check_adaptable(layer: keras.layers.Layer) -> None:
         ValueError: a kernel constraint, Keras's own LoRA, quantized weights, a diagonal.
     """
     name = layer.path or layer.name
-    if layer.kernel_constraint is not None:
+    constraint = kernel_constraint(layer)
+    if constraint is not None:
+        which = "embeddings_constraint" if is_table(layer) else "kernel_constraint"
         raise ValueError(
-            f"Layer '{name}': expected no kernel constraint, since a constraint on W0 does not "
-            f"hold for W0 + AB. Received: kernel_constraint={layer.kernel_constraint}. Exclude "
-            "the layer or build it without the constraint."
+            f"Layer '{name}': expected no {which.replace('_', ' ')}, since a constraint on W0 does "
+            f"not hold for W0 + AB. Received: {which}={constraint}. Exclude the layer or build it "
+            "without the constraint."
         )
     if layer.lora_enabled or layer.lora_rank:
         raise ValueError(
