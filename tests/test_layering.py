@@ -56,6 +56,7 @@ ORDER = [
     "hub_factors",
     "hub_names",
     "hub_values",
+    "hub_tables",
     "adapters",
     "keys",
     "matching",

@@ -137,7 +137,8 @@ def test_fit_moves_both_factors_and_nothing_else(case: Case) -> None:
     model.compile("adam", "mse", run_eagerly=keras.backend.backend() == "tensorflow")
     frozen = [v for v in model.weights if not v.trainable]
     before, start = snapshot(frozen), snapshot(adapter(model).factors)
-    model.fit(x, np.ones(model(x).shape), batch_size=2, verbose=0)
+    # Twice: `B` of a table moves once a token is seen again.
+    model.fit(x, np.ones(model(x).shape), batch_size=2, epochs=2, verbose=0)
     assert snapshot(frozen) == before
     after = snapshot(adapter(model).factors)
     assert all(new != old for new, old in zip(after, start, strict=True))

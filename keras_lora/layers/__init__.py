@@ -16,7 +16,7 @@ from keras_lora.layers.base import (
     remember_flag,
 )
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
-from keras_lora.layers.held import BASE, Held, all_held, forget, hold, release
+from keras_lora.layers.held import BASE, Held, all_held, forget, held, hold, release
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
 from keras_lora.layers.matrix import base_kernel, bias_of, is_table, kernel_shape
 from keras_lora.layers.registry import (
@@ -51,6 +51,7 @@ __all__ = [
     "check_adapter_name",
     "detach",
     "forget",
+    "held",
     "hold",
     "is_registered",
     "is_table",
