@@ -20,7 +20,14 @@ from keras_lora.export import (
 from keras_lora.files import AdapterFileError, read_adapter_config, read_adapter_files
 from keras_lora.inject import apply_lora, merge_lora, merged, unload_lora
 from keras_lora.kerashub import ConvertedLayer, load_keras_hub_lora, save_keras_hub_lora
-from keras_lora.layers import LoRADense, LoRAEinsumDense, LoRALayer, register_lora_class
+from keras_lora.layers import (
+    LoRADense,
+    LoRAEinsumDense,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRAReversibleEmbedding,
+    register_lora_class,
+)
 from keras_lora.peft import load_peft_adapter, save_peft_adapter
 from keras_lora.serialization import load_adapter, save_adapter
 from keras_lora.summary import LoRASummary, lora_summary
@@ -37,7 +44,9 @@ __all__ = [
     "LoRAConfig",
     "LoRADense",
     "LoRAEinsumDense",
+    "LoRAEmbedding",
     "LoRALayer",
+    "LoRAReversibleEmbedding",
     "LoRASummary",
     "RuntimeReport",
     "Target",

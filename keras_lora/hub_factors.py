@@ -5,6 +5,8 @@ With `W` a matrix `(out, in)` there, a kernel `K` `(d, k)` here is a block of it
 
     dK = s A B  <->  dW = s b a        a[:, columns[i]] = A[i]        b[rows[o]] = B[:, o]
 
+The table of an embedding is `(vocabulary, dim)` on both sides, so `in` is the vocabulary there.
+
 Several kernels may be blocks of one matrix: GPT-2's `c_attn` is query, key and value. The factors
 of the matrix are then those that the kernels share or, where theirs differ, all of them stacked.
 """
@@ -12,7 +14,7 @@ of the matrix are then those that the kernels share or, where theirs differ, all
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -23,8 +25,20 @@ from keras_lora.hub_weights.tensors import Array
 from keras_lora.lowrank import EinsumSplit, Shape, scaling
 from keras_lora.peft_files import PeftModule
 
-Kernel: TypeAlias = tuple[EinsumSplit, Shape]
 Factors: TypeAlias = dict[str, tuple[AdapterSpec, Array, Array]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel here: its axes, and whether it is an embedding's table.
+
+    `refusal` is why its factors cannot be exchanged, or None.
+    """
+
+    split: EinsumSplit
+    shape: Shape
+    is_table: bool
+    refusal: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +49,7 @@ class Part:
     a: Array
     b: Array
     spec: AdapterSpec
+    is_table: bool
 
     def widened(self) -> tuple[Array, Array]:
         """`a` `(r, in)` and `b` `(out, r)` of the whole matrix."""
@@ -60,11 +75,11 @@ def joined(parts: Sequence[Part]) -> PeftModule:
     same = [part.spec == first.spec for part in others]
     if all(same) and all(np.array_equal(a, other) for other, _ in wide[1:]):
         b = np.sum([b for _, b in wide], 0, "float32")  # of disjoint rows: nothing is rounded
-        return _module(a, b, first.spec.alpha, first.spec.use_rslora)
+        return _module(a, b, first.spec.alpha, first)
     scales = [np.float32(part.spec.scaling / first.spec.scaling) for part in parts]
     b = np.concatenate([scale * b for scale, (_, b) in zip(scales, wide, strict=True)], 1)
-    a, rslora = np.concatenate([a for a, _ in wide]), first.spec.use_rslora
-    return _module(a, b, alpha_of(first.spec.scaling, len(a), rslora), rslora)
+    a = np.concatenate([a for a, _ in wide])
+    return _module(a, b, alpha_of(first.spec.scaling, len(a), first.spec.use_rslora), first)
 
 
 def alpha_of(scale: float, rank: int, use_rslora: bool) -> float:
@@ -77,13 +92,14 @@ def of_one_kind(modules: Mapping[str, PeftModule]) -> dict[str, PeftModule]:
     if len({module.use_rslora for module in modules.values()}) < 2:
         return dict(modules)
     return {
-        name: _module(m.a, m.b, alpha_of(m.scaling, m.rank, False), False)
+        name: replace(m, alpha=alpha_of(m.scaling, m.rank, False), use_rslora=False)
         for name, m in modules.items()
     }
 
 
-def _module(a: Array, b: Array, alpha: float, use_rslora: bool) -> PeftModule:
-    return PeftModule(a=a, b=b, rank=len(a), alpha=alpha, use_rslora=use_rslora)
+def _module(a: Array, b: Array, alpha: float, part: Part) -> PeftModule:
+    rslora, embedding = part.spec.use_rslora, part.is_table
+    return PeftModule(a=a, b=b, rank=len(a), alpha=alpha, use_rslora=rslora, embedding=embedding)
 
 
 def blocks_by_module(weights: HubWeights) -> dict[str, dict[str, Block]]:
@@ -110,26 +126,42 @@ def split_modules(
     known, factors = blocks_by_module(weights), Factors()
     for name, module in modules.items():
         blocks = known.get(name, {})
-        wrong = _misfits(module, list(blocks.values()))
+        wrong = _misfits(module, list(blocks.values()), [kernels[path] for path in blocks])
         problems += [f"{name}: {problem}" for problem in wrong]
         for path, block in blocks.items() if not wrong else ():
             part = _cut(module, block, len(blocks) > 1, dropout)
             if part is not None:
-                split, shape = kernels[path]
+                split, shape = kernels[path].split, kernels[path].shape
                 factors[path] = (part.spec, *split.factors(part.a[None], part.b[None], shape))
     return factors
 
 
-def _misfits(module: PeftModule, blocks: Sequence[Block]) -> list[str]:
+def _misfits(module: PeftModule, blocks: Sequence[Block], kernels: Sequence[Kernel]) -> list[str]:
     """Why these kernels cannot take up all that a module does."""
-    if module.kind != "linear":
-        return [f"an {module.kind}, which is not adapted here yet"]
+    wrong = _foreign_parts(module)
+    if wrong:
+        return wrong
+    if not blocks:
+        kind = "embedding layer" if module.embedding else "kernel"
+        return [f"the model has no {kind} that is this module"]
+    if any(kernel.is_table != module.embedding for kernel in kernels):
+        return ["it is an embedding there or here, and a linear layer on the other side"]
+    refusals = [kernel.refusal for kernel in kernels if kernel.refusal]
+    return refusals or _out_of_place(module, blocks)
+
+
+def _foreign_parts(module: PeftModule) -> list[str]:
+    """What an adapter does not have here."""
+    if module.kind == "convolution":
+        return ["a convolution, which is not adapted here yet"]
     if module.magnitude is not None:
         return ["DoRA's magnitude, which is not supported yet"]
     if module.bias is not None:
         return ["a bias of B (lora_bias), which an adapter does not have here"]
-    if not blocks:
-        return ["the model has no kernel that is this module"]
+    return []
+
+
+def _out_of_place(module: PeftModule, blocks: Sequence[Block]) -> list[str]:
     received, expected = (len(module.b), module.a.shape[1]), blocks[0].shape
     if received != expected:
         return [f"of a matrix {received}, expected {expected}"]
@@ -160,4 +192,4 @@ def _cut(module: PeftModule, block: Block, fused: bool, dropout: float) -> Part 
     if rank < module.rank:
         alpha = alpha_of(module.scaling, rank, module.use_rslora)
     spec = AdapterSpec(rank=rank, alpha=alpha, dropout=dropout, use_rslora=module.use_rslora)
-    return Part(block, a[:, reach], b[reach], spec)
+    return Part(block, a[:, reach], b[reach], spec, module.embedding)

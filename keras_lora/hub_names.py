@@ -60,7 +60,7 @@ class HubNames:
             return []
         kinds = ("Linear", "Conv1D", "Embedding")
         found = self.hub_model.named_modules()
-        known = {_any_layer(name) for name, module in found if type(module).__name__ in kinds}
+        known = {_any_layer(name) for name, module in found if _is_any(module, kinds)}
         return sorted(name for name in modules if _any_layer(name) not in known)
 
 
@@ -138,6 +138,10 @@ def _shifts(name: str, other: str) -> list[tuple[str, str]]:
     if name.endswith(f".{other}"):
         return [(name.removesuffix(other), "")]
     return [("", other.removesuffix(name))] if other.endswith(f".{name}") else []
+
+
+def _is_any(module: Any, kinds: Sequence[str]) -> bool:
+    return any(c.__name__ in kinds for c in type(module).__mro__)
 
 
 def _any_layer(name: str) -> str:

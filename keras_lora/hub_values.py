@@ -10,11 +10,12 @@ from typing import TypeAlias
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_lora.config import invalid
 from keras_lora.hub_weights import Block, HubWeights
 from keras_lora.hub_weights.tensors import Array
-from keras_lora.layers import LoRALayer
+from keras_lora.layers import BASE, LoRALayer, base_kernel, held, kernel_shape
 from keras_lora.lowrank import Shape
 from keras_lora.walker import walk
 
@@ -28,20 +29,28 @@ class Place:
         shape: The parameter's shape.
         index: Gives, for each element of the variable, its number in the flattened parameter.
             Few are asked for: that of a table of tokens is larger than the table.
+        read: Gives the variable's value from the parameter.
     """
 
     variable: keras.Variable
     shape: Shape
     index: Callable[[], Array]
+    read: Callable[[Array], Array]
 
 
 Places: TypeAlias = dict[str, list[Place]]
 
 
-def find_places(model: keras.Model, weights: HubWeights, heads: Mapping[str, str]) -> Places:
+def find_places(
+    model: keras.Model,
+    weights: HubWeights,
+    heads: Mapping[str, str],
+    of_adapted: bool = False,
+) -> Places:
     """The variables of a model by the parameter that they are taken from.
 
-    `heads` are the modules of Dense layers that no converter knows, by the layer's path.
+    `heads` are the modules of Dense layers that no converter knows, by the layer's path. The
+    kernels of adapted layers are left out, since they train in no other way, or are in too.
 
     Raises:
         ValueError: a head that is no Dense layer of the model.
@@ -49,14 +58,15 @@ def find_places(model: keras.Model, weights: HubWeights, heads: Mapping[str, str
     places: Places = {}
     for path, origin in weights.others.items():
         if origin is not None:
-            place = Place(weights.variables[path], origin.shape, origin.index)
+            place = Place(weights.variables[path], origin.shape, origin.index, origin.read)
             places.setdefault(origin.weight, []).append(place)
     layers = {node.path: node.layer for node in walk(model)}
     for path, blocks in weights.blocks.items():
         layer = layers[path]
-        # An adapted kernel trains in no other way; to read it is to compute it.
-        if not isinstance(layer, LoRALayer) and len(layer.kernel.shape) == 2:
-            places.setdefault(blocks[0].weight, []).append(_place_of(layer.kernel, blocks[0]))
+        trains_apart = of_adapted or not isinstance(layer, LoRALayer)
+        if trains_apart and len(kernel_shape(layer)) == 2:
+            place = _place_of(base_kernel(layer), blocks[0])
+            places.setdefault(blocks[0].weight, []).append(place)
     for path, module in heads.items():
         places |= _head_places(layers.get(path), path, module)
     return places
@@ -97,8 +107,23 @@ def scatter(
         elif parameter.size != math.prod(found[0].shape):
             problems.append(f"{key}: shape {parameter.shape}, expected {found[0].shape}")
         else:
-            values += [(p.variable, parameter.reshape(-1)[p.index()]) for p in found]
+            values += [(p.variable, p.read(parameter.reshape(p.shape))) for p in found]
     return values
+
+
+def check_copies(copies: Mapping[str, Array], places: Places, problems: list[str]) -> None:
+    """Compare what an adapter's file has of its base with the base here.
+
+    PEFT saves `embed_tokens` and `lm_head` along with their adapters, and would put these in the
+    place of its base's. Equal is what differs by rounding to 16 bits. What has no place here acts
+    on nothing.
+    """
+    for key in copies.keys() & places.keys():
+        for variable, value in scatter({key: copies[key]}, places, problems):
+            item = held(variable)
+            ours = np.array(ops.convert_to_numpy(variable)) if item is None else item.value(BASE)
+            if not np.allclose(value, ours.astype("float32"), rtol=2**-7, atol=1e-6):
+                problems.append(f"{key}: the adapter was trained on other values of it")
 
 
 def _place_of(kernel: keras.Variable, block: Block) -> Place:
@@ -110,7 +135,7 @@ def _place_of(kernel: keras.Variable, block: Block) -> Place:
         places = grid[::-1] if block.stored_transposed else grid
         return np.ravel_multi_index(places, shape).T
 
-    return Place(kernel, shape, index)
+    return Place(kernel, shape, index, block.read)
 
 
 def _head_places(layer: keras.layers.Layer | None, path: str, module: str) -> Places:
@@ -120,5 +145,5 @@ def _head_places(layer: keras.layers.Layer | None, path: str, module: str) -> Pl
     block = Block(f"{module}.weight", (out, inputs), False, np.arange(out), np.arange(inputs))
     places = {block.weight: [_place_of(layer.kernel, block)]}
     if layer.bias is not None:
-        places[f"{module}.bias"] = [Place(layer.bias, (out,), partial(np.arange, out))]
+        places[f"{module}.bias"] = [Place(layer.bias, (out,), partial(np.arange, out), np.asarray)]
     return places

@@ -29,6 +29,7 @@ from keras_lora.kerashub_h5 import (
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     Group,
+    is_table,
     kernel_shape,
     lora_class_for,
     plain_class,
@@ -273,7 +274,8 @@ def _misfit(i: int, node: Node, pair: Pair) -> str | None:
 
 
 def _is_supported(layer: keras.layers.Layer) -> bool:
-    if lora_class_for(plain_class(layer)) is None:
+    # KerasHub neither writes the factors of an embedding nor reads them.
+    if lora_class_for(plain_class(layer)) is None or is_table(layer):
         return False
     try:
         split_kernel(layer)
@@ -325,8 +327,9 @@ def write_keras_hub_lora(
         AdapterFileError: the file cannot be written.
     """
     names = target_layer_names or backbone_of(model).default_lora_layer_names()
-    enabled = _enabled(keras_hub_layers(model), set(names))
-    _check_writable(enabled, factors, names)
+    layers = keras_hub_layers(model)
+    enabled = _enabled(layers, set(names))
+    _check_writable(layers, enabled, factors, names)
     pairs = {
         i: to_per_axis(split_kernel(n.layer), kernel_shape(n.layer), *factors[n.path])
         for i, n in enabled.items()
@@ -340,16 +343,22 @@ def write_keras_hub_lora(
 
 
 def _check_writable(
-    enabled: Mapping[int, Node], factors: Mapping[str, Pair], names: Collection[str]
+    layers: Mapping[int, Node],
+    enabled: Mapping[int, Node],
+    factors: Mapping[str, Pair],
+    names: Collection[str],
 ) -> None:
     nodes = {node.path: node for node in enabled.values()}
+    asked = nodes.keys() | factors.keys()
+    tables = [n.path for n in layers.values() if is_table(n.layer) and n.path in asked]
     problems = [
-        p for path, pair in factors.items() if (p := _unwritable(nodes.get(path), path, pair))
+        f"'{path}' is an embedding, whose factors KerasHub neither writes nor reads"
+        for path in tables
     ]
     problems += [
-        f"'{path}' is an embedding, whose factors KerasHub neither writes nor reads"
-        for path, node in nodes.items()
-        if isinstance(node.layer, keras.layers.Embedding)
+        p
+        for path, pair in factors.items()
+        if path not in tables and (p := _unwritable(nodes.get(path), path, pair))
     ]
     if problems or not factors:
         raise ValueError(

@@ -15,7 +15,7 @@ from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.files import AdapterFileError, PathLike, read_adapter_files
 from keras_lora.keys import base_fingerprint, variable_keys
 from keras_lora.layers import Group, split_kernel
-from keras_lora.walker import Target, find_targets, walk
+from keras_lora.walker import Target, all_targets, walk
 
 _FIELDS = {
     "keras_lora_version",
@@ -81,7 +81,7 @@ class _Reader:
     def layers(self) -> list[tuple[Target, AdapterSpec, tuple[np.ndarray, np.ndarray]]]:
         stable = {node.path: node.stable_path for node in walk(self._model)}
         wanted = [key.removesuffix("/lora_a") for key in self._tensors if key.endswith("/lora_a")]
-        targets = {stable.get(t.path, t.path): t for t in find_targets(self._model, lambda _: True)}
+        targets = {stable.get(t.path, t.path): t for t in all_targets(self._model)}
         missing = [path for path in wanted if path not in targets]
         self._absent += missing
         self._used |= {f"{path}/lora_{which}" for path in missing for which in "ab"}

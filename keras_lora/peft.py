@@ -25,7 +25,8 @@ from keras_lora.hub_factors import (
     split_modules,
 )
 from keras_lora.hub_names import hub_names, hub_names_back
-from keras_lora.hub_values import Places, find_places, gather, scatter
+from keras_lora.hub_tables import refused_tables
+from keras_lora.hub_values import Places, check_copies, find_places, gather, scatter
 from keras_lora.hub_weights import Block, HubWeights, hub_blocks
 from keras_lora.hub_weights.tensors import Array
 from keras_lora.inject import active_names, adapted, check_names, install, plan_factors
@@ -35,11 +36,20 @@ from keras_lora.layers import (
     LoRALayer,
     all_held,
     check_adapter_name,
+    is_table,
     kernel_shape,
     split_kernel,
 )
-from keras_lora.peft_files import PeftModule, read_peft_adapter, write_peft_adapter
+from keras_lora.peft_files import (
+    PeftAdapter,
+    PeftModule,
+    read_peft_adapter,
+    write_peft_adapter,
+)
 from keras_lora.walker import backbone_of, lora_layers, walk
+
+# PEFT's `EMBEDDING_LAYER_NAMES`: it saves both where one of them has an adapter.
+_SAVED_ALONG = ("embed_tokens", "lm_head")
 
 
 def save_peft_adapter(
@@ -102,7 +112,7 @@ def save_peft_adapter(
     places = find_places(model, weights, heads or {})
     layers = {p: x for p, x in adapted(model).items() if name in x.adapters}
     problems: list[str] = []
-    modules = _modules(layers, name, weights, problems)
+    modules = _modules(layers, name, weights, _kernels(model, weights), problems)
     saved = gather(_own_values(model, name), places, problems)
     if problems:
         raise ValueError(
@@ -175,7 +185,12 @@ def load_peft_adapter(
     modules = {rename(key): module for key, module in adapter.modules.items()}
     dropout = float(adapter.config.get("lora_dropout") or 0)
     factors = split_modules(modules, _kernels(model, weights), weights, dropout, problems)
-    values = scatter({rename(k): v for k, v in adapter.saved.items()}, places, problems)
+    copies = _copies_of_base(adapter)
+    values = scatter(
+        {rename(k): v for k, v in adapter.saved.items() if k not in copies}, places, problems
+    )
+    everywhere = find_places(model, weights, heads or {}, of_adapted=True)
+    check_copies({rename(k): adapter.saved[k] for k in copies}, everywhere, problems)
     if problems:
         raise AdapterFileError(
             f"Invalid {str(directory)!r}: expected an adapter for the {weights.model_type!r} "
@@ -194,7 +209,11 @@ def load_peft_adapter(
 
 
 def _modules(
-    layers: Mapping[str, LoRALayer], name: str, weights: HubWeights, problems: list[str]
+    layers: Mapping[str, LoRALayer],
+    name: str,
+    weights: HubWeights,
+    kernels: Mapping[str, Kernel],
+    problems: list[str],
 ) -> dict[str, PeftModule]:
     """The modules of an adapter's layers; layers without any are added to `problems`."""
     known = blocks_by_module(weights)
@@ -202,6 +221,7 @@ def _modules(
     for path in sorted(set(layers) - placed):
         reason = weights.refused.get(path, "it is no module of one matrix there")
         problems.append(f"{path}: {reason}")
+    problems += [f"{p}: {r}" for p in sorted(set(layers) & placed) if (r := kernels[p].refusal)]
     parts = {
         key: [_part(layers[path], name, block) for path, block in found.items() if path in layers]
         for key, found in known.items()
@@ -213,12 +233,16 @@ def _part(layer: LoRALayer, name: str, block: Block) -> Part:
     adapter = layer.adapters[name]
     factors = np.array(adapter.a), np.array(adapter.b)
     a, b = split_kernel(layer).matrices(*factors, kernel_shape(layer))
-    return Part(block, a[0], b[0], adapter.acting_spec)
+    return Part(block, a[0], b[0], adapter.acting_spec, is_table(layer))
 
 
 def _kernels(model: keras.Model, weights: HubWeights) -> dict[str, Kernel]:
     layers = {node.path: node.layer for node in walk(model) if node.path in weights.blocks}
-    return {path: (split_kernel(layer), kernel_shape(layer)) for path, layer in layers.items()}
+    refusals = refused_tables(model, weights)
+    return {
+        path: Kernel(split_kernel(x), kernel_shape(x), is_table(x), refusals.get(path))
+        for path, x in layers.items()
+    }
 
 
 def _own_values(model: keras.Model, name: str) -> list[tuple[keras.Variable, Array]]:
@@ -237,9 +261,23 @@ def _trained_apart(saved: Collection[str], modules: Collection[str]) -> tuple[st
     return "lora_only" if biases <= set(modules) else "all", whole
 
 
-def _stored_transposed(layers: Collection[str], weights: HubWeights) -> bool:
-    """PEFT's `fan_in_fan_out`."""
-    return any(weights.blocks[path][0].stored_transposed for path in layers)
+def _stored_transposed(layers: Mapping[str, LoRALayer], weights: HubWeights) -> bool:
+    """PEFT's `fan_in_fan_out`, which is of linear modules."""
+    linear = [path for path, layer in layers.items() if not is_table(layer)]
+    return any(weights.blocks[path][0].stored_transposed for path in linear)
+
+
+def _copies_of_base(adapter: PeftAdapter) -> list[str]:
+    """Tables that PEFT has saved along with their adapters, and the head beside one of tokens."""
+    whole = adapter.config.get("modules_to_save") or []
+    tables = [name for name, module in adapter.modules.items() if module.embedding]
+    weights = [key for key in adapter.saved if tables and key.endswith(".weight")]
+    return [
+        key
+        for key in weights
+        if (module_name(key) in tables or module_name(key).endswith(_SAVED_ALONG))
+        and not any(f".{module_name(key)}".endswith(f".{name}") for name in whole)
+    ]
 
 
 def _in_backbone(model: keras.Model, weights: HubWeights, places: Places) -> set[str]:

@@ -22,6 +22,7 @@ from keras_lora.config import Targets, invalid
 from keras_lora.layers import (
     LoRALayer,
     check_adaptable,
+    is_table,
     kernel_shape,
     lora_class_for,
     plain_class,
@@ -30,6 +31,8 @@ from keras_lora.layers import (
 )
 
 Layer: TypeAlias = "keras.layers.Layer"
+
+_KINDS = "Dense, EinsumDense, Embedding or ReversibleEmbedding"
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class Target:
         path: Its place in the model, the names of the layers joined by `/`. A second sibling of
             the same name is `name#2`.
         layer: The layer itself.
-        kind: The Keras class that it is adapted as: `"Dense"` or `"EinsumDense"`.
-        kernel_shape: Shape of its kernel.
+        kind: The Keras class that it is adapted as: `"Dense"`, `"EinsumDense"`, `"Embedding"` or
+            `"ReversibleEmbedding"`, or one of `register_lora_class`.
+        kernel_shape: Shape of its kernel; of an embedding `(vocabulary, dim)`.
         parent_class: Class name of the layer that holds it.
     """
 
@@ -137,9 +141,9 @@ def find_targets(
 ) -> list[Target]:
     """The layers that `apply_lora` would adapt; nothing is changed.
 
-    A `Dense` or `EinsumDense` is found anywhere: in Functional, Sequential and subclassed
-    models, nested models, composite layers, wrappers, lists and dicts of layers. A layer that
-    is reached twice is listed once.
+    A `Dense`, `EinsumDense` or embedding is found anywhere: in Functional, Sequential and
+    subclassed models, nested models, composite layers, wrappers, lists and dicts of layers. A
+    layer that is reached twice is listed once.
 
     Args:
         model: A built model.
@@ -149,7 +153,8 @@ def find_targets(
             - `"attention"`: of these, the query, key, value and output projections: layers
               held by a layer whose class name contains "attention", or whose own name contains
               "attention" or "attn";
-            - `"all"`: every layer of a kind that can be adapted, but the output head;
+            - `"all"`: every layer of a kind that can be adapted, embeddings too, but the output
+              head;
             - a list of names. A name is a whole path or its end, at a `/` or `.`: `"query"` hits
               `block_0/attention/query` and never `block_0/subquery`;
             - `"re:PATTERN"`, a regular expression that the whole path must match;
@@ -159,7 +164,7 @@ def find_targets(
             model it is found by following each output back through operations of one input and
             layers without weights; in a Sequential or subclassed model it is the last layer with
             weights, in the order in which they were assigned. Wrappers and nested models are
-            entered. A KerasHub backbone has none.
+            entered. A KerasHub backbone has none. An embedding that is called in reverse is none.
         exclude: Names to leave out, written as above (`"re:..."` counts as a name here).
 
     Returns:
@@ -178,8 +183,7 @@ def find_targets(
     [('up', 'Dense', (3, 5))]
     """
     nodes = list(walk(model))
-    _check_built(model, nodes)
-    candidates, left_out = _candidates(nodes)
+    candidates, left_out = _candidates(model, nodes)
     if isinstance(targets, str) and not targets.startswith("re:"):
         selected = _preset(model, targets, candidates, left_out)
     elif callable(targets):
@@ -195,6 +199,11 @@ def find_targets(
             check_adaptable(target.layer)
             split_kernel(target.layer)
     return kept
+
+
+def all_targets(model: Layer) -> list[Target]:
+    """Every layer of a kind that can be adapted, whatever speaks against it in the layer itself."""
+    return _candidates(model, list(walk(model)))[0]
 
 
 def matches(name: str, path: str) -> bool:
@@ -240,8 +249,9 @@ def _check_built(model: Layer, nodes: Sequence[Node]) -> None:
         )
 
 
-def _candidates(nodes: Sequence[Node]) -> tuple[list[Target], list[Node]]:
+def _candidates(model: Layer, nodes: Sequence[Node]) -> tuple[list[Target], list[Node]]:
     """What can be adapted; and what cannot, being unbuilt or of a class that computes its own."""
+    _check_built(model, nodes)
     targets, left_out = [], []
     for node in nodes:
         layer_class = plain_class(node.layer)
@@ -260,6 +270,9 @@ def _candidates(nodes: Sequence[Node]) -> tuple[list[Target], list[Node]]:
 def _preset(
     model: Layer, preset: str, candidates: Sequence[Target], left_out: Sequence[Node]
 ) -> list[Target]:
+    tables = preset == "all"
+    candidates = [t for t in candidates if tables or not is_table(t.layer)]
+    left_out = [node for node in left_out if tables or not is_table(node.layer)]
     if left_out:
         reasons = "; ".join(dict.fromkeys(_why_left_out(node) for node in left_out))
         warnings.warn(f"targets={preset!r} leaves out {_listed(left_out)}: {reasons}", stacklevel=4)
@@ -305,7 +318,7 @@ def _named(
             )
         if not any(matches(pattern, t.path) for t in candidates):
             raise ValueError(
-                f"Expected a Dense or EinsumDense layer. Received: {_listed(hits)}, asked for as "
+                f"Expected a layer of {_KINDS}. Received: {_listed(hits)}, asked for as "
                 f"{pattern!r}. To name the layers inside a layer, use a pattern: "
                 f"targets='re:.*{hits[0].layer.name}/.*'."
             )
@@ -341,7 +354,7 @@ def output_heads(model: Layer) -> set[int]:
 
 def _heads_at(layer: Layer) -> set[int]:
     if supported_base(plain_class(layer)) is not None:
-        return {id(layer)}
+        return set() if is_table(layer) else {id(layer)}
     if isinstance(layer, keras.layers.Wrapper):
         return _heads_at(layer.layer)
     return output_heads(layer) if isinstance(layer, keras.Model) else set()
@@ -416,7 +429,7 @@ def _unmatched(argument: str, missing: Sequence[str], paths: Sequence[str]) -> V
 def _nothing_matched(targets: Targets, model: Layer, there: Sequence[Target]) -> ValueError:
     if not there:
         return ValueError(
-            f"Expected a model with Dense or EinsumDense layers. Received: {model.name!r} "
+            f"Expected a model with layers of {_KINDS}. Received: {model.name!r} "
             f"({type(model).__name__}), which has none."
         )
     return ValueError(

@@ -18,6 +18,7 @@ import keras_lora as kl
 from keras_lora.layers import Adapter
 
 RANK, ALPHA = 2, 5.0
+VOCABULARY, DIM = 13, 5
 
 
 @dataclass(frozen=True)
@@ -25,22 +26,35 @@ class Case:
     """A layer, what goes into it, and what its kernel's axes mean."""
 
     id: str
-    make: Callable[..., keras.layers.Layer]
+    make: type[keras.layers.Layer]
     input_shape: tuple[int, ...]  # without the batch
     equation: str  # for the input's actual rank, written out without an ellipsis
     options: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_table(self) -> bool:
+        return issubclass(self.make, keras.layers.Embedding)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the inputs are tokens, which the equation takes as one-hot vectors."""
+        return self.is_table and not self.call
 
     def layer(self, **overrides: Any) -> keras.layers.Layer:
         return self.make(name="case", **(self.options | overrides))
 
     def model(self, **overrides: Any) -> keras.Model:
-        inputs = keras.Input(self.input_shape, dtype="float32")
-        model = keras.Model(inputs, self.layer(**overrides)(inputs))
+        inputs = keras.Input(self.input_shape, dtype="int32" if self.looks_up else "float32")
+        model = keras.Model(inputs, self.layer(**overrides)(inputs, **self.call))
         randomize(model.weights)
         return model
 
     def batch(self, size: int = 3) -> np.ndarray:
-        return np.random.default_rng(1).normal(size=(size, *self.input_shape)).astype("float32")
+        rng, shape = np.random.default_rng(1), (size, *self.input_shape)
+        if self.looks_up:
+            return rng.integers(0, VOCABULARY, shape).astype("int32")
+        return rng.normal(size=shape).astype("float32")
 
 
 def dense(id_: str, *input_shape: int, **options: Any) -> Case:
@@ -60,6 +74,28 @@ def einsum(
     return Case(equation, keras.layers.EinsumDense, input_shape, written_out or equation, options)
 
 
+def table(id_: str, *input_shape: int, **options: Any) -> Case:
+    labels = "abcde"[: len(input_shape) + 1]
+    make = options.pop("make", keras.layers.ReversibleEmbedding)
+    options = {"input_dim": VOCABULARY, "output_dim": DIM, **options}
+    return Case(id_, make, input_shape, f"{labels}x,xy->{labels}y", options)
+
+
+def reverse(id_: str, *input_shape: int, **options: Any) -> Case:
+    """Of tied weights; those that are not are another matrix, and not adapted."""
+    lookup = table(id_, *input_shape[:-1], **options)
+    inputs, kernel, output = _operands(lookup.equation)
+    equation = f"{output},{kernel}->{inputs}"
+    return Case(id_, lookup.make, input_shape, equation, lookup.options, {"reverse": True})
+
+
+def _operands(equation: str) -> tuple[str, str, str]:
+    inputs, rest = equation.split(",")
+    kernel, output = rest.split("->")
+    return inputs, kernel, output
+
+
+EMBEDDING = {"make": keras.layers.Embedding}
 CASES = [
     dense("dense", 5),
     dense("dense, no bias", 5, use_bias=False),
@@ -84,6 +120,13 @@ CASES = [
     einsum("bsd,df->bf", (11, 5), (7,)),
     einsum("bd,d->bd", (5,), (5,)),
     einsum("bt,f->btf", (11,), (None, 7)),
+    table("embedding", 11, **EMBEDDING),
+    table("embedding, one token, mask_zero", mask_zero=True, **EMBEDDING),
+    table("reversible, tied", 11, mask_zero=True),
+    table("reversible, untied", 3, 11, tie_weights=False),
+    reverse("reverse", 11, DIM),
+    reverse("reverse, soft cap", DIM, logit_soft_cap=2.0),
+    reverse("reverse, its own dtype", 2, 11, DIM, reverse_dtype="float32"),
 ]
 IDS = [f"{i}: {case.id}" for i, case in enumerate(CASES)]
 
@@ -121,8 +164,15 @@ def snapshot(variables: Any) -> list[bytes]:
     return [np.array(keras.ops.convert_to_numpy(v)).tobytes() for v in variables]
 
 
+def kernel_of(layer: keras.layers.Layer) -> Any:
+    """The effective matrix, or the variable of a plain layer."""
+    return layer.embeddings if isinstance(layer, keras.layers.Embedding) else layer.kernel
+
+
 def reference_delta(case: Case, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
     """s A B in the kernel's shape, by what the axes mean: contracted and shared ones are A's."""
+    if case.is_table:  # (vocabulary, r) (r, dim), whichever way it is used
+        return scale * a @ b
     _, kernel, output = _operands(case.equation)
     shared = [c for c in kernel if c in _operands(case.equation)[0] and c in output]
     contracted = [c for c in kernel if c not in output]
@@ -134,7 +184,11 @@ def reference_delta(case: Case, a: np.ndarray, b: np.ndarray, scale: float) -> n
 def reference_output(case: Case, model: keras.Model, x: np.ndarray, kernel: np.ndarray) -> Any:
     """act(x W + b) in float64."""
     layer = model.get_layer("case")
-    y = np.einsum(case.equation, x.astype("float64"), kernel)
+    one_hot = np.eye(VOCABULARY)[x] if case.looks_up else x.astype("float64")
+    y = np.einsum(case.equation, one_hot, kernel)
+    if case.is_table:
+        cap = case.options.get("logit_soft_cap")
+        return y if cap is None else cap * np.tanh(y / cap)
     if layer.bias is not None:
         y = y + numpy_of(layer.bias)
     if layer.activation is None:
@@ -147,9 +201,3 @@ _ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "tanh": np.tanh,
     "gelu": lambda y: y * (1 + np.vectorize(math.erf)(y / math.sqrt(2))) / 2,
 }
-
-
-def _operands(equation: str) -> tuple[str, str, str]:
-    inputs, rest = equation.split(",")
-    kernel, output = rest.split("->")
-    return inputs, kernel, output

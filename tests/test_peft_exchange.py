@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out",
     "ignore:Setting `save_embedding_layers`",
     "ignore:`lora_bias=True` was passed",
+    "ignore:Model has `tie_word_embeddings=True`",
     "ignore:Adapter 'default'.*invalid shape",
 )
 TOKENS = np.random.default_rng(2).integers(3, VOCAB, (2, 7))
@@ -203,6 +204,39 @@ def test_an_adapter_of_peft_computes_the_same_in_keras_and_comes_back_bit_for_bi
     assert_agree(name, backbone, again)
 
 
+# The modules that are embeddings, in both directions: BERT's tied table is a head in `MaskedLM`
+# only; that of a decoder must not be tied.
+TABLES = {
+    "bert": r".*\.(word_embeddings|token_type_embeddings|query)",
+    "xlm-roberta": r".*\.word_embeddings",
+    "albert": r".*\.(word_embeddings|token_type_embeddings)",
+    "llama": r".*\.(embed_tokens|q_proj)",
+    "qwen3": r".*\.embed_tokens",
+    "t5gemma": r".*\.embed_tokens",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_adapters_of_embeddings_both_ways(name: str, base: Path, tmp_path: Path) -> None:
+    theirs = wrapped(base, target_modules=TABLES[name])
+    theirs.save_pretrained(tmp_path / "peft")
+    backbone = keras_model(base)
+    assert difference(name, backbone, theirs) > 10 * TOLERANCE
+    kl.load_peft_adapter(backbone, tmp_path / "peft")
+    assert_agree(name, backbone, theirs)
+    prefix = CASES[name].prefix(theirs.get_base_model())
+    kl.save_peft_adapter(backbone, tmp_path / "back", prefix=prefix)
+    back, expected = tensors(tmp_path / "back"), tensors(tmp_path / "peft")
+    # Beside adapters of `embed_tokens` PEFT saves the base's table and head.
+    expected = {key: value for key, value in expected.items() if "lora_" in key}
+    assert any("lora_embedding_A" in key for key in expected)
+    assert back.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(back[key], value, strict=True)
+    again = peft.PeftModel.from_pretrained(hub_model(base), tmp_path / "back").eval()
+    assert_agree(name, backbone, again)
+
+
 @every_architecture
 def test_an_adapter_of_keras_computes_the_same_in_peft(
     name: str, base: Path, tmp_path: Path
@@ -289,7 +323,18 @@ def test_the_prefix_of_a_task_comes_from_transformers(base: Path, tmp_path: Path
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another size": ("qwen2", {}, r"q_proj: of a matrix \(24, 24\), expected \(40, 40\)"),
     "dora": ("llama", {"use_dora": True}, "DoRA's magnitude"),
-    "embedding": ("llama", {"target_modules": ["embed_tokens"]}, "an embedding"),
+    "tied table": (
+        "llama tied",
+        {"target_modules": ["embed_tokens"]},
+        r"model\.embed_tokens: its table is the output head too",
+    ),
+    "tied table of GPT-2": ("gpt2", {"target_modules": ["wte"]}, "wte: its table is the output"),
+    "shared table": ("bart", {"target_modules": ["shared"]}, "shared: its table is the output"),
+    "positions": (
+        "gpt2",
+        {"target_modules": ["wte", "wpe"]},
+        r"wpe: the model has no embedding layer that is this module; .*wte: its table",
+    ),
     "lora_bias": ("llama", {"lora_bias": True, "bias": "none"}, "a bias of B"),
     "head": ("llama", {"target_modules": ["lm_head"]}, "lm_head: the model has no kernel"),
     "experts": (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,14 @@ from keras_lora.hub_weights.tensors import (
     merged,
     weight_keys,
 )
-from keras_lora.layers import LoRALayer, kernel_shape, lora_class_for, plain_class, split_kernel
+from keras_lora.layers import (
+    base_kernel,
+    is_table,
+    kernel_shape,
+    lora_class_for,
+    plain_class,
+    split_kernel,
+)
 from keras_lora.lowrank import Shape
 from keras_lora.walker import Node, backbone_of, lora_layers, numbered, walk
 
@@ -51,7 +58,11 @@ class Origin:
     def index(self) -> Array:
         """For each element of the variable, its number in the flattened weight."""
         indices = np.arange(math.prod(self.shape)).reshape(self.shape)
-        return evaluate(self.value, {self.weight: indices})
+        return self.read(indices)
+
+    def read(self, tensor: Array) -> Array:
+        """The variable, from the weight."""
+        return evaluate(self.value, {self.weight: tensor})
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,8 @@ class HubWeights:
             each index of the kernel's shared axes, where it has such.
         refused: For the path of a layer that has none, the reason.
         others: For the path of every other variable, where it is from, or None. The path is the
-            layer's with the variable's name.
+            layer's with the variable's name. A table of positions that is no matrix there is in
+            it too.
         variables: These variables themselves.
     """
 
@@ -117,9 +129,11 @@ def hub_blocks(
     layers = {node.path: node for node in walk(model) if _has_matrix(node)}
     kernels, refused = _kernels(layers, recording)
     blocks, unlocated = _located(kernels)
-    variables = _named_variables(model, layers)
+    refused |= unlocated
+    kernels_alone = [n.layer for p, n in layers.items() if p in blocks or not is_table(n.layer)]
+    variables = _named_variables(model, kernels_alone)
     others = _origins(variables, recording)
-    return HubWeights(converter.model_type, blocks, refused | unlocated, others, variables)
+    return HubWeights(converter.model_type, blocks, refused, others, variables)
 
 
 def _has_matrix(node: Node) -> bool:
@@ -132,7 +146,7 @@ def _kernels(
     """The kernels that come from weights; and for the others, the reason."""
     kernels, refused = {}, {}
     for path, node in layers.items():
-        value = recording.values.get(id(_kernel_variable(node)))
+        value = recording.values.get(id(base_kernel(node.layer)))
         if isinstance(value, Traced):
             try:
                 split = split_kernel(node.layer)
@@ -188,18 +202,15 @@ def _origins(variables: Mapping[str, Any], recording: Recording) -> dict[str, Or
     return {path: found.get(path) for path in variables}
 
 
-def _named_variables(model: keras.Model, layers: Mapping[str, Node]) -> dict[str, Any]:
+def _named_variables(
+    model: keras.Model, layers: Sequence[keras.layers.Layer]
+) -> dict[str, keras.Variable]:
     """The variables of a model that are neither kernels of these layers nor of adapters."""
     tree = [("", model), *((f"{node.path}/", node.layer) for node in walk(model))]
     # Parents come first, so that the innermost layer that has a variable gives the path.
     owners = {id(v): (prefix + v.name, v) for prefix, layer in tree for v in layer.weights}
     adapters = [v for layer in lora_layers(model).values() for v in layer.adapter_variables]
-    kernels = [_kernel_variable(node) for node in layers.values()]
+    kernels = [base_kernel(layer) for layer in layers]
     left_out = {id(v) for v in (*adapters, *kernels)}
     seen: Counter[str] = Counter()
     return {numbered(p, seen): v for key, (p, v) in owners.items() if key not in left_out}
-
-
-def _kernel_variable(node: Node) -> Any:
-    layer: Any = node.layer
-    return layer.base_kernel if isinstance(layer, LoRALayer) else layer.kernel

@@ -14,6 +14,7 @@ from keras_lora.hub_weights.tensors import (
     Mixed,
     Shapes,
     Traced,
+    Weight,
     demands,
     evaluate,
     nodes,
@@ -120,6 +121,10 @@ def _without_shapes(value: Traced) -> str:
 def _blocks(kernel: Kernel, keys: Sequence[str], shapes: Mapping[str, Shape]) -> Iterator[Block]:
     if any(len(shapes[key]) != 2 for key in keys):
         raise RefusedError(f"a weight of {len(shapes[keys[0]])} axes, and no matrix")
+    if _is_whole(kernel, shapes):
+        inputs, outputs = kernel.shape
+        yield Block(keys[0], (outputs, inputs), True, np.arange(outputs), np.arange(inputs))
+        return
     starts = np.cumsum([0, *(math.prod(shapes[key]) for key in keys)])
     try:
         indices = evaluate(kernel.value, _indices(keys, shapes, starts))
@@ -130,6 +135,16 @@ def _blocks(kernel: Kernel, keys: Sequence[str], shapes: Mapping[str, Shape]) ->
         if matrix.min() < starts[n] or matrix.max() >= starts[n + 1]:
             raise RefusedError("made of several weights")
         yield _block(keys[n], shapes[keys[n]], matrix - starts[n])
+
+
+def _is_whole(kernel: Kernel, shapes: Mapping[str, Shape]) -> bool:
+    """Whether a kernel `(in, out)` is a weight as it is.
+
+    So is a table of tokens, of which an index for each element would take gigabytes.
+    """
+    split, value = kernel.split, kernel.value
+    in_order = split.kernel == split.contracted + split.free and len(split.kernel) == 2
+    return in_order and isinstance(value, Weight) and shapes[value.key] == kernel.shape
 
 
 def _indices(keys: Sequence[str], shapes: Mapping[str, Shape], starts: Array) -> dict[str, Array]:

@@ -2,7 +2,6 @@
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_layers`: missing from a model whose constructor failed, which may still be alive.
-    `_kernel`: the variable whose `tf.distribute` strategy the adapters must share.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 import keras
 
 from keras_lora.inject.optimizers import fresh_optimizer, switch_optimizer
+from keras_lora.layers import base_kernel
 from keras_lora.walker import walk
 
 FUNCTIONS = ("train_function", "test_function", "predict_function", "generate_function")
@@ -35,7 +35,7 @@ def models_around(layers: Iterable[keras.layers.Layer]) -> list[keras.Model]:
 
 def strategy_scope(layer: keras.layers.Layer) -> contextlib.AbstractContextManager[Any]:
     """The `tf.distribute` scope that the layer's kernel was made in; new variables belong there."""
-    strategy = getattr(layer._kernel.value, "distribute_strategy", None)
+    strategy = getattr(base_kernel(layer).value, "distribute_strategy", None)
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 

@@ -15,7 +15,7 @@ from keras_lora.inject.compiled import around, changing, refresh
 from keras_lora.inject.freezing import freeze, thaw
 from keras_lora.inject.saving import allow_saving, guard_saving
 from keras_lora.inject.switching import activate, active_names, adapted, adapter_names
-from keras_lora.layers import LoRALayer, attach, detach, forget
+from keras_lora.layers import LoRALayer, attach, base_kernel, detach, forget
 from keras_lora.walker import lora_layers, walk
 
 
@@ -145,7 +145,7 @@ def _merged_copy(model: keras.Model, layers: Mapping[str, LoRALayer]) -> keras.M
     twins = zip(walk(model), walk(copy), strict=True)
     for node, twin in twins:
         if node.path in layers:
-            twin.layer.kernel.assign(ops.stop_gradient(node.layer.kernel))
+            base_kernel(twin.layer).assign(ops.stop_gradient(node.layer.kernel))
     return copy
 
 

@@ -11,7 +11,14 @@ import keras
 
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.inject.freezing import own_trainable_variables
-from keras_lora.layers import Group, LoRALayer, all_held, check_adapter_name, split_kernel
+from keras_lora.layers import (
+    Group,
+    LoRALayer,
+    all_held,
+    bias_of,
+    check_adapter_name,
+    split_kernel,
+)
 from keras_lora.walker import Node, Target, find_targets, lora_layers, match_names, matches, walk
 
 
@@ -97,7 +104,7 @@ def check_name_is_new(model: keras.Model, name: str) -> None:
 
 def _biases(model: keras.Model, targets: Sequence[Target], which: str) -> list[keras.Variable]:
     if which == "lora_only":
-        return [t.layer.bias for t in targets if t.layer.bias is not None]
+        return [bias for t in targets if (bias := bias_of(t.layer)) is not None]
     return [v for v in model.variables if v.name == "bias"] if which == "all" else []
 
 

@@ -12,12 +12,13 @@ from keras_lora.layers.base import (
     LoRALayer,
     check_adaptable,
     check_adapter_name,
-    kernel_shape,
     plain_class,
     remember_flag,
 )
-from keras_lora.layers.held import BASE, Held, all_held, forget, hold, release
+from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
+from keras_lora.layers.held import BASE, Held, all_held, forget, held, hold, release
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
+from keras_lora.layers.matrix import base_kernel, bias_of, is_table, kernel_shape
 from keras_lora.layers.registry import (
     attach,
     detach,
@@ -40,16 +41,22 @@ __all__ = [
     "Held",
     "LoRADense",
     "LoRAEinsumDense",
+    "LoRAEmbedding",
     "LoRALayer",
+    "LoRAReversibleEmbedding",
     "Rows",
     "all_held",
     "attach",
+    "base_kernel",
+    "bias_of",
     "check_adaptable",
     "check_adapter_name",
     "detach",
     "forget",
+    "held",
     "hold",
     "is_registered",
+    "is_table",
     "kernel_shape",
     "lora_class_for",
     "plain_class",

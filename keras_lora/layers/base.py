@@ -3,7 +3,6 @@
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_tracker`: a built layer is locked, and adapters are added after it was built.
     `_track_variable`, `_untrack_variable`: adapters are taken away and put back.
-    `_kernel`: the frozen kernel itself, since `kernel` gives the effective one.
     `_check_load_own_variables`: counts a layer's variables, adapters included, before it
         loads those of the base.
 """
@@ -14,22 +13,32 @@ import contextlib
 import dataclasses
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakSet
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_lora.config import AdapterSpec, invalid
-from keras_lora.initializers import a_initializer
-from keras_lora.layers.held import Held
+from keras_lora.initializers import factor_initializers
+from keras_lora.layers.checkpoint import (
+    BASE_ONLY,
+    STATE_PREFIX,
+    adapter_values,
+    assign_values,
+    check_values,
+)
+from keras_lora.layers.matrix import (
+    base_kernel,
+    bias_of,
+    is_table,
+    kernel_constraint,
+    kernel_shape,
+)
 from keras_lora.layers.rows import Rows
 from keras_lora.layers.slots import Adapter, Factor, Group, Slot, dropped
+from keras_lora.layers.state import LoRAState
 from keras_lora.lowrank import EinsumSplit, Shape, Tensor, split_equation
 
 DEFAULT_ADAPTER = "default"
@@ -37,32 +46,11 @@ DEFAULT_ADAPTER = "default"
 WAS_TRAINABLE = "_lora_was_trainable"
 
 
-@dataclass
-class LoRAState:
-    """What a layer has more than its base class has. Keras tracks none of this object."""
-
-    base_class: type
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    slots: list[Slot] = field(default_factory=list)
-    active: tuple[str, ...] = ()
-    # There once an adapter has dropout; then the masks are part of the computation for good.
-    seeds: keras.random.SeedGenerator | None = None
-    # What a checkpoint of this layer holds for its model: see `inject.apply`.
-    held: list[Held] = field(default_factory=list)
-    # Models that were adapted or switched with this layer in them: their optimizers know of it.
-    models: WeakSet[Any] = field(default_factory=WeakSet)
-    # Within `with_rows`: what each row of a batch has of its own.
-    rows: Rows | None = None
-    # Between the constructor and `build`.
-    pending: dict[str, AdapterSpec] = field(default_factory=dict)
-    train_bias: bool = False
-    # Why the last weights file was refused.
-    refusal: str | None = None
-    # Why a `.keras` file cannot hold this layer, or None: see `inject.guard_saving`.
-    unsaveable: str | None = None
+class Adapting:
+    """Marks the classes of this package: they stand before Keras's in those of a layer."""
 
 
-class LoRALayer(keras.layers.Layer):
+class LoRALayer(Adapting, keras.layers.Layer):
     """Abstract base of every adapted layer.
 
         y = act(x W0 + b + sum_i s_i (drop_i(x) A_i) B_i)     over the active adapters i
@@ -84,7 +72,7 @@ class LoRALayer(keras.layers.Layer):
         **kwargs: As the base layer takes them.
 
     Raises:
-        ValueError: an invalid spec, a kernel constraint, or Keras's own `lora_rank`.
+        ValueError: an invalid spec, a constraint on the kernel, or Keras's own `lora_rank`.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -116,6 +104,9 @@ class LoRALayer(keras.layers.Layer):
             specs = {DEFAULT_ADAPTER: spec}
         else:
             specs = {check_adapter_name(n): AdapterSpec(**spec) for n, spec in adapters.items()}
+        if kwargs.get("weights") is not None:
+            fix = "build the layer and assign to its base_kernel"
+            raise invalid("weights", "None", kwargs["weights"], fix)
         acting = tuple(specs if active is None else active)
         if not set(acting) <= set(specs):
             raise invalid("active", f"names among {sorted(specs)}", active)
@@ -143,7 +134,7 @@ class LoRALayer(keras.layers.Layer):
         super().build(input_shape)
         for variable in self.base_variables:
             remember_flag(variable)
-            variable.trainable = variable is self.bias and self._lora.train_bias
+            variable.trainable = variable is bias_of(self) and self._lora.train_bias
         active = self._lora.active
         for name, spec in self._lora.pending.items():
             self.add_adapter(name, spec)
@@ -172,13 +163,13 @@ class LoRALayer(keras.layers.Layer):
 
     @property
     def base_kernel(self) -> keras.Variable:
-        """The frozen kernel `W0`."""
-        return self._kernel
+        """The frozen kernel `W0`; the table of an embedding."""
+        return base_kernel(self)
 
     def fold(self) -> None:
         """`W0 <- W0 + sum_i s_i A_i B_i`, over the active adapters."""
         # Without the gradient: torch would take the kernel for a function of A and B.
-        self._kernel.assign(ops.stop_gradient(self.kernel))
+        self.base_kernel.assign(ops.stop_gradient(self.kernel))
 
     @property
     def adapter_variables(self) -> list[keras.Variable]:
@@ -196,8 +187,8 @@ class LoRALayer(keras.layers.Layer):
         """Make the factors of a new adapter. It does not act until it is activated."""
         a_shape, b_shape = self._factor_shapes(spec.rank)
         fan_in, _ = self._split().matrix_shape(kernel_shape(self))
-        a = Factor(a_initializer(spec, fan_in), a_shape)
-        adapter = Adapter(spec, a, Factor(np.zeros(b_shape)), group)
+        a, b = factor_initializers(spec, fan_in, is_table(self))
+        adapter = Adapter(spec, Factor(a, a_shape), Factor(b, b_shape), group)
         self._lora.adapters[name] = adapter
         return adapter
 
@@ -236,7 +227,7 @@ class LoRALayer(keras.layers.Layer):
     def fits(self, specs: Sequence[AdapterSpec]) -> bool:
         """Whether such adapters can act without new variables, which need a new trace."""
         enough = len(specs) <= len(self._lora.slots)
-        masked = self.masks or not any(spec.dropout for spec in specs)
+        masked = self.masks or not self._has_dropout(specs)
         pairs = zip(specs, self._lora.slots, strict=False)
         return enough and masked and all(spec.rank <= slot.rank for spec, slot in pairs)
 
@@ -292,7 +283,7 @@ class LoRALayer(keras.layers.Layer):
         Summed in float32, or in the dtype of `W0` where that is wider, and rounded once.
         `W0` itself, as a variable, where no adapter acts.
         """
-        base = super().kernel
+        base = self.base_kernel
         if self._lora.rows is not None:
             self._lora.rows.refuse("its kernel is read, and there is another for each row")
         if not self._lora.slots:
@@ -310,16 +301,15 @@ class LoRALayer(keras.layers.Layer):
         """`x W0 + sum_i s_i (drop_i(x) A_i) B_i`: the layer before bias and activation."""
         split = self._split(len(inputs.shape))
         if self._lora.rows is not None:
-            return self._lora.rows.product(split, inputs, self._kernel)
+            return self._lora.rows.product(split, inputs, self.base_kernel)
         terms = []
         for slot in self._lora.slots:
             x = inputs
             if training and self._lora.seeds is not None:
                 x = dropped(x, slot.rate, self._lora.seeds)
-            scaled = ops.multiply(slot.scaling, slot.b)
-            a, b = (ops.cast(v, self.compute_dtype) for v in (slot.a, scaled))
+            a, b = (ops.cast(v, self.compute_dtype) for v in (slot.a, slot.scaled_b))
             terms.append((x, a, b))
-        return split.adapted_product(inputs, ops.convert_to_tensor(self._kernel), terms)
+        return split.adapted_product(inputs, ops.convert_to_tensor(self.base_kernel), terms)
 
     def get_config(self) -> dict[str, Any]:
         built = {name: adapter.acting_spec for name, adapter in self._lora.adapters.items()}
@@ -346,22 +336,18 @@ class LoRALayer(keras.layers.Layer):
         """
         with self.without_slots():  # the base class stores `self.kernel`
             super().save_own_variables(store)
-        for key, value in self._adapter_state().items():
+        for key, value in adapter_values(self._lora).items():
             store[key] = value
 
     def load_own_variables(self, store: Any) -> None:
         keys = list(store.keys())
-        saved = {key: store[key] for key in keys if key.startswith(_STATE_PREFIX)}
+        saved = {key: store[key] for key in keys if key.startswith(STATE_PREFIX)}
         if saved:
-            self._check_state(saved)
+            check_values(self._lora, saved, self.path)
         super().load_own_variables({key: store[key] for key in keys if key not in saved})
         if not saved:
-            warnings.warn(_BASE_ONLY, stacklevel=2)
-        for key, assign in self._assigners().items():
-            if key in saved:
-                assign(saved[key])
-        for slot in self._lora.slots:
-            slot.refresh()
+            warnings.warn(BASE_ONLY, stacklevel=2)
+        assign_values(self._lora, saved)
 
     def save_assets(self, dir_path: str) -> None:  # noqa: ARG002
         """Stop the writing of a `.keras` file that could not be read back.
@@ -389,7 +375,12 @@ class LoRALayer(keras.layers.Layer):
     def _trains_bias(self) -> bool:
         if not self.built:
             return self._lora.train_bias
-        return self.bias is not None and self.bias.trainable
+        bias = bias_of(self)
+        return bias is not None and bias.trainable
+
+    def _has_dropout(self, specs: Sequence[AdapterSpec]) -> bool:
+        # What the adapter of a table takes is the number of a token.
+        return not is_table(self) and any(spec.dropout for spec in specs)
 
     def _split(self, input_rank: int | None = None) -> EinsumSplit:
         return split_equation(self.kernel_equation(self), input_rank)
@@ -399,7 +390,7 @@ class LoRALayer(keras.layers.Layer):
 
     def _wide_dtype(self) -> str:
         """The dtype of sums that are rounded once."""
-        dtype = keras.backend.standardize_dtype(self._kernel.dtype)
+        dtype = keras.backend.standardize_dtype(self.base_kernel.dtype)
         return "float64" if dtype == "float64" else "float32"
 
     def _made_slots(self, adapters: Sequence[Adapter]) -> dict[int, Slot]:
@@ -419,7 +410,7 @@ class LoRALayer(keras.layers.Layer):
         try:
             with self._unlocked():
                 slots = {index: Slot.make(new, index, adapters[index]) for index in needed}
-                if any(adapter.spec.dropout for adapter in adapters) and self._lora.seeds is None:
+                if self._has_dropout([x.spec for x in adapters]) and self._lora.seeds is None:
                     self._lora.seeds = keras.random.SeedGenerator()
                     self._tracker.add_to_store("seed_generators", self._lora.seeds)
         except BaseException:
@@ -459,58 +450,6 @@ class LoRALayer(keras.layers.Layer):
             if locked:
                 self._tracker.lock()
 
-    def _adapter_state(self) -> dict[str, np.ndarray]:
-        """What a checkpoint holds for the adapters, by key."""
-        state = {}
-        for name, adapter in self._lora.adapters.items():
-            state[f"{_STATE_PREFIX}a.{name}"] = np.array(adapter.a)
-            state[f"{_STATE_PREFIX}b.{name}"] = np.array(adapter.b)
-            state[f"{_SCALING_PREFIX}{name}"] = np.array(adapter.scaling, "float32")
-        if self._lora.seeds is not None:
-            # Else a resumed run would draw other dropout masks than an unbroken one.
-            state[f"{_STATE_PREFIX}seeds"] = ops.convert_to_numpy(self._lora.seeds.state)
-        return state | {key: item.aside[name] for key, item, name in self._held_values()}
-
-    def _assigners(self) -> dict[str, Callable[[Any], None]]:
-        """How each value of `_adapter_state` but the scales is put back."""
-        put: dict[str, Callable[[Any], None]] = {}
-        for name, adapter in self._lora.adapters.items():
-            put[f"{_STATE_PREFIX}a.{name}"] = adapter.a.assign
-            put[f"{_STATE_PREFIX}b.{name}"] = adapter.b.assign
-        if self._lora.seeds is not None:
-            put[f"{_STATE_PREFIX}seeds"] = self._lora.seeds.state.assign
-        return put | {key: partial(item.assign, name) for key, item, name in self._held_values()}
-
-    def _held_values(self) -> list[tuple[str, Held, str]]:
-        """The values held aside, by key: those of other adapters, and the base's own."""
-        pairs = [(i, item, n) for i, item in enumerate(self._lora.held) for n in item.aside]
-        return [
-            (f"{_STATE_PREFIX}held.{i}.{name}" if name else f"{_BASE_PREFIX}{i}", item, name)
-            for i, item, name in pairs
-        ]
-
-    def _check_state(self, saved: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint whose adapters are not those of this layer."""
-        live = self._adapter_state()
-        # A model from a `.keras` file does not know its base's own values.
-        missing = {key for key in live.keys() - saved.keys() if not key.startswith(_BASE_PREFIX)}
-        extra = {key for key in saved.keys() - live.keys() if not key.startswith(_BASE_PREFIX)}
-        wrong = [f"{key} is missing" for key in missing]
-        wrong += [f"{key} is not expected" for key in extra]
-        for key in live.keys() & saved.keys():
-            received, expected = tuple(saved[key].shape), tuple(live[key].shape)
-            if received != expected:
-                wrong.append(f"{key} has shape {received}, expected {expected}")
-            elif key.startswith(_SCALING_PREFIX) and abs(saved[key][()] - live[key]) > 1e-6:
-                wrong.append(f"{key} is {saved[key][()]}, expected {live[key]}")
-        if wrong:
-            self._lora.refusal = (
-                f"Layer '{self.path}': the file's adapters are not this layer's: "
-                f"{'; '.join(sorted(wrong))}. Load it into a model that was adapted with the "
-                "same LoRAConfig: apply_lora(model, config), then load_weights."
-            )
-            raise ValueError(self._lora.refusal)
-
     def _check_load_own_variables(self, store: Any) -> None:
         expected = len(self.base_variables)
         if len(store.keys()) != expected:
@@ -524,27 +463,13 @@ class LoRALayer(keras.layers.Layer):
             )
 
 
-_STATE_PREFIX = "lora_"
-_SCALING_PREFIX = f"{_STATE_PREFIX}scaling."
-_BASE_PREFIX = f"{_STATE_PREFIX}base."
-_BASE_ONLY = (
-    "The weights file holds no adapters: the base's weights were loaded and the adapters of the "
-    "model were left as they are. If the file is of a merged model, its adapters now count "
-    "twice: call unload_lora(model) first."
-)
-
-
 def _adapted_class(lora_class: type) -> type:
-    return next(c for c in lora_class.__mro__ if not issubclass(c, LoRALayer))
+    return next(c for c in lora_class.__mro__ if not issubclass(c, Adapting))
 
 
 def plain_class(layer: keras.layers.Layer) -> type:
     """The class of a layer, or the one that it has without its adapters."""
     return layer.base_class if isinstance(layer, LoRALayer) else type(layer)
-
-
-def kernel_shape(layer: keras.layers.Layer) -> Shape:
-    return tuple(layer._kernel.shape)
 
 
 def check_adaptable(layer: keras.layers.Layer) -> None:
@@ -554,11 +479,13 @@ def check_adaptable(layer: keras.layers.Layer) -> None:
         ValueError: a kernel constraint, Keras's own LoRA, quantized weights, a diagonal.
     """
     name = layer.path or layer.name
-    if layer.kernel_constraint is not None:
+    constraint = kernel_constraint(layer)
+    if constraint is not None:
+        which = "embeddings_constraint" if is_table(layer) else "kernel_constraint"
         raise ValueError(
-            f"Layer '{name}': expected no kernel constraint, since a constraint on W0 does not "
-            f"hold for W0 + AB. Received: kernel_constraint={layer.kernel_constraint}. Exclude "
-            "the layer or build it without the constraint."
+            f"Layer '{name}': expected no {which.replace('_', ' ')}, since a constraint on W0 does "
+            f"not hold for W0 + AB. Received: {which}={constraint}. Exclude the layer or build it "
+            "without the constraint."
         )
     if layer.lora_enabled or layer.lora_rank:
         raise ValueError(

@@ -8,22 +8,27 @@ from typing import Any
 import keras
 
 from keras_lora.config import invalid
-from keras_lora.layers.base import LoRALayer, LoRAState, plain_class
+from keras_lora.layers.base import LoRALayer, plain_class
+from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
+from keras_lora.layers.state import LoRAState
 from keras_lora.lowrank import EinsumSplit, split_equation
 
 _LORA_CLASSES: dict[type, type[LoRALayer]] = {
     keras.layers.Dense: LoRADense,
     keras.layers.EinsumDense: LoRAEinsumDense,
+    keras.layers.Embedding: LoRAEmbedding,
+    keras.layers.ReversibleEmbedding: LoRAReversibleEmbedding,
 }
 
 
 def register_lora_class(layer_class: type, lora_class: type[LoRALayer]) -> None:
     """Say how a layer class of your own is adapted.
 
-    Needed for a subclass of `Dense` or `EinsumDense` that overrides `call`: what it computes is
-    not known here. `lora_class` repeats that computation with `self.adapted_product(inputs,
-    training)` in the place of `inputs @ kernel`.
+    Needed for a subclass of `Dense`, `EinsumDense` or an embedding that overrides `call`: what
+    it computes is not known here. `lora_class` repeats that computation with
+    `self.adapted_product(inputs, training)` in the place of `inputs @ kernel`. One of
+    `LoRAEmbedding` and `layer_class` does so with `self.adapted_lookup(inputs)`.
 
     Args:
         layer_class: The class to adapt.
@@ -74,8 +79,8 @@ def lora_class_for(layer_class: Any) -> type[LoRALayer] | None:
 def overrides(layer_class: type, base: type) -> bool:
     """Whether a class computes something else than its base does."""
     return any(
-        getattr(layer_class, name) is not getattr(base, name)
-        for name in ("call", "quantized_call", "kernel")
+        getattr(layer_class, name, None) is not getattr(base, name, None)
+        for name in ("call", "quantized_call", "kernel", "embeddings")
     )
 
 

@@ -207,6 +207,11 @@ class Slot:
         return self.a, self.b
 
     @property
+    def scaled_b(self) -> Tensor:
+        """`s B`: of the factors, `B` is the one whose scale costs least."""
+        return ops.multiply(self.scaling, self.b)
+
+    @property
     def variables(self) -> tuple[keras.Variable, ...]:
         return self.a, self.b, self.scaling, self.rate
 

@@ -1,0 +1,90 @@
+"""What a checkpoint (`save_weights`) holds for an adapted layer, beside its base's variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_lora.layers.held import Held
+from keras_lora.layers.state import LoRAState
+
+STATE_PREFIX = "lora_"
+_SCALING_PREFIX = f"{STATE_PREFIX}scaling."
+_BASE_PREFIX = f"{STATE_PREFIX}base."
+BASE_ONLY = (
+    "The weights file holds no adapters: the base's weights were loaded and the adapters of the "
+    "model were left as they are. If the file is of a merged model, its adapters now count "
+    "twice: call unload_lora(model) first."
+)
+
+
+def adapter_values(state: LoRAState) -> dict[str, np.ndarray]:
+    """The values by key."""
+    values = {}
+    for name, adapter in state.adapters.items():
+        values[f"{STATE_PREFIX}a.{name}"] = np.array(adapter.a)
+        values[f"{STATE_PREFIX}b.{name}"] = np.array(adapter.b)
+        values[f"{_SCALING_PREFIX}{name}"] = np.array(adapter.scaling, "float32")
+    if state.seeds is not None:
+        # Else a resumed run would draw other dropout masks than an unbroken one.
+        values[f"{STATE_PREFIX}seeds"] = ops.convert_to_numpy(state.seeds.state)
+    return values | {key: item.aside[name] for key, item, name in _held_values(state)}
+
+
+def assign_values(state: LoRAState, saved: Mapping[str, Any]) -> None:
+    """The inverse of `adapter_values`, but for the scales."""
+    put: dict[str, Callable[[Any], None]] = {}
+    for name, adapter in state.adapters.items():
+        put[f"{STATE_PREFIX}a.{name}"] = adapter.a.assign
+        put[f"{STATE_PREFIX}b.{name}"] = adapter.b.assign
+    if state.seeds is not None:
+        put[f"{STATE_PREFIX}seeds"] = state.seeds.state.assign
+    put |= {key: partial(item.assign, name) for key, item, name in _held_values(state)}
+    for key in put.keys() & saved.keys():
+        put[key](saved[key])
+    for slot in state.slots:
+        slot.refresh()
+
+
+def check_values(state: LoRAState, saved: Mapping[str, Any], path: str) -> None:
+    """Refuse values that are not of the adapters which the layer at `path` has.
+
+    Raises:
+        ValueError: they are of others.
+    """
+    wrong = _misfits(adapter_values(state), saved)
+    if wrong:
+        state.refusal = (
+            f"Layer '{path}': the file's adapters are not this layer's: "
+            f"{'; '.join(sorted(wrong))}. Load it into a model that was adapted with the "
+            "same LoRAConfig: apply_lora(model, config), then load_weights."
+        )
+        raise ValueError(state.refusal)
+
+
+def _misfits(live: Mapping[str, np.ndarray], saved: Mapping[str, Any]) -> list[str]:
+    # A model from a `.keras` file does not know its base's own values.
+    missing = {key for key in live.keys() - saved.keys() if not key.startswith(_BASE_PREFIX)}
+    extra = {key for key in saved.keys() - live.keys() if not key.startswith(_BASE_PREFIX)}
+    wrong = [f"{key} is missing" for key in missing]
+    wrong += [f"{key} is not expected" for key in extra]
+    for key in live.keys() & saved.keys():
+        received, expected = tuple(saved[key].shape), tuple(live[key].shape)
+        if received != expected:
+            wrong.append(f"{key} has shape {received}, expected {expected}")
+        elif key.startswith(_SCALING_PREFIX) and abs(saved[key][()] - live[key]) > 1e-6:
+            wrong.append(f"{key} is {saved[key][()]}, expected {live[key]}")
+    return wrong
+
+
+def _held_values(state: LoRAState) -> list[tuple[str, Held, str]]:
+    """The values held aside, by key: those of other adapters, and the base's own."""
+    pairs = [(i, item, n) for i, item in enumerate(state.held) for n in item.aside]
+    return [
+        (f"{STATE_PREFIX}held.{i}.{name}" if name else f"{_BASE_PREFIX}{i}", item, name)
+        for i, item, name in pairs
+    ]
