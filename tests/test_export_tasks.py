@@ -254,7 +254,7 @@ NOT_MADE = {"BLIP2Seq2SeqLM", "Gemma4AssistantCausalLM", "PARSeqCausalLM"}
 # What needs an input_signature, or fails (RWKV7 in `serve` already) with this in the message.
 FIXED_SIZE = {"Qwen3_5CausalLM", "Qwen3_5MoeCausalLM", "Gemma4CausalLM"}
 REFUSED = {"RWKV7CausalLM": "RWKV7TimeMix", "T5Seq2SeqLM": "Cannot squeeze axis=1.*generate=False"}
-UNTRACED = pytest.mark.filterwarnings("ignore:Layer 'transformer_.* looks like it has unbuilt")
+WARNS_WHEN_MADE = pytest.mark.filterwarnings(r"ignore::UserWarning:keras(_hub)?\.src")
 WRITERS = sorted(hub_tasks.task_classes().keys() - NOT_MADE - REFUSED.keys())
 STOP = [5]
 
@@ -305,7 +305,7 @@ def test_every_language_model_of_kerashub_is_accounted_for() -> None:
     assert NOT_MADE | REFUSED.keys() <= hub_tasks.task_classes().keys()
 
 
-@UNTRACED  # T5, when it is made
+@WARNS_WHEN_MADE
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_generation_that_is_refused_says_why_and_leaves_the_model(
     name: str, tmp_path: Path
@@ -319,7 +319,7 @@ def test_generation_that_is_refused_says_why_and_leaves_the_model(
     assert not list(tmp_path.iterdir())
 
 
-@UNTRACED
+@WARNS_WHEN_MADE
 def test_logits_alone(service: Service, tmp_path: Path) -> None:
     model, feeds = writer("T5Seq2SeqLM")
     adapted(model)
