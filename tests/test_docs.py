@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import guide
 import processes
 import pytest
+from servers import Server
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SERVING = ROOT / "docs" / "serving.md"
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {SERVING})]
 
 
 @pytest.mark.slow
@@ -18,6 +21,17 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M)
     if blocks:
         processes.run(f"import os; os.chdir({str(tmp_path)!r})\n" + "\n".join(blocks))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # KerasHub's `fit` warns of the order of its own data sets
+def test_the_serving_guide_is_true_from_fit_to_curl(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = server.models / "guide"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert guide.Reader(server, folder).follow(SERVING) > 7
 
 
 @pytest.mark.slow
