@@ -7,13 +7,16 @@ import re
 import shlex
 from pathlib import Path
 
+import guide
 import processes
 import pytest
+from servers import Server
 
 import keras_lora_cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SERVING = ROOT / "docs" / "serving.md"
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {SERVING})]
 
 
 def blocks(page: Path, kind: str) -> list[str]:
@@ -43,6 +46,17 @@ def test_python_and_console_blocks_run_in_order(
             options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
             same = doctest.OutputChecker().check_output(expected, received, options)
             assert same, f"{command}\n{received}"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # KerasHub's `fit` warns of the order of its own data sets
+def test_the_serving_guide_is_true_from_fit_to_curl(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = server.models / "guide"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert guide.Reader(server, folder).follow(SERVING) > 7
 
 
 @pytest.mark.slow
