@@ -9,6 +9,7 @@ adapter of `shared` does not reach.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import keras
 
@@ -51,6 +52,6 @@ def _is_language_model(model: keras.Model) -> bool:
         return False
     models = importlib.import_module("keras_hub.models")
     tasks = tuple(getattr(models, name) for name in _LANGUAGE_MODELS)
-    found = [c for c in vars(models).values() if isinstance(c, type) and issubclass(c, tasks)]
-    backbones = tuple(c.backbone_cls for c in found if c.backbone_cls is not None)
-    return isinstance(backbone_of(model), backbones)
+    classes: list[Any] = [c for c in vars(models).values() if isinstance(c, type)]
+    backbones = [c.backbone_cls for c in classes if issubclass(c, tasks)]
+    return isinstance(backbone_of(model), tuple(c for c in backbones if c is not None))

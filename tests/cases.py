@@ -26,7 +26,7 @@ class Case:
     """A layer, what goes into it, and what its kernel's axes mean."""
 
     id: str
-    make: type[keras.layers.Layer]
+    make: Callable[..., keras.layers.Layer]
     input_shape: tuple[int, ...]  # without the batch
     equation: str  # for the input's actual rank, written out without an ellipsis
     options: dict[str, Any] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Case:
 
     @property
     def is_table(self) -> bool:
-        return issubclass(self.make, keras.layers.Embedding)
+        return self.make in (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
 
     @property
     def looks_up(self) -> bool:

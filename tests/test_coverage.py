@@ -77,11 +77,12 @@ def check_step(model: keras.Model, inputs: Any, training: bool) -> None:
     factors = {id(v) for slot in slots for v in slot.factors}
     assert {id(v) for v in model.trainable_variables} == factors
     others = [v for v in model.weights if id(v) not in factors]
+    zeros = [next(v for v in slot.factors if not np.any(numpy_of(v))) for slot in slots]
     before, gradients = snapshot(others), step(model, inputs, training)
     assert snapshot(others) == before
 
-    moved = [bool(np.any(numpy_of(slot.b))) for slot in slots]
-    pulled = [bool(np.any(gradients.get(id(slot.b), 0))) for slot in slots]
+    moved = [bool(np.any(numpy_of(v))) for v in zeros]
+    pulled = [bool(np.any(gradients.get(id(v), 0))) for v in zeros]
     assert moved == pulled
     # Not all: at random initialisation some layers of some backbones do not reach an output.
     assert 2 * sum(moved) >= len(moved)
@@ -95,7 +96,7 @@ def step(model: keras.Model, inputs: Any, training: bool) -> dict[int, np.ndarra
     gradients = tape.gradient(loss, [v.value for v in variables])
     pairs = [(g, v) for g, v in zip(gradients, variables, strict=True) if g is not None]
     keras.optimizers.SGD(0.1).apply_gradients(pairs)
-    return {id(v): numpy_of(g) for g, v in pairs}
+    return {id(v): numpy_of(tf.convert_to_tensor(g)) for g, v in pairs}
 
 
 def weighted_square(y: Any) -> Any:
@@ -433,6 +434,33 @@ def gemma_lm() -> keras.Model:
     return keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
 
 
+def llama_lm(tied: bool) -> keras.Model:
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=19,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=12,
+        tie_word_embeddings=tied,
+        name="llama",
+    )
+    return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+
+
+def gpt2_lm() -> keras.Model:
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=19,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=12,
+        max_sequence_length=7,
+        name="gpt2",
+    )
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+
+
 def blocks(prefix: str, *names: str) -> list[str]:
     return [f"{prefix}_{i}/{name}" for i in range(2) for name in names]
 
@@ -456,7 +484,10 @@ TASKS: dict[str, tuple[Callable[[], keras.Model], list[str], list[str]]] = {
 
 
 def task(name: str) -> tuple[keras.Model, dict[str, np.ndarray]]:
-    model = TASKS[name][0]()
+    return with_inputs(TASKS[name][0]())
+
+
+def with_inputs(model: keras.Model) -> tuple[keras.Model, dict[str, np.ndarray]]:
     ids = np.random.default_rng(1).integers(1, 19, size=(2, 7)).astype("int32")
     inputs = {
         "token_ids": ids,
@@ -479,6 +510,36 @@ def test_task_attention_alone(name: str) -> None:
     model, inputs = task(name)
     assert paths(model, "attention") == TASKS[name][1]
     check_adapting(model, inputs, "attention")
+
+
+# A model with its head, and the embeddings that "all" adds.
+TABLES: dict[str, tuple[Callable[[], keras.Model], set[str]]] = {
+    "bert": (bert_classifier, {"bert/token_embedding", "bert/segment_embedding"}),
+    "llama": (lambda: llama_lm(tied=False), {"llama/token_embedding"}),
+    "llama, tied": (lambda: llama_lm(tied=True), {"llama/token_embedding"}),
+    "gemma, tied": (gemma_lm, {"gemma/token_embedding"}),
+    "gpt2, tied": (gpt2_lm, {"gpt2/token_embedding"}),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_embeddings(name: str) -> None:
+    make, tables = TABLES[name]
+    model, inputs = with_inputs(make())
+    assert set(paths(model, "all")) == {*paths(model), *tables}
+    check_adapting(model, inputs, "all")
+
+
+def test_adapted_tables_generate_what_merged_ones_do() -> None:
+    model, inputs = with_inputs(gpt2_lm())
+    kl.apply_lora(model, kl.LoRAConfig(rank=2, targets=["token_embedding"]))
+    randomize(f for x in kl.lora_layers(model).values() for f in x.adapters["default"].factors)
+    prompt = {key: value[:, :3] for key, value in inputs.items()}
+    prompt = {key: np.pad(value, ((0, 0), (0, 4))) for key, value in prompt.items()}
+    model.compile(sampler="greedy")
+    adapted = model.generate(prompt, stop_token_ids=None)
+    merged = kl.merge_lora(model).generate(prompt, stop_token_ids=None)
+    np.testing.assert_array_equal(adapted["token_ids"], merged["token_ids"])
 
 
 # Reads paths from its input, one a line, and answers each with a line of JSON: how far the outputs

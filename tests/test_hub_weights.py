@@ -18,12 +18,18 @@ import keras_lora as kl
 from keras_lora.hub_weights import Block, HubWeights, MissingFieldError, hub_blocks
 from keras_lora.hub_weights.blocks import Kernel, Locator, RefusedError
 from keras_lora.hub_weights.tensors import Weight
-from keras_lora.layers import split_kernel
+from keras_lora.layers import base_kernel, split_kernel
 from keras_lora.lowrank import split_equation
 from keras_lora.walker import walk
 
 SWIN = [f"stage_{i}/blocks_{j}/attn/attention_qkv" for i in range(2) for j in range(2)]
-REFUSED = {"swin": dict.fromkeys(SWIN, "made of several weights")}
+REFUSED = {
+    "swin": dict.fromkeys(SWIN, "made of several weights"),
+    "blip-2": {
+        "blip2_vision_encoder/patching_and_embedding/position_embedding": "a bare parameter",
+    },
+    "vit": {"vit_patching_and_embedding/position_embedding": "3 axes, and no matrix"},
+}
 # KerasHub's converter of Mistral rounds to float16.
 ROUNDED = {"mistral"}
 # Variables that are not one weight: fused experts, sums, tables that the model computes.
@@ -81,7 +87,7 @@ def backbone(directory: Path) -> keras.Model:
 
 def matrices(layer: keras.layers.Layer) -> np.ndarray[Any, Any]:
     """A kernel as `(shared, in, out)`."""
-    split, kernel = split_kernel(layer), np.array(layer.kernel)
+    split, kernel = split_kernel(layer), np.array(base_kernel(layer))
     order = [split.kernel.index(c) for c in split.shared + split.contracted + split.free]
     return kernel.transpose(order).reshape(-1, *split.matrix_shape(kernel.shape))
 

@@ -631,6 +631,14 @@ def test_all_that_cannot_be_written_is_told_at_once(file: Path) -> None:
     assert not file.exists()
 
 
+def test_an_adapter_with_an_embedding_is_not_saved(file: Path) -> None:
+    model = backbone("GPT2Backbone")
+    kl.apply_lora(model, kl.LoRAConfig(rank=2, targets=["query", "value", "token_embedding"]))
+    with pytest.raises(ValueError, match="'token_embedding' is an embedding"):
+        kl.save_keras_hub_lora(model, file)
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("names", [["token_embedding", "query"], ["patch_embedding"]])
 def test_other_kinds_of_layers_are_not_written(names: list[str], file: Path) -> None:
     model = vit() if names == [CONVOLUTION] else backbone("GPT2Backbone")
@@ -639,7 +647,7 @@ def test_other_kinds_of_layers_are_not_written(names: list[str], file: Path) -> 
         write_keras_hub_lora(file, model, factors, target_layer_names=names)
     layer = keras_hub_layers(model)[numbers(model, names[0])[0]]
     one = {layer.path: (np.ones((2, 1)), np.ones((1, 2)))}
-    with pytest.raises(ValueError, match="which cannot be adapted here"):
+    with pytest.raises(ValueError, match="cannot be adapted here|neither writes nor reads"):
         write_keras_hub_lora(file, model, one, target_layer_names=names)
 
 

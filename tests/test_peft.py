@@ -73,3 +73,39 @@ def test_a_trains_as_in_peft() -> None:
     for variable, factor in zip(model.trainable_variables, factors, strict=True):
         received, expected = np.array(variable), factor.detach().numpy().T
         np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_an_embedding_equals_peft(use_rslora: bool) -> None:
+    rng, vocabulary, dim = np.random.default_rng(2), 13, 11
+    e, a, b = (
+        rng.normal(size=shape).astype("float32")
+        for shape in [(vocabulary, dim), (vocabulary, R), (R, dim)]
+    )
+    x = rng.integers(0, vocabulary, (3, 5))
+    module = torch.nn.ModuleDict({"up": torch.nn.Embedding(vocabulary, dim)})
+    config = peft.LoraConfig(r=R, lora_alpha=3, use_rslora=use_rslora, target_modules=["up"])
+    theirs = peft.inject_adapter_in_model(config, module)["up"]
+    start = theirs.lora_embedding_A["default"], theirs.lora_embedding_B["default"]
+
+    inputs = keras.Input((5,), dtype="int32")
+    model = keras.Model(inputs, keras.layers.Embedding(vocabulary, dim, name="up")(inputs))
+    model.get_layer("up").embeddings.assign(e)
+    kl.apply_lora(model, kl.LoRAConfig(rank=R, alpha=3, use_rslora=use_rslora, targets=["up"]))
+    for ours, factor in zip(model.trainable_variables, start, strict=True):
+        # At the start zeros here and there, or of standard deviation 1.
+        np.testing.assert_allclose(np.std(ours), factor.detach().numpy().std(), atol=0.4)
+    with torch.no_grad():
+        theirs.base_layer.weight.copy_(torch.tensor(e))
+        for factor, value in zip(start, (a, b), strict=True):
+            factor.copy_(torch.tensor(value.T))
+        expected = theirs(torch.tensor(x)).numpy()
+        theirs.merge()
+    for variable, value in zip(model.trainable_variables, (a, b), strict=True):
+        variable.assign(value)
+    np.testing.assert_allclose(np.array(model(x)), expected, rtol=1e-4, atol=1e-4)
+    kl.merge_lora(model)
+    merged = theirs.base_layer.weight.numpy()
+    np.testing.assert_allclose(
+        np.array(model.get_layer("up").embeddings), merged, rtol=1e-5, atol=1e-5
+    )

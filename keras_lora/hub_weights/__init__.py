@@ -129,7 +129,8 @@ def hub_blocks(
     layers = {node.path: node for node in walk(model) if _has_matrix(node)}
     kernels, refused = _kernels(layers, recording)
     blocks, unlocated = _located(kernels)
-    refused |= unlocated
+    refused |= unlocated | _bare_parameters(blocks, layers)
+    blocks = {path: found for path, found in blocks.items() if path not in refused}
     kernels_alone = [n.layer for p, n in layers.items() if p in blocks or not is_table(n.layer)]
     variables = _named_variables(model, kernels_alone)
     others = _origins(variables, recording)
@@ -182,6 +183,20 @@ def _located(
         except RefusedError as error:
             refused[path] = str(error)
     return blocks, refused
+
+
+def _bare_parameters(
+    blocks: Mapping[str, Sequence[Block]], layers: Mapping[str, Node]
+) -> dict[str, str]:
+    """Tables, of positions most often, that are no embedding there: their shape is not known."""
+    tables = {
+        path: found[0].weight for path, found in blocks.items() if is_table(layers[path].layer)
+    }
+    return {
+        path: f"a bare parameter, and no embedding: {key}"
+        for path, key in tables.items()
+        if not key.endswith(".weight")
+    }
 
 
 def _origins(variables: Mapping[str, Any], recording: Recording) -> dict[str, Origin | None]:

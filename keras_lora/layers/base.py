@@ -106,7 +106,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
             specs = {check_adapter_name(n): AdapterSpec(**spec) for n, spec in adapters.items()}
         if kwargs.get("weights") is not None:
             fix = "build the layer and assign to its base_kernel"
-            raise invalid("weights", "None", kwargs["weights"], fix)
+            raise invalid("weights", "None", type(kwargs["weights"]), fix)
         acting = tuple(specs if active is None else active)
         if not set(acting) <= set(specs):
             raise invalid("active", f"names among {sorted(specs)}", active)

@@ -145,7 +145,8 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
 
     def call(self, inputs: Tensor, reverse: bool = False) -> Tensor:
         if not (reverse and self.tie_weights and self.slots):
-            return super().call(inputs, reverse=reverse)
+            # Its lookup is that of `Lookup`, by `super().call`; and it sets the mask.
+            return keras.layers.ReversibleEmbedding.call(self, inputs, reverse)
         logits = self.adapted_reverse(inputs)
         cap = self.logit_soft_cap
         return logits if cap is None else ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
