@@ -134,7 +134,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
         yield model
     finally:
         for layer, state, kernel in zip(layers, states, kernels, strict=True):
-            attach(layer, state).base_kernel.assign(kernel)
+            attach(layer, state).assign_base(kernel)
         freeze(model, trainable)
         guard_saving(model)
         refresh(models)

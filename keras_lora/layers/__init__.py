@@ -27,7 +27,7 @@ from keras_lora.layers.registry import (
     split_kernel,
     supported_base,
 )
-from keras_lora.layers.slots import Adapter, Factor, Group
+from keras_lora.layers.slots import Adapter, Factor, Group, adapter_shapes, factor_names
 
 __all__ = [
     "BASE",
@@ -40,11 +40,13 @@ __all__ = [
     "LoRADense",
     "LoRAEinsumDense",
     "LoRALayer",
+    "adapter_shapes",
     "all_held",
     "attach",
     "check_adaptable",
     "check_adapter_name",
     "detach",
+    "factor_names",
     "forget",
     "hold",
     "is_registered",
