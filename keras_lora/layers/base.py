@@ -111,6 +111,8 @@ class LoRALayer(keras.layers.Layer):
         acting = tuple(specs if active is None else active)
         if not set(acting) <= set(specs):
             raise invalid("active", f"names among {sorted(specs)}", active)
+        if not self.takes_dora and any(spec.use_dora for spec in specs.values()):
+            raise invalid("use_dora", f"False for a {type(self).__qualname__}", True)
         super().__init__(*args, **kwargs)
         check_adaptable(self)
         self._lora = LoRAState(
@@ -374,7 +376,7 @@ class LoRALayer(keras.layers.Layer):
         if not saved:
             warnings.warn(BASE_ONLY, stacklevel=2)
             for magnitude in untrained:
-                magnitude.assign(self._norms())
+                magnitude.assign(self._draw_norms((), "float32"))
         assign_values(self._lora, saved)
 
     def save_assets(self, dir_path: str) -> None:  # noqa: ARG002
@@ -412,30 +414,26 @@ class LoRALayer(keras.layers.Layer):
 
     def _draw_norms(self, shape: Shape, dtype: str) -> Tensor:
         """`|W0|` of each output, as an initializer."""
-        return ops.cast(ops.sqrt(self._draw_squared_norms(shape, self._wide_dtype())), dtype)
+        return ops.cast(ops.sqrt(self._draw_squared_norms(shape, dtype)), dtype)
 
-    def _draw_squared_norms(self, shape: Shape, dtype: str) -> Tensor:  # noqa: ARG002
-        kernel = ops.stop_gradient(ops.convert_to_tensor(self._kernel))
-        return self._split().squared_norms(ops.cast(kernel, dtype))
-
-    def _norms(self) -> np.ndarray:
-        return ops.convert_to_numpy(self._draw_norms((), "float32"))
+    def _draw_squared_norms(self, *_: Any, **__: Any) -> Tensor:
+        return self._split().squared_norms(ops.stop_gradient(wide_kernel(self)))
 
     def _measure(self) -> None:
         """Take `|W0|` anew."""
-        norms = self._lora.squared_norms
-        if norms is not None:
-            norms.assign(self._draw_squared_norms((), norms.dtype))
+        if self._lora.squared_norms is not None:
+            self._lora.squared_norms.assign(self._draw_squared_norms())
 
     def _untrained_magnitudes(self) -> list[Factor]:
         """Those that are still `|W0|`."""
         found = [x.magnitude for x in self._lora.adapters.values() if x.magnitude is not None]
-        return [m for m in found if np.array_equal(m, self._norms())]
+        if not found:
+            return []
+        norms = ops.convert_to_numpy(self._draw_norms((), "float32"))
+        return [magnitude for magnitude in found if np.array_equal(magnitude, norms)]
 
     def _wide_dtype(self) -> str:
-        """The dtype of sums that are rounded once."""
-        dtype = keras.backend.standardize_dtype(self._kernel.dtype)
-        return "float64" if dtype == "float64" else "float32"
+        return wide_dtype(self._kernel)
 
     def _made_slots(self, adapters: Sequence[Adapter]) -> dict[int, Slot]:
         """New slots, by their place, for those of these adapters that do not fit into the old."""
@@ -533,6 +531,17 @@ def plain_class(layer: keras.layers.Layer) -> type:
 
 def kernel_shape(layer: keras.layers.Layer) -> Shape:
     return tuple(layer._kernel.shape)
+
+
+def wide_dtype(variable: keras.Variable) -> str:
+    """The dtype of sums that are rounded once."""
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return "float64" if dtype == "float64" else "float32"
+
+
+def wide_kernel(layer: keras.layers.Layer) -> Tensor:
+    """`W0` in that dtype."""
+    return ops.cast(ops.convert_to_tensor(layer._kernel), wide_dtype(layer._kernel))
 
 
 def check_adaptable(layer: keras.layers.Layer) -> None:
