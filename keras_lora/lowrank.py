@@ -169,7 +169,7 @@ class EinsumSplit:
     def gain(self, w: Tensor, squared: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
         """DoRA's `g = m / |W0 + A B|` of each output, so that `W' = g (W0 + A B)`.
 
-            |W0 + A B|^2 = |W0|^2 + 2 B . (W0^T A) + B . (A^T A) B
+            |W0 + A B|^2 = |W0|^2 + B . (2 A^T W0 + A^T A B)        summed over the rank
 
         `squared` is `|W0|^2`; nothing of the kernel's shape is formed. The norm is a constant in
         the gradient. Where it is zero, `g` is 1: there `W'` is zero too.
@@ -183,11 +183,10 @@ class EinsumSplit:
         a, b = ops.reshape(a, (-1, d, a.shape[-1])), ops.reshape(b, (-1, a.shape[-1], k))
         a_t = ops.transpose(a, (0, 2, 1))
         cross = ops.cast(ops.matmul(ops.cast(a_t, w.dtype), w), b.dtype)  # (shared, r, k)
-        cross = ops.reshape(ops.sum(b * cross, 1), squared.shape)
-        own = ops.reshape(ops.sum(b * ops.matmul(ops.matmul(a_t, a), b), 1), squared.shape)
+        change = ops.sum(b * (2 * cross + ops.matmul(ops.matmul(a_t, a), b)), 1)
+        total = squared + ops.reshape(change, squared.shape)
         # Where W0 and A B cancel, what is left of them is rounding.
-        least = _ROUNDING * (squared + own)
-        norm = ops.stop_gradient(ops.sqrt(ops.maximum(squared + 2 * cross + own, least)))
+        norm = ops.stop_gradient(ops.sqrt(ops.maximum(total, _ROUNDING * squared)))
         return ops.where(norm > 0, magnitude / ops.where(norm > 0, norm, 1), 1)
 
     def times_gain(self, x: Tensor, gain: Tensor, axes: str) -> Tensor:

@@ -61,7 +61,7 @@ def test_the_invariants_of_an_adapted_layer(case: Case) -> None:
     assert relative(model(x), expected) <= 1e-5
     assert relative(model.get_layer("case").kernel, kernel) <= 1e-5
     with kl.disable_adapter(model):
-        np.testing.assert_array_equal(numpy_of(model(x)), output)
+        assert relative(model(x), output) <= 1e-6
 
     before = snapshot(model.weights)
     with kl.merged(model) as plain:
@@ -480,7 +480,7 @@ def test_it_trains_with_xla_as_without() -> None:
     results = []
     for jit in (False, True):
         keras.utils.set_random_seed(3)
-        model = kl.apply_lora(composite(), DORA)
+        model = kl.apply_lora(functional(), DORA)
         model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit)
         model.fit(*data(model), batch_size=2, shuffle=False, verbose=0)
         results.append([numpy_of(v) for v in model.trainable_variables])
