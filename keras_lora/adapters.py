@@ -46,7 +46,7 @@ def set_adapter(
     A new trace is needed only where
 
     - more adapters act on a layer than ever did, or one of a higher rank, or the first with
-      dropout: the layer then gets new variables;
+      dropout or DoRA: the layer then gets new variables;
     - other variables of the base train (adapters with other `layers_to_save` or `bias`), or
       `trainable` is not what it was: for `fit`, and the optimizer is made anew.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import keras
@@ -9,7 +10,7 @@ import keras_hub
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import ALPHA, CASES, RANK, adapted, adapter, numpy_of
+from cases import ALPHA, CASES, RANK, adapted, adapter, numpy_of, reference_dora
 from models import composite, data, functional, randomize_adapters
 
 import keras_lora as kl
@@ -18,13 +19,17 @@ from keras_lora.layers import split_kernel
 CONFIG = kl.LoRAConfig(rank=2, alpha=3)
 
 
-def test_float64_base_merges_in_float64() -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_float64_base_merges_in_float64(use_dora: bool) -> None:
     model = CASES[0].model(dtype="float64")
     w0 = numpy_of(model.get_layer("case").kernel)
-    adapted(CASES[0], model)
-    a, b = map(numpy_of, adapter(model).factors)
+    adapted(CASES[0], model, use_dora=use_dora)
+    a, b, *m = map(numpy_of, adapter(model).factors)
+    expected = w0 + ALPHA / RANK * a @ b
+    if use_dora:
+        expected = reference_dora(CASES[0], expected, *m)
     merged = numpy_of(kl.merge_lora(model).get_layer("case").kernel)
-    np.testing.assert_allclose(merged, w0 + ALPHA / RANK * a @ b, rtol=1e-14)
+    np.testing.assert_allclose(merged, expected, rtol=1e-13)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +39,10 @@ def strategy() -> Any:
     return tf.distribute.MirroredStrategy([device.name for device in devices])
 
 
-@pytest.mark.parametrize("compiled_first", [False, True])
-def test_a_model_made_under_a_strategy(strategy: Any, compiled_first: bool) -> None:
+@pytest.mark.parametrize(
+    ("compiled_first", "use_dora"), [(False, False), (True, False), (False, True)]
+)
+def test_a_model_made_under_a_strategy(strategy: Any, compiled_first: bool, use_dora: bool) -> None:
     with strategy.scope():
         model = functional()
         if compiled_first:
@@ -43,7 +50,8 @@ def test_a_model_made_under_a_strategy(strategy: Any, compiled_first: bool) -> N
     x, y = data(model)
     if compiled_first:
         model.fit(x, y, batch_size=2, verbose=0)
-    kl.apply_lora(model, CONFIG)  # outside the scope, on purpose
+    options = dataclasses.replace(CONFIG, use_dora=use_dora)
+    kl.apply_lora(model, options)  # outside the scope, on purpose
     mirrored = type(model.get_layer("up").base_kernel.value)
     assert all(isinstance(v.value, mirrored) for v in model.trainable_variables)
     if not compiled_first:
