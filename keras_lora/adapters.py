@@ -20,6 +20,7 @@ from keras_lora.inject import (
     adapter_names,
     changing,
     check_names,
+    check_no_dora,
     drop,
     forget_optimizer_states,
     groups,
@@ -45,7 +46,7 @@ def set_adapter(
     A new trace is needed only where
 
     - more adapters act on a layer than ever did, or one of a higher rank, or the first with
-      dropout: the layer then gets new variables;
+      dropout or DoRA: the layer then gets new variables;
     - other variables of the base train (adapters with other `layers_to_save` or `bias`), or
       `trainable` is not what it was: for `fit`, and the optimizer is made anew.
 
@@ -151,6 +152,9 @@ def delete_adapter(model: keras.Model, name: str) -> None:
 class scale_adapter:  # noqa: N801
     """Let an adapter act more or less: `h = x W0 + factor * s (x A) B`.
 
+    Of DoRA the factor is on `s A B` alone, so that 0 leaves the magnitude:
+    `W = m (W0 + factor * s A B) / |W0 + factor * s A B|`, as in PEFT.
+
     A setting, which lasts; in a `with` statement the old factor returns at the end. Nothing is
     traced again. Merging and saving use the factor.
 
@@ -219,6 +223,8 @@ def combine_adapters(
     - `"magnitude_prune"`, `"ties"`, `"dare_linear"`, `"dare_ties"`: as `"linear"`, of factors of
       which a share `density` is kept, in the way of each method. The ranks must be equal.
 
+    Of DoRA there is no combination: `W0 + s A B` is divided by a norm of its own in each adapter.
+
     The new adapter has the scale 1. It waits for `set_adapter`, or acts at once where none does. A
     head or bias that one of the adapters trained goes along.
 
@@ -234,7 +240,7 @@ def combine_adapters(
 
     Raises:
         ValueError: unknown names or options, a name that is taken, a weight that is not finite,
-            unequal ranks where they must be equal, or two adapters with a head of their own.
+            unequal ranks where they must be equal, DoRA, or two adapters with a head of their own.
 
     Example:
 
@@ -255,6 +261,7 @@ def combine_adapters(
     )
     _check_weights(weights)
     layers = adapted(model)
+    check_no_dora(layers, names, "Let them act together: set_adapter(model, [...])")
     values = _values_of_one(model, names)
     factors = {}
     for index, (path, layer) in enumerate(layers.items()):

@@ -32,6 +32,8 @@ class AdapterSpec:
         dropout: Probability with which an input of the adapter is zeroed while training, in
             `[0, 1)`. The path through the frozen kernel has none.
         use_rslora: Divide by `sqrt(rank)` instead of `rank`.
+        use_dora: Train a magnitude `m` of each output too, from `|W0|` on:
+            `W = m (W0 + s A B) / |W0 + s A B|`.
         init: How `A` starts: `"kaiming_uniform"`, uniform within `±1/sqrt(d)` for `d` inputs
             (as PEFT does), or `"gaussian"`, normal with standard deviation `1/rank`. `B`
             starts at zero, so that a fresh adapter changes nothing.
@@ -49,6 +51,7 @@ class AdapterSpec:
     alpha: float
     dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     init: str = "kaiming_uniform"
 
     def __post_init__(self) -> None:
@@ -56,8 +59,9 @@ class AdapterSpec:
         check_alpha(self.alpha)
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise invalid("dropout", "a number in [0, 1)", self.dropout, "try dropout=0.05")
-        if not isinstance(self.use_rslora, bool):
-            raise invalid("use_rslora", "True or False", self.use_rslora)
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise invalid(name, "True or False", getattr(self, name))
         if self.init not in INITS:
             raise invalid("init", f"one of {INITS}", self.init)
 
@@ -79,6 +83,7 @@ class LoRAConfig:
         rank_pattern: `{name: rank}` for layers whose rank differs. The first match counts.
         alpha_pattern: `{name: alpha}`, likewise.
         use_rslora: Scale by `alpha / sqrt(rank)` (rank-stabilised LoRA).
+        use_dora: Train a magnitude of each output too (DoRA); see `AdapterSpec`.
         init: How `A` starts; see `AdapterSpec`.
         bias: Which biases train: `"none"`, those of the adapted layers (`"lora_only"`), or
             every variable called `bias` in the model (`"all"`).
@@ -103,6 +108,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
     init: str = "kaiming_uniform"
     bias: Literal["none", "lora_only", "all"] = "none"
     layers_to_save: Sequence[str] = ()
@@ -126,6 +132,7 @@ class LoRAConfig:
             alpha=self.alpha if alpha is None else alpha,
             dropout=self.dropout,
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
             init=self.init,
         )
 

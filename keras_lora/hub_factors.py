@@ -6,6 +6,7 @@ With `W` a matrix `(out, in)` there, a kernel `K` `(d, k)` here is a block of it
     dK = s A B  <->  dW = s b a        a[:, columns[i]] = A[i]        b[rows[o]] = B[:, o]
 
 The table of an embedding is `(vocabulary, dim)` on both sides, so `in` is the vocabulary there.
+DoRA's magnitude there has an entry for each row, so `m[rows[o]]` is that of output `o`.
 
 Several kernels may be blocks of one matrix: GPT-2's `c_attn` is query, key and value. The factors
 of the matrix are then those that the kernels share or, where theirs differ, all of them stacked.
@@ -13,7 +14,7 @@ of the matrix are then those that the kernels share or, where theirs differ, all
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -25,31 +26,34 @@ from keras_lora.hub_weights.tensors import Array
 from keras_lora.lowrank import EinsumSplit, Shape, scaling
 from keras_lora.peft_files import PeftModule
 
-Factors: TypeAlias = dict[str, tuple[AdapterSpec, Array, Array]]
+Factors: TypeAlias = dict[str, tuple[AdapterSpec, *tuple[Array, ...]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """A kernel here: its axes, and whether it is an embedding's table.
 
-    `refusal` is why its factors cannot be exchanged, or None.
+    `refusal` is why its factors cannot be exchanged, or None; `norms` gives `|W0|` of each output.
     """
 
     split: EinsumSplit
     shape: Shape
     is_table: bool
     refusal: str | None
+    norms: Callable[[], Array]
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What a kernel contributes to a matrix: its block, `A` `(d, r)` and `B` `(r, k)`."""
+    """What a kernel has of a matrix: its block, `A` `(d, r)`, `B` `(r, k)` and `m` `(k,)`."""
 
     block: Block
     a: Array
     b: Array
     spec: AdapterSpec
     is_table: bool
+    magnitude: Array | None = None
+    reached: bool = True  # whether `A B` is more than a fused matrix's zeros
 
     def widened(self) -> tuple[Array, Array]:
         """`a` `(r, in)` and `b` `(out, r)` of the whole matrix."""
@@ -97,6 +101,23 @@ def of_one_kind(modules: Mapping[str, PeftModule]) -> dict[str, PeftModule]:
     }
 
 
+def whole_magnitude(rows: Sequence[tuple[Block, Array]]) -> Array | None:
+    """The magnitude of a matrix, from those of its kernels; None where they are not all of it."""
+    if not _are_whole([block for block, _ in rows]):
+        return None
+    magnitude = np.zeros(rows[0][0].shape[0], "float32")
+    for block, values in rows:
+        magnitude[block.rows] = values.reshape(-1)
+    return magnitude
+
+
+def _are_whole(blocks: Sequence[Block]) -> bool:
+    """Whether each row of the matrix is an output of one of these kernels, all along."""
+    out, inputs = blocks[0].shape
+    rows = np.unique(np.concatenate([block.rows for block in blocks]))
+    return len(rows) == out and all(len(block.columns) == inputs for block in blocks)
+
+
 def _module(a: Array, b: Array, alpha: float, part: Part) -> PeftModule:
     rslora, embedding = part.spec.use_rslora, part.is_table
     return PeftModule(a=a, b=b, rank=len(a), alpha=alpha, use_rslora=rslora, embedding=embedding)
@@ -119,7 +140,7 @@ def split_modules(
     dropout: float,
     problems: list[str],
 ) -> Factors:
-    """Spec, `A` and `B` of each kernel, by path: the inverse of `joined`.
+    """Spec and factors of each kernel, by path: the inverse of `joined` and `whole_magnitude`.
 
     What has no place here is added to `problems`.
     """
@@ -130,10 +151,23 @@ def split_modules(
         problems += [f"{name}: {problem}" for problem in wrong]
         for path, block in blocks.items() if not wrong else ():
             part = _cut(module, block, len(blocks) > 1, dropout)
-            if part is not None:
-                split, shape = kernels[path].split, kernels[path].shape
-                factors[path] = (part.spec, *split.factors(part.a[None], part.b[None], shape))
+            if _acts(part, kernels[path]):
+                factors[path] = (part.spec, *_shaped(part, kernels[path]))
     return factors
+
+
+def _acts(part: Part, kernel: Kernel) -> bool:
+    """Whether anything of a fused matrix's adapter reaches a kernel."""
+    if part.reached or part.magnitude is None:
+        return part.reached
+    return not np.allclose(part.magnitude, kernel.norms().reshape(-1), rtol=1e-6, atol=0)
+
+
+def _shaped(part: Part, kernel: Kernel) -> list[Array]:
+    pair = kernel.split.factors(part.a[None], part.b[None], kernel.shape)
+    if part.magnitude is None:
+        return [*pair]
+    return [*pair, part.magnitude.reshape(kernel.split.norm_shape(kernel.shape))]
 
 
 def _misfits(module: PeftModule, blocks: Sequence[Block], kernels: Sequence[Kernel]) -> list[str]:
@@ -154,10 +188,10 @@ def _foreign_parts(module: PeftModule) -> list[str]:
     """What an adapter does not have here."""
     if module.kind == "convolution":
         return ["a convolution, which is not adapted here yet"]
-    if module.magnitude is not None:
-        return ["DoRA's magnitude, which is not supported yet"]
     if module.bias is not None:
         return ["a bias of B (lora_bias), which an adapter does not have here"]
+    if module.embedding and module.magnitude is not None:
+        return ["DoRA's magnitude of an embedding, which an adapter does not have here"]
     return []
 
 
@@ -165,6 +199,8 @@ def _out_of_place(module: PeftModule, blocks: Sequence[Block]) -> list[str]:
     received, expected = (len(module.b), module.a.shape[1]), blocks[0].shape
     if received != expected:
         return [f"of a matrix {received}, expected {expected}"]
+    if module.magnitude is not None and not _are_whole(blocks):
+        return ["DoRA's magnitude, of which the model has only a part"]
     return [] if _reach_all(module, blocks) else ["acts where the model has no kernel"]
 
 
@@ -178,18 +214,26 @@ def _is_zero(array: Array, axis: int, beside: Array) -> bool:
     return not np.delete(array, beside, axis).any()
 
 
-def _cut(module: PeftModule, block: Block, fused: bool, dropout: float) -> Part | None:
-    """A kernel's part of a matrix, or None where nothing of it reaches the kernel.
+def _cut(module: PeftModule, block: Block, fused: bool, dropout: float) -> Part:
+    """A kernel's part of a matrix.
 
     Of a matrix with several kernels only those components are taken that reach this one, so that
     factors that were stacked come apart again. Where `b` is zero all over, it was never trained.
     """
     a, b = module.a[:, block.columns].T, module.b[block.rows].T
     reach = b.any(1) if fused and module.b.any() else np.full(module.rank, True)
-    if not reach.any():
-        return None
+    reached = bool(reach.any())
+    if not reached:
+        reach = np.full(module.rank, True)
     rank, alpha = int(reach.sum()), module.alpha
     if rank < module.rank:
         alpha = alpha_of(module.scaling, rank, module.use_rslora)
-    spec = AdapterSpec(rank=rank, alpha=alpha, dropout=dropout, use_rslora=module.use_rslora)
-    return Part(block, a[:, reach], b[reach], spec, module.embedding)
+    magnitude = None if module.magnitude is None else module.magnitude.reshape(-1)[block.rows]
+    spec = AdapterSpec(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        use_rslora=module.use_rslora,
+        use_dora=magnitude is not None,
+    )
+    return Part(block, a[:, reach], b[reach], spec, module.embedding, magnitude, reached)

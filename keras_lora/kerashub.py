@@ -20,7 +20,14 @@ import numpy as np
 from keras_lora.combining import truncate
 from keras_lora.config import AdapterSpec, check_rank, invalid
 from keras_lora.files import PathLike
-from keras_lora.inject import active_names, adapted, check_names, install, plan_factors
+from keras_lora.inject import (
+    active_names,
+    adapted,
+    check_names,
+    check_no_dora,
+    install,
+    plan_factors,
+)
 from keras_lora.kerashub_h5 import (
     file_error,
     read_keras_hub_lora,
@@ -135,6 +142,7 @@ def save_keras_hub_lora(
         AdapterFileError: the file cannot be written.
     """
     (name,) = check_names(model, [name])
+    check_no_dora(adapted(model), [name], "Save it with save_adapter or save_peft_adapter")
     factors = {
         layer_path: (adapter.scaling * np.array(adapter.a, "float64"), np.array(adapter.b))
         for layer_path, layer in adapted(model).items()

@@ -11,8 +11,9 @@ from collections import Counter
 
 import keras
 
+from keras_lora.config import AdapterSpec
 from keras_lora.inject import adapted
-from keras_lora.layers import Held, LoRALayer, all_held
+from keras_lora.layers import Held, LoRALayer, all_held, factor_names
 from keras_lora.walker import lora_layers, numbered, walk
 
 
@@ -27,6 +28,11 @@ def variable_keys(model: keras.Model) -> dict[int, str]:
             if id(variable) not in keys:
                 keys[id(variable)] = prefix + numbered(variable.name, seen)
     return keys
+
+
+def factor_keys(path: str, spec: AdapterSpec) -> list[str]:
+    """The keys of an adapter's factors, in their order."""
+    return [f"{path}/lora_{name}" for name in factor_names(spec)]
 
 
 def base_fingerprint(model: keras.Model) -> str:

@@ -1,6 +1,7 @@
 """The equations of low-rank adaptation, and nothing else.
 
     h = x W0 + s (x A) B        s = alpha / r,   or alpha / sqrt(r) for rsLoRA
+    W' = m (W0 + s A B) / |W0 + s A B|                    for DoRA
 
 Every kernel here belongs to an einsum ``input,kernel->output``; a `Dense` is the einsum
 ``...a,ab->...b``. The kernel's axes fall into three groups (`EinsumSplit`), and the shapes of
@@ -9,6 +10,7 @@ Every kernel here belongs to an einsum ``input,kernel->output``; a `Dense` is th
 References:
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
     Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA".
+    Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", sections 4.1 and 4.3.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from keras import ops
 
 Tensor = Any
 Shape = tuple[int, ...]
-Term = tuple[Tensor, Tensor, Tensor]
+# `x_i`, `A_i`, `B_i`, and DoRA's gain `g_i` where the adapter has one.
+Term = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+_ROUNDING = 2.0**-23  # of float32
 
 
 def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
@@ -88,6 +93,11 @@ class EinsumSplit:
         return self.shared + self.rank_label + self.free
 
     @cached_property
+    def outputs(self) -> str:
+        """The axes that norms and magnitudes of the kernel have: one number for each output."""
+        return self.shared + self.free
+
+    @cached_property
     def rows(self) -> str:
         """The input's axes that pass into the output and are not in the kernel."""
         return "".join(c for c in self.input if c in self.output and c not in self.kernel)
@@ -137,6 +147,10 @@ class EinsumSplit:
         size = {**self.sizes(kernel_shape), self.rank_label: rank}
         return tuple(size[c] for c in self.a), tuple(size[c] for c in self.b)
 
+    def norm_shape(self, kernel_shape: Shape) -> Shape:
+        size = self.sizes(kernel_shape)
+        return tuple(size[c] for c in self.outputs)
+
     def matrices(self, a: Tensor, b: Tensor, kernel_shape: Shape) -> tuple[Tensor, Tensor]:
         """`A` and `B` as `(shared, d, r)` and `(shared, r, k)`."""
         d, k = self.matrix_shape(kernel_shape)
@@ -152,30 +166,65 @@ class EinsumSplit:
         """`A B` in the shape of the kernel."""
         return ops.einsum(f"{self.a},{self.b}->{self.kernel}", a, b)
 
-    def adapted_product(self, x: Tensor, w: Tensor, terms: Sequence[Term]) -> Tensor:
-        """`x W0 + sum_i (x_i A_i) B_i`, one term `(x_i, A_i, B_i)` for each adapter.
+    def squared_norms(self, w: Tensor) -> Tensor:
+        """`|W|^2` of each output, over the contracted axes."""
+        squares = _transposed(ops.square(w), self.kernel, self.contracted + self.outputs)
+        return ops.sum(squares, list(range(len(self.contracted)))) if self.contracted else squares
 
-        `x_i` is `x`, or `x` after dropout. `A B` is never formed, nor the gradient of the
-        frozen `W0`. Where the einsum is a product of matrices it is computed as one: on
-        TensorFlow an einsum costs more than the same product in two dimensions.
+    def gain(self, w: Tensor, squared: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
+        """DoRA's `g = m / |W0 + A B|` of each output, so that `W' = g (W0 + A B)`.
+
+            |W0 + A B|^2 = |W0|^2 + B . (2 A^T W0 + A^T A B)        summed over the rank
+
+        `squared` is `|W0|^2`; nothing of the kernel's shape is formed. The norm is a constant in
+        the gradient. Where it is zero, `g` is 1: there `W'` is zero too.
+
+        Reference: Liu et al. 2024, equation 5 and section 4.3.
+        """
+        w, a, b = map(ops.stop_gradient, (w, a, b))
+        d, k = self.matrix_shape(tuple(w.shape))
+        w = _transposed(w, self.kernel, self.shared + self.contracted + self.free)
+        w = ops.reshape(w, (-1, d, k))
+        a, b = ops.reshape(a, (-1, d, a.shape[-1])), ops.reshape(b, (-1, a.shape[-1], k))
+        a_t = ops.transpose(a, (0, 2, 1))
+        cross = ops.cast(ops.matmul(ops.cast(a_t, w.dtype), w), b.dtype)  # (shared, r, k)
+        change = ops.sum(b * (2 * cross + ops.matmul(ops.matmul(a_t, a), b)), 1)
+        total = squared + ops.reshape(change, squared.shape)
+        # Where W0 and A B cancel, what is left of them is rounding.
+        norm = ops.stop_gradient(ops.sqrt(ops.maximum(total, _ROUNDING * squared)))
+        return ops.where(norm > 0, magnitude / ops.where(norm > 0, norm, 1), 1)
+
+    def times_gain(self, x: Tensor, gain: Tensor, axes: str) -> Tensor:
+        """`x` times the gain of each output; `axes` are those of `x`."""
+        order = "".join(c for c in axes if c in self.outputs)
+        size = dict(zip(self.outputs, gain.shape, strict=True))
+        gain = _transposed(gain, self.outputs, order)
+        return _times(x, ops.reshape(gain, [size.get(c, 1) for c in axes]))
+
+    def adapted_product(self, x: Tensor, w: Tensor, terms: Sequence[Term]) -> Tensor:
+        """`x W0 + sum_i (g_i - 1) x_i W0 + (x_i A_i) B_i`, one term for each adapter.
+
+        `x_i` is `x`, or `x` after dropout; `g_i` is 1 but for DoRA. `A B` is never formed, nor
+        the gradient of the frozen `W0`. Where the einsum is a product of matrices it is computed
+        as one: on TensorFlow an einsum costs more than the same product in two dimensions.
         """
         w = ops.stop_gradient(w)
         if not self.is_matrix_product:
-            product = ops.einsum(f"{self.input},{self.kernel}->{self.output}", x, w)
-            for x_i, a, b in terms:
-                product = product + ops.einsum(self.up, ops.einsum(self.down, x_i, a), b)
-            return product
+            return _sum(_Einsums(self, w), x, terms)
         d, k = self.matrix_shape(tuple(w.shape))
         columns = _transposed(w, self.kernel, self.contracted + self.free)
         columns = _reshaped(columns, self.contracted, self.free, (d, k))
         rows = self._to_rows(x, d)
-        product = ops.matmul(rows, columns)  # (rows, d) @ (d, k)
-        for x_i, a, b in terms:
-            rows_i = rows if x_i is x else self._to_rows(x_i, d)
-            hidden = ops.matmul(rows_i, _reshaped(a, self.contracted, self.rank_label, (d, -1)))
-            update = ops.matmul(hidden, _reshaped(b, self.rank_label, self.free, (-1, k)))
-            product = product + update
-        return self._from_rows(product, x, w)
+        matrices = [
+            (
+                rows if x_i is x else self._to_rows(x_i, d),
+                _reshaped(a, self.contracted, self.rank_label, (d, -1)),
+                _reshaped(b, self.rank_label, self.free, (-1, k)),
+                None if gain is None else ops.reshape(gain, (k,)),
+            )
+            for x_i, a, b, gain in terms
+        ]
+        return self._from_rows(_sum(_Matrices(columns), rows, matrices), x, w)
 
     def product_by_row(self, x: Tensor, w: Tensor) -> Tensor:
         """`x_i W_i`, where each row `i` of the batch, the input's first axis, has its own `W_i`."""
@@ -201,6 +250,64 @@ class EinsumSplit:
         order = self.rows + self.free
         product = _reshaped(product, self.rows, self.free, tuple(size[c] for c in order))
         return _transposed(product, order, self.output)
+
+
+@dataclass(frozen=True, eq=False)
+class _Einsums:
+    """The products of any einsum."""
+
+    split: EinsumSplit
+    w: Tensor
+
+    def base(self, x: Tensor) -> Tensor:
+        split = self.split
+        return ops.einsum(f"{split.input},{split.kernel}->{split.output}", x, self.w)
+
+    def update(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return ops.einsum(self.split.up, ops.einsum(self.split.down, x, a), b)
+
+    def times_gain(self, product: Tensor, gain: Tensor) -> Tensor:
+        return self.split.times_gain(product, gain, self.split.output)
+
+
+@dataclass(frozen=True, eq=False)
+class _Matrices:
+    """The products of matrices: (rows, d) @ (d, k), and (rows, d) @ (d, r) @ (r, k)."""
+
+    w: Tensor
+
+    def base(self, x: Tensor) -> Tensor:
+        return ops.matmul(x, self.w)
+
+    def update(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return ops.matmul(ops.matmul(x, a), b)
+
+    def times_gain(self, product: Tensor, gain: Tensor) -> Tensor:
+        return _times(product, gain)
+
+
+def _sum(products: _Einsums | _Matrices, x: Tensor, terms: Sequence[Term]) -> Tensor:
+    """The sum of `EinsumSplit.adapted_product`; adapters without dropout share one scaling."""
+    total = products.base(x)
+    shared = [gain for x_i, _, _, gain in terms if x_i is x and gain is not None]
+    if shared:
+        total = products.times_gain(total, joint_gain(shared))
+    for x_i, a, b, gain in terms:
+        if x_i is not x and gain is not None:
+            total = total + products.times_gain(products.base(x_i), gain - 1)
+        total = total + products.update(x_i, a, b)
+    return total
+
+
+def joint_gain(gains: Sequence[Tensor]) -> Tensor:
+    """What `W0` is multiplied by where several adapters act: `1 + sum_i (g_i - 1)`."""
+    first, *others = gains
+    return sum((gain - 1 for gain in others), first)
+
+
+def _times(x: Tensor, gain: Tensor) -> Tensor:
+    """In the dtype of the gain: rounded to 16 bits, a gain near 1 would be 1."""
+    return ops.cast(ops.cast(x, gain.dtype) * gain, x.dtype)
 
 
 def _transposed(x: Tensor, labels: str, order: str) -> Tensor:

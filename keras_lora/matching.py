@@ -13,8 +13,8 @@ import numpy as np
 
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.files import AdapterFileError, PathLike, read_adapter_files
-from keras_lora.keys import base_fingerprint, variable_keys
-from keras_lora.layers import Group, split_kernel
+from keras_lora.keys import base_fingerprint, factor_keys, variable_keys
+from keras_lora.layers import Group, adapter_shapes, split_kernel
 from keras_lora.walker import Target, all_targets, walk
 
 _FIELDS = {
@@ -33,7 +33,7 @@ _FIELDS = {
 class Loaded:
     """An adapter read from files, and what of a model it is for."""
 
-    layers: Sequence[tuple[Target, AdapterSpec, tuple[np.ndarray, np.ndarray]]]
+    layers: Sequence[tuple[Target, AdapterSpec, Sequence[np.ndarray]]]
     values: Sequence[tuple[keras.Variable, np.ndarray]]
     group: Group
     directory: str
@@ -78,13 +78,17 @@ class _Reader:
                 "load it into that base; allow_other_base=True takes what fits",
             )
 
-    def layers(self) -> list[tuple[Target, AdapterSpec, tuple[np.ndarray, np.ndarray]]]:
+    def layers(self) -> list[tuple[Target, AdapterSpec, Sequence[np.ndarray]]]:
         stable = {node.path: node.stable_path for node in walk(self._model)}
         wanted = [key.removesuffix("/lora_a") for key in self._tensors if key.endswith("/lora_a")]
         targets = {stable.get(t.path, t.path): t for t in all_targets(self._model)}
         missing = [path for path in wanted if path not in targets]
         self._absent += missing
-        self._used |= {f"{path}/lora_{which}" for path in missing for which in "ab"}
+        self._used |= {
+            key
+            for path in missing
+            for key in factor_keys(path, spec_of_layer(self._directory, self._config, path))
+        }
         found = [
             (targets[path], self._layer(path, targets[path])) for path in wanted if path in targets
         ]
@@ -130,15 +134,16 @@ class _Reader:
                 stacklevel=5,
             )
 
-    def _layer(
-        self, path: str, target: Target
-    ) -> tuple[AdapterSpec, tuple[np.ndarray, np.ndarray]] | None:
-        names = (f"{path}/lora_a", f"{path}/lora_b")
-        spec = spec_of_layer(self._directory, self._config, path)
-        shapes = split_kernel(target.layer).factor_shapes(target.kernel_shape, spec.rank)
-        a, b = (self._take(name) for name in names)
-        fit = [self._fits(n, x, s) for n, x, s in zip(names, (a, b), shapes, strict=True)]
-        return (spec, (a, b)) if all(fit) else None
+    def _layer(self, path: str, target: Target) -> tuple[AdapterSpec, Sequence[np.ndarray]] | None:
+        spec = self._spec(path)
+        names = factor_keys(path, spec)
+        shapes = adapter_shapes(split_kernel(target.layer), target.kernel_shape, spec)
+        factors = [self._take(name) for name in names]
+        fit = [self._fits(n, x, s) for n, x, s in zip(names, factors, shapes, strict=True)]
+        return (spec, factors) if all(fit) else None
+
+    def _spec(self, path: str) -> AdapterSpec:
+        return spec_of_layer(self._directory, self._config, path)
 
     def _take(self, key: str) -> np.ndarray:
         """The tensor, or an empty one with a note that it is missing."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -23,6 +25,7 @@ from keras_lora.hub_factors import (
     module_names,
     of_one_kind,
     split_modules,
+    whole_magnitude,
 )
 from keras_lora.hub_names import hub_names, hub_names_back
 from keras_lora.hub_tables import refused_tables
@@ -32,12 +35,14 @@ from keras_lora.hub_weights.tensors import Array
 from keras_lora.inject import active_names, adapted, check_names, install, plan_factors
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
+    Adapter,
     Group,
     LoRALayer,
     all_held,
     check_adapter_name,
     is_table,
     kernel_shape,
+    output_norms,
     split_kernel,
 )
 from keras_lora.peft_files import (
@@ -69,7 +74,9 @@ def save_peft_adapter(
 
     The base is the Hugging Face model that KerasHub's converter would load into this one. Where
     several kernels are slices of one matrix there, and their factors differ, these are stacked:
-    the update is exact, and the rank in the files is the sum of theirs.
+    the update is exact, and the rank in the files is the sum of theirs. PEFT has DoRA for all
+    modules or for none: beside others with DoRA, an adapter without gets the norms of its own
+    weights as magnitudes, which change nothing.
 
     Args:
         model: An adapted KerasHub model, or one that holds a KerasHub backbone.
@@ -104,8 +111,9 @@ def save_peft_adapter(
     >>> directory = tempfile.mkdtemp()
     >>> kl.save_peft_adapter(kl.apply_lora(backbone, config), directory)
     >>> kl.load_peft_adapter(backbone, directory, "again")
-    >>> kl.lora_layers(backbone)["transformer_layer_0/self_attention/value"].adapters["again"].spec
-    AdapterSpec(rank=4, alpha=32, dropout=0.0, use_rslora=False, init='kaiming_uniform')
+    >>> layer = kl.lora_layers(backbone)["transformer_layer_0/self_attention/value"]
+    >>> layer.adapters["again"].spec.rank, layer.adapters["again"].scaling
+    (4, 8.0)
     """
     check_names(model, [name])
     weights = hub_blocks(model, transformers_config, model_type=model_type)
@@ -114,6 +122,7 @@ def save_peft_adapter(
     problems: list[str] = []
     modules = _modules(layers, name, weights, _kernels(model, weights), problems)
     saved = gather(_own_values(model, name), places, problems)
+    modules = _with_magnitudes(model, name, modules, weights, problems)
     if problems:
         raise ValueError(
             "Expected an adapter whose layers and trained values all have a place in the "
@@ -169,9 +178,9 @@ def load_peft_adapter(
 
     Raises:
         ValueError: a name that is taken, or no converter for the model.
-        AdapterFileError: the files are damaged, of a kind that A and B do not tell (DoRA, another
-            `peft_type` and such), or do not fit the model: everything is listed. The model is then
-            as it was.
+        AdapterFileError: the files are damaged, of a kind that A, B and magnitudes do not tell
+            (another `peft_type` and such), or do not fit the model: everything is listed. The
+            model is then as it was.
 
     A `UserWarning` lists the tensors that are not understood and left out.
     """
@@ -236,12 +245,46 @@ def _part(layer: LoRALayer, name: str, block: Block) -> Part:
     return Part(block, a[0], b[0], adapter.acting_spec, is_table(layer))
 
 
+def _with_magnitudes(
+    model: keras.Model,
+    name: str,
+    modules: Mapping[str, PeftModule],
+    weights: HubWeights,
+    problems: list[str],
+) -> dict[str, PeftModule]:
+    """The same modules, with magnitudes if one of the layers has one."""
+    adapters = {p: x.adapters[name] for p, x in adapted(model).items() if name in x.adapters}
+    if not any(adapter.spec.use_dora for adapter in adapters.values()):
+        return dict(modules)
+    layers = {node.path: node.layer for node in walk(model)}
+    blocks, found = blocks_by_module(weights), {}
+    for key, module in modules.items():
+        rows = [(b, _magnitude(layers[p], adapters.get(p))) for p, b in blocks[key].items()]
+        magnitude = whole_magnitude(rows)
+        if magnitude is None:
+            problems.append(f"{key}: DoRA's magnitude, of which the model has only a part")
+        found[key] = replace(module, magnitude=magnitude)
+    return found
+
+
+def _magnitude(layer: keras.layers.Layer, adapter: Adapter | None) -> Array:
+    if adapter is None or adapter.magnitude is None:
+        return output_norms(layer, adapter)
+    return np.array(adapter.magnitude)
+
+
 def _kernels(model: keras.Model, weights: HubWeights) -> dict[str, Kernel]:
     layers = {node.path: node.layer for node in walk(model) if node.path in weights.blocks}
     refusals = refused_tables(model, weights)
     return {
-        path: Kernel(split_kernel(x), kernel_shape(x), is_table(x), refusals.get(path))
-        for path, x in layers.items()
+        path: Kernel(
+            split_kernel(layer),
+            kernel_shape(layer),
+            is_table(layer),
+            refusals.get(path),
+            partial(output_norms, layer),
+        )
+        for path, layer in layers.items()
     }
 
 

@@ -1,8 +1,9 @@
 """Adapters in files of their own: `save_adapter` and `load_adapter`.
 
-Tensors are named by the path of their layer, with `lora_a` or `lora_b` at the end, or with the name
-of the variable where an adapter has its own value of one (a head, a bias). Numbers that Keras gave
-to layers without a name are left out of the paths, since another process may count otherwise.
+Tensors are named by the path of their layer, with `lora_a`, `lora_b` or `lora_magnitude` at the
+end, or with the name of the variable where an adapter has its own value of one (a head, a bias).
+Numbers that Keras gave to layers without a name are left out of the paths, since another process
+may count otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from keras_lora.inject import (
     plan_factors,
     reset_optimizer,
 )
-from keras_lora.keys import base_fingerprint, held_by, stable_layers, variable_keys
+from keras_lora.keys import (
+    base_fingerprint,
+    factor_keys,
+    held_by,
+    stable_layers,
+    variable_keys,
+)
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     Group,
@@ -102,8 +109,9 @@ def load_adapter(
     changes for the others.
 
     With `replace`, it takes the place of the adapter of that name, with another scale and of the
-    same rank or a lower one. Only values change: nothing is traced again, and a service changes
-    its task between two requests. Layers of the old adapter that the new one lacks have none.
+    same rank or a lower one, and with DoRA only where one with DoRA acted before. Only values
+    change: nothing is traced again, and a service changes its task between two requests. Layers of
+    the old adapter that the new one lacks have none.
 
     Args:
         model: A built model of the same architecture as the one that was adapted.
@@ -141,18 +149,21 @@ def load_adapter(
     if replace:
         _replace(model, name, loaded)
         return
-    factors = {t.path: (spec, *pair) for t, spec, pair in loaded.layers}
+    factors: dict[str, tuple[AdapterSpec, *tuple[np.ndarray, ...]]] = {
+        t.path: (spec, *values) for t, spec, values in loaded.layers
+    }
     plan = plan_factors(model, name, loaded.group, factors, loaded.values)
     install(model, plan, acts=not active_names(lora_layers(model)))
 
 
 def adapter_tensors(model: keras.Model, name: str) -> dict[str, np.ndarray]:
     """What an adapter consists of, by key."""
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for path, layer in stable_layers(model).items():
         if name in layer.adapters:
-            tensors[f"{path}/lora_a"] = np.array(layer.adapters[name].a)
-            tensors[f"{path}/lora_b"] = np.array(layer.adapters[name].b)
+            adapter = layer.adapters[name]
+            values = map(np.array, adapter.factors)
+            tensors |= dict(zip(factor_keys(path, adapter.spec), values, strict=True))
     keys = variable_keys(model)
     return tensors | {keys[id(item.variable)]: item.value(name) for item in held_by(model, name)}
 
@@ -193,9 +204,9 @@ def _replace(model: keras.Model, name: str, loaded: Loaded) -> None:
     layers = adapted(model)
     active = active_names(layers)
     _check_replaceable(model, name, loaded)
-    for target, spec, (a, b) in loaded.layers:
+    for target, spec, factors in loaded.layers:
         layer = layers[target.path]
-        layer.put_adapter(name, layer.adapter_of(_maskable(layer, spec), a, b, loaded.group))
+        layer.put_adapter(name, layer.adapter_of(_maskable(layer, spec), factors, loaded.group))
     new = {target.path for target, _, _ in loaded.layers}
     for path, layer in layers.items():
         if name in layer.adapters and path not in new:
@@ -247,4 +258,6 @@ def _misfit(path: str, layers: Mapping[str, LoRALayer], name: str, spec: Adapter
     specs = [spec if n == name else layer.adapters[n].spec for n in acting]
     if layer.fits([dataclasses.replace(spec, dropout=0.0) for spec in specs]):
         return None
+    if spec.use_dora and any(slot.magnitude is None for slot in layer.slots):
+        return f"{path}: DoRA among slots without a magnitude"
     return f"{path}: rank {spec.rank} among slots of rank {[slot.rank for slot in layer.slots]}"

@@ -21,7 +21,7 @@ _OPTIMIZER_BYTES = 2 * 4
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One adapter of one layer. `parameters` counts `A` and `B`."""
+    """One adapter of one layer. `parameters` counts `A`, `B` and DoRA's magnitude."""
 
     path: str
     kind: str

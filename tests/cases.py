@@ -181,6 +181,15 @@ def reference_delta(case: Case, a: np.ndarray, b: np.ndarray, scale: float) -> n
     return scale * np.einsum(f"{a_axes},{b_axes}->{kernel}", a, b)
 
 
+def reference_dora(case: Case, kernel: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+    """m W / |W|: the norm is over what an output sums over, for each of the other axes."""
+    inputs, labels, output = _operands(case.equation)
+    free = [c for c in labels if c not in inputs]
+    outputs = "".join([*(c for c in labels if c in inputs and c in output), *free])
+    gain = magnitude / np.sqrt(np.einsum(f"{labels},{labels}->{outputs}", kernel, kernel))
+    return np.einsum(f"{labels},{outputs}->{labels}", kernel, gain)
+
+
 def reference_output(case: Case, model: keras.Model, x: np.ndarray, kernel: np.ndarray) -> Any:
     """act(x W + b) in float64."""
     layer = model.get_layer("case")

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from models import randomize_adapters, state
 from safetensors.numpy import load_file
 
 import keras_lora as kl
+from keras_lora.hub_factors import whole_magnitude
+from keras_lora.hub_weights import Block
 
 # Of transformers and PEFT about each other.
 pytestmark = pytest.mark.filterwarnings(
@@ -179,11 +182,13 @@ def options(name: str) -> list[dict[str, Any]]:
     return [
         {"target_modules": case.targets("both"), "rank_pattern": {r".*\b0\b.*": 5}},
         {"target_modules": case.targets("attention"), "use_rslora": True},
+        {"target_modules": case.targets("attention"), "use_dora": True},
     ]
 
 
-@every_architecture
-@pytest.mark.parametrize("index", [0, 1], ids=["ranks", "rslora"])
+@pytest.mark.parametrize(
+    ("name", "index"), [*product(CASES, (0, 1)), *product(("llama", "bert", "gpt2"), (2,))]
+)
 def test_an_adapter_of_peft_computes_the_same_in_keras_and_comes_back_bit_for_bit(
     name: str, index: int, base: Path, tmp_path: Path
 ) -> None:
@@ -261,6 +266,62 @@ def test_an_adapter_of_keras_computes_the_same_in_peft(
         assert back.scaling == pytest.approx(ours.scaling)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_dora_of_keras_computes_the_same_in_peft(name: str, base: Path, tmp_path: Path) -> None:
+    """Beside a layer without DoRA, and kernels of a fused matrix that have no adapter."""
+    backbone = keras_model(base)
+    targets = ["query", "value", *(["key"] if name == "llama" else [])]
+    config = kl.LoRAConfig(rank=3, alpha=7, targets=targets, use_dora=True)
+    kl.apply_lora(backbone, config)
+    randomize_adapters(backbone)
+    plain = next(iter(kl.lora_layers(backbone).values()))
+    pair = plain.adapters["default"].factors[:2]
+    spec = kl.LoRAConfig(rank=3, alpha=7).spec()
+    plain.put_adapter("default", plain.adapter_of(spec, pair))
+    model = hub_model(base)
+    kl.save_peft_adapter(backbone, tmp_path / "keras", prefix=CASES[name].prefix(model))
+    written = json.loads((tmp_path / "keras" / "adapter_config.json").read_text())
+    assert written["use_dora"] is True
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "keras").eval()
+    assert_agree(name, backbone, theirs)
+
+    again = keras_model(base)
+    kl.load_peft_adapter(again, tmp_path / "keras")
+    assert kl.lora_layers(again).keys() == kl.lora_layers(backbone).keys()
+    for path, layer in kl.lora_layers(backbone).items():
+        ours, back = (x.adapters["default"] for x in (layer, kl.lora_layers(again)[path]))
+        for factor, other in zip(ours.factors, back.factors, strict=False):
+            np.testing.assert_array_equal(factor, other)
+    assert_agree(name, again, theirs)
+
+
+@pytest.mark.parametrize("name", ["gpt2"])
+def test_a_magnitude_alone_reaches_a_kernel_of_a_fused_matrix(base: Path, tmp_path: Path) -> None:
+    """As PEFT may train it: B is zero for the keys, and their magnitude is not their norm."""
+    theirs = wrapped(base, target_modules=["attn.c_attn"], use_dora=True)
+    with torch.no_grad():
+        for module in theirs.modules():
+            if hasattr(module, "lora_magnitude_vector"):
+                width = module.lora_B["default"].weight.shape[0] // 3
+                module.lora_B["default"].weight[width : 2 * width] = 0
+    theirs.save_pretrained(tmp_path)
+    backbone = keras_model(base)
+    kl.load_peft_adapter(backbone, tmp_path)
+    assert len(kl.lora_layers(backbone)) % 3 == 0
+    assert_agree("gpt2", backbone, theirs)
+
+
+def test_a_magnitude_needs_all_of_a_matrix() -> None:
+    def block(rows: Any, columns: Any = range(5)) -> Block:
+        return Block("q.weight", (7, 5), False, np.array(rows), np.array(columns))
+
+    norms = np.arange(7.0)
+    whole = whole_magnitude([(block([6, 5, 4]), norms[:3]), (block(range(4)), norms[3:])])
+    np.testing.assert_array_equal(whole, [3, 4, 5, 6, 2, 1, 0])
+    assert whole_magnitude([(block(range(6)), norms[:6])]) is None
+    assert whole_magnitude([(block(range(7), range(4)), norms)]) is None
+
+
 def classifier(base: Path) -> keras.Model:
     return keras_hub.models.BertTextClassifier(keras_model(base), num_classes=2)
 
@@ -322,7 +383,6 @@ def test_the_prefix_of_a_task_comes_from_transformers(base: Path, tmp_path: Path
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another size": ("qwen2", {}, r"q_proj: of a matrix \(24, 24\), expected \(40, 40\)"),
-    "dora": ("llama", {"use_dora": True}, "DoRA's magnitude"),
     "tied table": (
         "llama tied",
         {"target_modules": ["embed_tokens"]},

@@ -120,7 +120,7 @@ def _add(plan: Plan) -> None:
             layer = target.layer if adapted else attach(target.layer)
             if target.path in plan.factors:
                 factors = plan.factors[target.path]
-                layer.put_adapter(plan.name, layer.adapter_of(spec, *factors, plan.group))
+                layer.put_adapter(plan.name, layer.adapter_of(spec, factors, plan.group))
             else:
                 layer.add_adapter(plan.name, spec, plan.group)
     for variable in plan.held:

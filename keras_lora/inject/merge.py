@@ -24,6 +24,8 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
 
         W = W0 + sum_i s_i A_i B_i        summed in float32 or wider, rounded once to W0's dtype
 
+    An adapter with DoRA adds `m_i (W0 + s_i A_i B_i) / |W0 + s_i A_i B_i| - W0` instead.
+
     No class, variable or config of keras_lora is left: the model saves, loads and exports
     without this package. Every trainable flag is what it was before `apply_lora`. Adapters that
     are not active are dropped, with a warning that names them; a copy is made of those that act.
@@ -134,7 +136,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
         yield model
     finally:
         for layer, state, kernel in zip(layers, states, kernels, strict=True):
-            attach(layer, state).base_kernel.assign(kernel)
+            attach(layer, state).assign_base(kernel)
         freeze(model, trainable)
         guard_saving(model)
         refresh(models)

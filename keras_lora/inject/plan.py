@@ -9,14 +9,17 @@ from typing import Any
 
 import keras
 
-from keras_lora.config import AdapterSpec, LoRAConfig
+from keras_lora.config import AdapterSpec, LoRAConfig, invalid
 from keras_lora.inject.freezing import own_trainable_variables
 from keras_lora.layers import (
     Group,
     LoRALayer,
+    adapter_shapes,
     all_held,
     bias_of,
     check_adapter_name,
+    lora_class_for,
+    plain_class,
     split_kernel,
 )
 from keras_lora.walker import Node, Target, find_targets, lora_layers, match_names, matches, walk
@@ -31,7 +34,7 @@ class Plan:
     group: Group
     held: Sequence[keras.Variable]
     # Of an adapter that exists already: its factors by path, and its values of held variables.
-    factors: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    factors: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     values: Mapping[int, Any] = field(default_factory=dict)
 
 
@@ -45,6 +48,7 @@ def make_plan(model: keras.Model, config: LoRAConfig, name: str) -> Plan:
     ranks = _by_pattern(config.rank_pattern, targets, "rank_pattern")
     alphas = _by_pattern(config.alpha_pattern, targets, "alpha_pattern")
     specs = [(t, config.spec(rank=ranks.get(t.path), alpha=alphas.get(t.path))) for t in targets]
+    _check_dora(specs)
     full = [v for node in trained for v in own_trainable_variables(node.layer)]
     group = Group(config, unique([*_biases(model, targets, config.bias), *full]))
     held = unique([*group.trained, *(v for node in trained for v in node.layer.weights)])
@@ -55,10 +59,10 @@ def plan_factors(
     model: keras.Model,
     name: str,
     group: Group,
-    factors: Mapping[str, tuple[AdapterSpec, Any, Any]],
+    factors: Mapping[str, tuple[AdapterSpec, *tuple[Any, ...]]],
     values: Sequence[tuple[keras.Variable, Any]] = (),
 ) -> Plan:
-    """To add an adapter that exists already: spec, `A` and `B` by path, and held variables.
+    """To add an adapter that exists already: spec and factors by path, and held variables.
 
     Raises:
         ValueError: a name that is taken or malformed, or layers that cannot take the factors.
@@ -73,19 +77,37 @@ def plan_factors(
             "Expected factors for layers that can be adapted, of the shapes that belong to their "
             f"kernels. Received others for: {wrong}. Check the model that they were made for."
         )
+    specs = [(target, factors[target.path][0]) for target in targets]
+    _check_dora(specs)
     return Plan(
         name,
-        [(target, factors[target.path][0]) for target in targets],
+        specs,
         group,
         [variable for variable, _ in values],
-        {path: (a, b) for path, (_, a, b) in factors.items()},
+        {path: values for path, (_, *values) in factors.items()},
         {id(variable): value for variable, value in values},
     )
 
 
-def _takes(target: Target, spec: AdapterSpec, a: Any, b: Any) -> bool:
-    expected = split_kernel(target.layer).factor_shapes(target.kernel_shape, spec.rank)
-    return (tuple(a.shape), tuple(b.shape)) == expected
+def _takes(target: Target, spec: AdapterSpec, *factors: Any) -> bool:
+    expected = adapter_shapes(split_kernel(target.layer), target.kernel_shape, spec)
+    return [tuple(factor.shape) for factor in factors] == expected
+
+
+def _check_dora(specs: Sequence[tuple[Target, AdapterSpec]]) -> None:
+    classes: list[Any] = [lora_class_for(plain_class(target.layer)) for target, _ in specs]
+    refused = [
+        target.path
+        for (target, spec), lora_class in zip(specs, classes, strict=True)
+        if spec.use_dora and not lora_class.takes_dora
+    ]
+    if refused:
+        raise invalid(
+            "use_dora",
+            f"False for {refused}, whose layers have no magnitude",
+            True,
+            "exclude them, or give them an adapter of their own without DoRA",
+        )
 
 
 def unique(variables: Iterable[keras.Variable]) -> list[keras.Variable]:

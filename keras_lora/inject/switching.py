@@ -75,6 +75,21 @@ def check_names(model: keras.Model, names: str | Sequence[str] | None) -> list[s
     return wanted
 
 
+def check_no_dora(layers: Layers, names: Iterable[str], fix: str) -> None:
+    """Refuse adapters that are more than the sum `s A B`.
+
+    Raises:
+        ValueError: one of them has DoRA.
+    """
+    wanted = set(names)
+    found = {n for x in layers.values() for n, a in x.adapters.items() if a.spec.use_dora} & wanted
+    if found:
+        raise ValueError(
+            "Expected adapters without DoRA (use_dora=False), whose update A and B tell alone. "
+            f"Received: {sorted(found)}. {fix}."
+        )
+
+
 def groups(layers: Layers, names: Iterable[str]) -> dict[str, Group]:
     """What is known of these adapters beyond their layers. Layers made by hand have none."""
     adapters = ((n, x.adapters[n]) for n in names for x in layers.values() if n in x.adapters)

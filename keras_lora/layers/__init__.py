@@ -24,12 +24,13 @@ from keras_lora.layers.registry import (
     detach,
     is_registered,
     lora_class_for,
+    output_norms,
     register_lora_class,
     split_kernel,
     supported_base,
 )
 from keras_lora.layers.rows import Rows
-from keras_lora.layers.slots import Adapter, Factor, Group
+from keras_lora.layers.slots import Adapter, Factor, Group, adapter_shapes, factor_names
 
 __all__ = [
     "BASE",
@@ -45,6 +46,7 @@ __all__ = [
     "LoRALayer",
     "LoRAReversibleEmbedding",
     "Rows",
+    "adapter_shapes",
     "all_held",
     "attach",
     "base_kernel",
@@ -52,6 +54,7 @@ __all__ = [
     "check_adaptable",
     "check_adapter_name",
     "detach",
+    "factor_names",
     "forget",
     "held",
     "hold",
@@ -59,6 +62,7 @@ __all__ = [
     "is_table",
     "kernel_shape",
     "lora_class_for",
+    "output_norms",
     "plain_class",
     "register_lora_class",
     "release",

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_lora.config import AdapterSpec, invalid
@@ -35,11 +36,13 @@ from keras_lora.layers.matrix import (
     is_table,
     kernel_constraint,
     kernel_shape,
+    wide_dtype,
+    wide_kernel,
 )
 from keras_lora.layers.rows import Rows
-from keras_lora.layers.slots import Adapter, Factor, Group, Slot, dropped
+from keras_lora.layers.slots import Adapter, Factor, Group, Slot, adapter_shapes, dropped
 from keras_lora.layers.state import LoRAState
-from keras_lora.lowrank import EinsumSplit, Shape, Tensor, split_equation
+from keras_lora.lowrank import EinsumSplit, Shape, Tensor, joint_gain, split_equation
 
 DEFAULT_ADAPTER = "default"
 # Marks a variable or a layer that was frozen here with the flag that it had before.
@@ -59,14 +62,19 @@ class LoRALayer(Adapting, keras.layers.Layer):
     `A_i B_i` is never formed in the forward pass. A final class says which einsum its kernel
     belongs to (`kernel_equation`) and is also a subclass of the Keras layer that it adapts.
 
+    With `use_dora`, of each output the weights of an adapter have the trainable norm `m_i`:
+
+        W_i = m_i (W0 + s_i A_i B_i) / |W0 + s_i A_i B_i|      W = W0 + sum_i (W_i - W0)
+
     Args:
         *args: As the base layer takes them.
         rank: Inner size `r` of the adapter `"default"`.
         alpha: Numerator of its scale, `s = alpha / r`.
         dropout: Dropout on the adapter's input while training, in `[0, 1)`.
         use_rslora: `s = alpha / sqrt(r)`.
+        use_dora: Train a magnitude of each output too.
         init: How `A` starts; see `AdapterSpec`.
-        adapters: `{name: AdapterSpec fields}` instead of the five above, for several adapters.
+        adapters: `{name: AdapterSpec fields}` instead of the six above, for several adapters.
         active: Names of the adapters that act; all of them by default.
         train_bias: Train the bias beside the adapters.
         **kwargs: As the base layer takes them.
@@ -74,6 +82,9 @@ class LoRALayer(Adapting, keras.layers.Layer):
     Raises:
         ValueError: an invalid spec, a constraint on the kernel, or Keras's own `lora_rank`.
     """
+
+    # Whether an adapter may have DoRA's magnitude: whether `base_kernel` is all that acts on x.
+    takes_dora = True
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Let a class go by the name of the class that it adapts.
@@ -91,6 +102,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
         alpha: float = 16.0,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         init: str = "kaiming_uniform",
         adapters: Mapping[str, Mapping[str, Any]] | None = None,
         active: Sequence[str] | None = None,
@@ -99,7 +111,12 @@ class LoRALayer(Adapting, keras.layers.Layer):
     ) -> None:
         if adapters is None:
             spec = AdapterSpec(
-                rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, init=init
+                rank=rank,
+                alpha=alpha,
+                dropout=dropout,
+                use_rslora=use_rslora,
+                use_dora=use_dora,
+                init=init,
             )
             specs = {DEFAULT_ADAPTER: spec}
         else:
@@ -110,6 +127,8 @@ class LoRALayer(Adapting, keras.layers.Layer):
         acting = tuple(specs if active is None else active)
         if not set(acting) <= set(specs):
             raise invalid("active", f"names among {sorted(specs)}", active)
+        if not self.takes_dora and any(spec.use_dora for spec in specs.values()):
+            raise invalid("use_dora", f"False for a {type(self).__qualname__}", True)
         super().__init__(*args, **kwargs)
         check_adaptable(self)
         self._lora = LoRAState(
@@ -163,19 +182,24 @@ class LoRALayer(Adapting, keras.layers.Layer):
 
     @property
     def base_kernel(self) -> keras.Variable:
-        """The frozen kernel `W0`; the table of an embedding."""
+        """The frozen kernel `W0`, or table; `assign_base` gives it other values."""
         return base_kernel(self)
 
-    def fold(self) -> None:
-        """`W0 <- W0 + sum_i s_i A_i B_i`, over the active adapters."""
+    def assign_base(self, value: Tensor) -> None:
+        """`W0 <- value`, and `|W0|`, which DoRA keeps, with it. Adapters stay as they are."""
         # Without the gradient: torch would take the kernel for a function of A and B.
-        self.base_kernel.assign(ops.stop_gradient(self.kernel))
+        self.base_kernel.assign(ops.stop_gradient(value))
+        self._measure()
+
+    def fold(self) -> None:
+        """`W0 <- W`, the effective kernel."""
+        self.assign_base(self.kernel)
 
     @property
     def adapter_variables(self) -> list[keras.Variable]:
         """Every variable that the layer has beyond its base's, dropout seeds included."""
         seeds = [] if self._lora.seeds is None else [self._lora.seeds.state]
-        return [v for slot in self._lora.slots for v in slot.variables] + seeds
+        return self._slot_variables() + seeds
 
     @property
     def base_variables(self) -> list[keras.Variable]:
@@ -185,16 +209,25 @@ class LoRALayer(Adapting, keras.layers.Layer):
 
     def add_adapter(self, name: str, spec: AdapterSpec, group: Group | None = None) -> Adapter:
         """Make the factors of a new adapter. It does not act until it is activated."""
-        a_shape, b_shape = self._factor_shapes(spec.rank)
+        a_shape, b_shape, *m_shape = self.factor_shapes(spec)
         fan_in, _ = self._split().matrix_shape(kernel_shape(self))
         a, b = factor_initializers(spec, fan_in, is_table(self))
-        adapter = Adapter(spec, Factor(a, a_shape), Factor(b, b_shape), group)
+        # Drawn where it is needed first, so that it is the norm of the kernel as that is then.
+        m = Factor(self._draw_norms, *m_shape) if m_shape else None
+        adapter = Adapter(spec, Factor(a, a_shape), Factor(b, b_shape), m, group)
         self._lora.adapters[name] = adapter
         return adapter
 
-    def adapter_of(self, spec: AdapterSpec, a: Any, b: Any, group: Group | None = None) -> Adapter:
+    def adapter_of(
+        self, spec: AdapterSpec, factors: Sequence[Any], group: Group | None = None
+    ) -> Adapter:
         """An adapter with these factors, for this layer; not in it yet."""
-        return Adapter(spec, Factor(a), Factor(b), group)
+        a, b, *m = map(Factor, factors)
+        return Adapter(spec, a, b, m[0] if m else None, group)
+
+    def factor_shapes(self, spec: AdapterSpec) -> list[Shape]:
+        """Of `A`, `B` and, for DoRA, `m`."""
+        return adapter_shapes(self._split(), kernel_shape(self), spec)
 
     def put_adapter(self, name: str, adapter: Adapter) -> None:
         """Take an adapter in, in the place of one of that name where there is one.
@@ -229,7 +262,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
         enough = len(specs) <= len(self._lora.slots)
         masked = self.masks or not self._has_dropout(specs)
         pairs = zip(specs, self._lora.slots, strict=False)
-        return enough and masked and all(spec.rank <= slot.rank for spec, slot in pairs)
+        return enough and masked and all(slot.takes(spec) for spec, slot in pairs)
 
     def activate(self, names: Sequence[str], trainable: bool = True) -> None:
         """Let exactly these adapters act, and train or not; makes slots where they do not fit."""
@@ -278,7 +311,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
 
     @property
     def kernel(self) -> Tensor:
-        """The effective kernel, `W0 + sum_i s_i A_i B_i`, in the dtype of `W0`.
+        """The effective kernel `W`, such as `W0 + sum_i s_i A_i B_i`, in the dtype of `W0`.
 
         Summed in float32, or in the dtype of `W0` where that is wider, and rounded once.
         `W0` itself, as a variable, where no adapter acts.
@@ -291,25 +324,41 @@ class LoRALayer(Adapting, keras.layers.Layer):
         wide = self._wide_dtype()
         split = self._split()
         total = ops.cast(base, wide)
-        for slot in self._lora.slots:
-            a, b = (ops.cast(v, wide) for v in slot.factors)
+        updates = [self._update(slot, split, total, wide) for slot in self._lora.slots]
+        gains = [gain for _, _, gain in updates if gain is not None]
+        if gains:
+            total = split.times_gain(total, joint_gain(gains), split.kernel)
+        for a, b, _ in updates:
             # Not `+=`: on torch `total` is still the memory of the variable.
-            total = total + split.delta(a, ops.cast(slot.scaling, wide) * b)
+            total = total + split.delta(a, b)
         return ops.cast(total, base.dtype)
 
     def adapted_product(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        """`x W0 + sum_i s_i (drop_i(x) A_i) B_i`: the layer before bias and activation."""
+        """`x W0 + sum_i s_i (drop_i(x) A_i) B_i`: the layer before bias and activation.
+
+        Of DoRA it is `x W0 + sum_i (g_i - 1) drop_i(x) W0 + g_i s_i (drop_i(x) A_i) B_i` with
+        `g_i = m_i / |W0 + s_i A_i B_i|`, the norm being a constant in the gradient.
+        """
         split = self._split(len(inputs.shape))
         if self._lora.rows is not None:
             return self._lora.rows.product(split, inputs, self.base_kernel)
-        terms = []
+        terms, kernel = [], ops.convert_to_tensor(self.base_kernel)
         for slot in self._lora.slots:
             x = inputs
             if training and self._lora.seeds is not None:
                 x = dropped(x, slot.rate, self._lora.seeds)
-            a, b = (ops.cast(v, self.compute_dtype) for v in (slot.a, slot.scaled_b))
-            terms.append((x, a, b))
-        return split.adapted_product(inputs, ops.convert_to_tensor(self.base_kernel), terms)
+            terms.append((x, *self._update(slot, split, kernel, self.compute_dtype)))
+        return split.adapted_product(inputs, kernel, terms)
+
+    def _update(
+        self, slot: Slot, split: EinsumSplit, kernel: Tensor, dtype: str
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`A_i`, `g_i s_i B_i`, and `g_i` where the slot has a magnitude."""
+        b, gain = slot.scaled_b(self._wide_dtype()), None
+        if slot.magnitude is not None:
+            gain = slot.magnitude.gain(split, kernel, self._lora.squared_norms, slot.a, b)
+            b = split.times_gain(b, gain, split.b)
+        return ops.cast(slot.a, dtype), ops.cast(b, dtype), gain
 
     def get_config(self) -> dict[str, Any]:
         built = {name: adapter.acting_spec for name, adapter in self._lora.adapters.items()}
@@ -340,13 +389,22 @@ class LoRALayer(Adapting, keras.layers.Layer):
             store[key] = value
 
     def load_own_variables(self, store: Any) -> None:
+        """Load the base and, where the file has them, the adapters.
+
+        From a file of a base alone, a magnitude that was never trained is the base's new norm, so
+        that a fresh adapter goes on changing nothing.
+        """
         keys = list(store.keys())
         saved = {key: store[key] for key in keys if key.startswith(STATE_PREFIX)}
         if saved:
             check_values(self._lora, saved, self.path)
+        untrained = self._untrained_magnitudes()
         super().load_own_variables({key: store[key] for key in keys if key not in saved})
+        self._measure()
         if not saved:
             warnings.warn(BASE_ONLY, stacklevel=2)
+            for magnitude in untrained:
+                magnitude.assign(self._draw_norms((), "float32"))
         assign_values(self._lora, saved)
 
     def save_assets(self, dir_path: str) -> None:  # noqa: ARG002
@@ -372,6 +430,11 @@ class LoRALayer(Adapting, keras.layers.Layer):
             x = ops.add(x, self.bias)
         return x if self.activation is None else self.activation(x)
 
+    def _slot_variables(self) -> list[keras.Variable]:
+        """Those of the slots, and what they share."""
+        norms = [] if self._lora.squared_norms is None else [self._lora.squared_norms]
+        return [v for slot in self._lora.slots for v in slot.variables] + norms
+
     def _trains_bias(self) -> bool:
         if not self.built:
             return self._lora.train_bias
@@ -385,13 +448,28 @@ class LoRALayer(Adapting, keras.layers.Layer):
     def _split(self, input_rank: int | None = None) -> EinsumSplit:
         return split_equation(self.kernel_equation(self), input_rank)
 
-    def _factor_shapes(self, rank: int) -> tuple[Shape, Shape]:
-        return self._split().factor_shapes(kernel_shape(self), rank)
+    def _draw_norms(self, shape: Shape, dtype: str) -> Tensor:
+        """`|W0|` of each output, as an initializer."""
+        return ops.cast(ops.sqrt(self._draw_squared_norms(shape, dtype)), dtype)
+
+    def _draw_squared_norms(self, *_: Any, **__: Any) -> Tensor:
+        return self._split().squared_norms(ops.stop_gradient(wide_kernel(self)))
+
+    def _measure(self) -> None:
+        """Take `|W0|` anew."""
+        if self._lora.squared_norms is not None:
+            self._lora.squared_norms.assign(self._draw_squared_norms())
+
+    def _untrained_magnitudes(self) -> list[Factor]:
+        """Those that are still `|W0|`."""
+        found = [x.magnitude for x in self._lora.adapters.values() if x.magnitude is not None]
+        if not found:
+            return []
+        norms = ops.convert_to_numpy(self._draw_norms((), "float32"))
+        return [magnitude for magnitude in found if np.array_equal(magnitude, norms)]
 
     def _wide_dtype(self) -> str:
-        """The dtype of sums that are rounded once."""
-        dtype = keras.backend.standardize_dtype(self.base_kernel.dtype)
-        return "float64" if dtype == "float64" else "float32"
+        return wide_dtype(self.base_kernel)
 
     def _made_slots(self, adapters: Sequence[Adapter]) -> dict[int, Slot]:
         """New slots, by their place, for those of these adapters that do not fit into the old."""
@@ -402,17 +480,25 @@ class LoRALayer(Adapting, keras.layers.Layer):
         def new(name: str, shape: Shape, initializer: Any, trainable: bool) -> keras.Variable:
             dtype = "float32" if trainable else self._wide_dtype()
             options = {"initializer": initializer, "dtype": dtype, "trainable": trainable}
+            # In 16 bits a gain that is near 1 would be 1.
+            options["autocast"] = not name.startswith(("lora_magnitude", "lora_squared_norms"))
             made.append(self.add_weight(name=name, shape=shape, **options))
             return made[-1]
 
-        ranks = [slot.rank for slot in self._lora.slots] + [0] * len(adapters)
-        needed = [i for i, adapter in enumerate(adapters) if ranks[i] < adapter.spec.rank]
+        specs, old = [adapter.spec for adapter in adapters], self._lora.slots
+        needed = [i for i, s in enumerate(specs) if i >= len(old) or not old[i].takes(s)]
+        shapes = {i: self.factor_shapes(_grown(specs[i], old[i : i + 1])) for i in needed}
         try:
             with self._unlocked():
-                slots = {index: Slot.make(new, index, adapters[index]) for index in needed}
-                if self._has_dropout([x.spec for x in adapters]) and self._lora.seeds is None:
+                slots = {i: Slot.make(new, i, adapters[i], shapes[i]) for i in needed}
+                norms = self._lora.squared_norms
+                if norms is None and any(spec.use_dora for spec in specs):
+                    shape = self._split().norm_shape(kernel_shape(self))
+                    norms = new("lora_squared_norms", shape, self._draw_squared_norms, False)
+                if self._has_dropout(specs) and self._lora.seeds is None:
                     self._lora.seeds = keras.random.SeedGenerator()
                     self._tracker.add_to_store("seed_generators", self._lora.seeds)
+                self._lora.squared_norms = norms
         except BaseException:
             self._untrack(made)
             raise
@@ -421,18 +507,16 @@ class LoRALayer(Adapting, keras.layers.Layer):
     def _track_adapters(self) -> None:
         trains = self.trains_adapters
         with self._unlocked():
-            for slot in self._lora.slots:
-                for variable in slot.factors:
-                    variable.trainable = True  # else Keras files it with the statistics
-                for variable in slot.variables:
-                    self._track_variable(variable)
+            for variable in [v for slot in self._lora.slots for v in slot.factors]:
+                variable.trainable = True  # else Keras files it with the statistics
+            for variable in self._slot_variables():
+                self._track_variable(variable)
             if self._lora.seeds is not None:
                 self._tracker.add_to_store("seed_generators", self._lora.seeds)
         self.train_adapters(trains)
 
     def _untrack_adapters(self) -> None:
-        for slot in self._lora.slots:
-            self._untrack(slot.variables)
+        self._untrack(self._slot_variables())
         with self._unlocked():
             self._tracker.untrack(self._lora.seeds)
 
@@ -461,6 +545,15 @@ class LoRALayer(Adapting, keras.layers.Layer):
                 or f"Layer '{self.path}' expected {expected} base variables in the file. "
                 f"Received: {len(store.keys())}."
             )
+
+
+def _grown(spec: AdapterSpec, old: Sequence[Slot]) -> AdapterSpec:
+    """What a slot must take: this, and all that the one in its place did."""
+    return dataclasses.replace(
+        spec,
+        rank=max([spec.rank, *(slot.rank for slot in old)]),
+        use_dora=spec.use_dora or any(slot.magnitude is not None for slot in old),
+    )
 
 
 def _adapted_class(lora_class: type) -> type:

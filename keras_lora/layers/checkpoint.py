@@ -26,8 +26,8 @@ def adapter_values(state: LoRAState) -> dict[str, np.ndarray]:
     """The values by key."""
     values = {}
     for name, adapter in state.adapters.items():
-        values[f"{STATE_PREFIX}a.{name}"] = np.array(adapter.a)
-        values[f"{STATE_PREFIX}b.{name}"] = np.array(adapter.b)
+        for which, factor in adapter.named_factors.items():
+            values[f"{STATE_PREFIX}{which}.{name}"] = np.array(factor)
         values[f"{_SCALING_PREFIX}{name}"] = np.array(adapter.scaling, "float32")
     if state.seeds is not None:
         # Else a resumed run would draw other dropout masks than an unbroken one.
@@ -39,8 +39,8 @@ def assign_values(state: LoRAState, saved: Mapping[str, Any]) -> None:
     """The inverse of `adapter_values`, but for the scales."""
     put: dict[str, Callable[[Any], None]] = {}
     for name, adapter in state.adapters.items():
-        put[f"{STATE_PREFIX}a.{name}"] = adapter.a.assign
-        put[f"{STATE_PREFIX}b.{name}"] = adapter.b.assign
+        for which, factor in adapter.named_factors.items():
+            put[f"{STATE_PREFIX}{which}.{name}"] = factor.assign
     if state.seeds is not None:
         put[f"{STATE_PREFIX}seeds"] = state.seeds.state.assign
     put |= {key: partial(item.assign, name) for key, item, name in _held_values(state)}

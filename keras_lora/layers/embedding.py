@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 from keras import ops
 
 from keras_lora.layers.base import Adapting, LoRALayer
+from keras_lora.layers.matrix import wide_dtype
 from keras_lora.lowrank import Tensor, split_equation
 
 
@@ -37,7 +36,7 @@ class Lookup(Adapting, keras.layers.Embedding):
             inputs = ops.cast(inputs, "int32")
         rows = self._rows(self.base_kernel, inputs)
         for slot in self.slots:
-            b = ops.cast(slot.scaled_b, self.compute_dtype)
+            b = ops.cast(slot.scaled_b(wide_dtype(self.base_kernel)), self.compute_dtype)
             rows = ops.add(rows, ops.matmul(self._rows(slot.a, inputs), b))  # (..., r) @ (r, dim)
         return rows
 
@@ -89,6 +88,8 @@ class LoRAEmbedding(LoRALayer, Lookup):
     authors' loralib, https://github.com/microsoft/LoRA.
     """
 
+    # Looked up or called in reverse, a row of the table has no norm of its outputs in common.
+    takes_dora = False
     kernel_equation = staticmethod(table_equation)
 
 
@@ -141,6 +142,8 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
     https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
+    # Looked up or called in reverse, a row of the table has no norm of its outputs in common.
+    takes_dora = False
     kernel_equation = staticmethod(table_equation)
 
     def call(self, inputs: Tensor, reverse: bool = False) -> Tensor:
@@ -156,9 +159,15 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
         table = ops.convert_to_tensor(self.base_kernel)
         if self.reverse_dtype is not None:
             inputs, table = (ops.cast(x, self.reverse_dtype) for x in (inputs, table))
-        terms: list[tuple[Any, ...]] = [
-            (inputs, *(ops.cast(ops.transpose(v), table.dtype) for v in (slot.scaled_b, slot.a)))
+        wide = wide_dtype(self.base_kernel)
+        terms = [
+            (inputs, _turned(slot.scaled_b(wide), table), _turned(slot.a, table), None)
             for slot in self.slots
         ]
         split = split_equation("...y,xy->...x", len(inputs.shape))
         return split.adapted_product(inputs, table, terms)
+
+
+def _turned(factor: Tensor, table: Tensor) -> Tensor:
+    """A factor for the way back, in the dtype of the table."""
+    return ops.cast(ops.transpose(factor), table.dtype)

@@ -19,7 +19,8 @@ class LoRADense(LoRALayer, keras.layers.Dense):
 
     Args:
         units: Number of outputs `k`.
-        rank, alpha, dropout, use_rslora, init, adapters, active, train_bias: See `LoRALayer`.
+        rank, alpha, dropout, use_rslora, use_dora, init, adapters, active, train_bias: See
+            `LoRALayer`.
         **kwargs: Any argument of `keras.layers.Dense`.
 
     Input shape:
@@ -29,8 +30,8 @@ class LoRADense(LoRALayer, keras.layers.Dense):
         `(batch, ..., units)`.
 
     Weights:
-        `kernel` `(d, k)` and `bias` `(k,)`, frozen; for each adapter `lora_a_<name>` `(d, r)`
-        and `lora_b_<name>` `(r, k)`, float32.
+        `kernel` `(d, k)` and `bias` `(k,)`, frozen; for each adapter that acts `lora_a` `(d, r)`,
+        `lora_b` `(r, k)` and, for DoRA, `lora_magnitude` `(k,)`, float32.
 
     Raises:
         ValueError: an invalid rank, alpha or dropout; a kernel constraint.
@@ -65,7 +66,8 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
     Args:
         equation: Any equation that `keras.layers.EinsumDense` accepts.
         output_shape: As in `keras.layers.EinsumDense`.
-        rank, alpha, dropout, use_rslora, init, adapters, active, train_bias: See `LoRALayer`.
+        rank, alpha, dropout, use_rslora, use_dora, init, adapters, active, train_bias: See
+            `LoRALayer`.
         **kwargs: Any argument of `keras.layers.EinsumDense`.
 
     Input shape:
@@ -75,8 +77,8 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
         As the equation says.
 
     Weights:
-        `kernel` and `bias`, frozen; for each adapter `lora_a_<name>` and `lora_b_<name>`,
-        float32.
+        `kernel` and `bias`, frozen; for each adapter that acts `lora_a`, `lora_b` and, for DoRA,
+        `lora_magnitude`, which has the shared and the free axes; float32.
 
     Raises:
         ValueError: an invalid rank, alpha or dropout; a kernel constraint.

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import keras
+from keras import ops
 
-from keras_lora.lowrank import Shape
+from keras_lora.lowrank import Shape, Tensor
 
 Layer: TypeAlias = "keras.layers.Layer"
 
@@ -36,3 +37,15 @@ def kernel_constraint(layer: Layer) -> Any:
 
 def bias_of(layer: Layer) -> keras.Variable | None:
     return None if is_table(layer) else layer.bias
+
+
+def wide_dtype(variable: keras.Variable) -> str:
+    """The dtype of sums that are rounded once."""
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return "float64" if dtype == "float64" else "float32"
+
+
+def wide_kernel(layer: Layer) -> Tensor:
+    """`W0` in that dtype."""
+    kernel = base_kernel(layer)
+    return ops.cast(ops.convert_to_tensor(kernel), wide_dtype(kernel))

@@ -6,11 +6,15 @@ from functools import cache
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_lora.config import invalid
 from keras_lora.layers.base import LoRALayer, plain_class
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
+from keras_lora.layers.matrix import wide_kernel
+from keras_lora.layers.slots import Adapter
 from keras_lora.layers.state import LoRAState
 from keras_lora.lowrank import EinsumSplit, split_equation
 
@@ -115,6 +119,15 @@ def split_kernel(layer: keras.layers.Layer) -> EinsumSplit:
     """
     lora_class: Any = lora_class_for(plain_class(layer))
     return split_equation(lora_class.kernel_equation(layer))
+
+
+def output_norms(layer: keras.layers.Layer, adapter: Adapter | None = None) -> np.ndarray:
+    """`|W0|` of each output or, with an adapter, `|W0 + s A B|`, in float32."""
+    split, kernel = split_kernel(layer), wide_kernel(layer)
+    if adapter is not None:
+        factors = (ops.cast(np.array(factor), kernel.dtype) for factor in adapter.factors[:2])
+        kernel = kernel + adapter.scaling * split.delta(*factors)
+    return ops.convert_to_numpy(ops.sqrt(split.squared_norms(kernel))).astype("float32")
 
 
 def is_registered(layer: LoRALayer) -> bool:

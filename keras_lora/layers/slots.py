@@ -4,6 +4,7 @@ What a model has compiled reads the variables of slots, never those of an adapte
 move values into the slots: nothing is traced again, and however many adapters a layer has, it
 computes with those that act. An adapter of a lower rank than its slot is padded with zeros. They
 stay zero in training, since the gradient of each padded factor is a product with the other one.
+Likewise a slot with a magnitude takes an adapter without: its gain is 1 then.
 
 Switching is all but these reads and writes, so on TensorFlow they go past Keras, to the
 `tf.Variable` itself: `Variable.assign` converts, casts and reads the variable back.
@@ -12,7 +13,7 @@ Switching is all but these reads and writes, so on TensorFlow they go past Keras
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora.config import AdapterSpec, LoRAConfig
-from keras_lora.lowrank import Shape, Tensor
+from keras_lora.lowrank import EinsumSplit, Shape, Tensor
 
 NewVariable = Callable[..., keras.Variable]
 
@@ -50,7 +51,7 @@ def _set(variable: keras.Variable, number: float) -> None:
 
 
 class Factor:
-    """`A` or `B` of one adapter, float32, at the adapter's own rank.
+    """`A`, `B` or the magnitude `m` of one adapter, float32, at the adapter's own rank.
 
     Reads as an array and is assigned as a variable is, wherever its values are now.
     """
@@ -59,12 +60,13 @@ class Factor:
 
     def __init__(self, value: Any, shape: Shape | None = None) -> None:
         """Of an array, or of an initializer and a shape: then it is drawn when it is needed."""
-        self._draw: Callable[..., Tensor] | None = value if shape else None
+        drawn = shape is not None
+        self._draw: Callable[..., Tensor] | None = value if drawn else None
         # Copies: where a variable's memory is shared, a later step would change what was parked.
-        self._parked: Tensor | None = None if shape else np.array(value, "float32", copy=True)
+        self._parked: Tensor | None = None if drawn else np.array(value, "float32", copy=True)
         self._variable: keras.Variable | None = None
         self._fills = True
-        self.shape: Shape = shape or np.shape(value)
+        self.shape: Shape = np.shape(value) if shape is None else shape
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(ops.convert_to_numpy(self._value()), dtype, copy=True)
@@ -80,25 +82,26 @@ class Factor:
         if self._variable is None:
             self._parked = value
         else:
-            write(self._variable, self._padded(value, self._variable))
+            self._write(self._variable, value)
 
     def enter(self, variable: keras.Variable, fills: bool) -> None:
         """Put the values into a slot's variable, of the same rank (`fills`) or a higher one."""
         value = self._value()
         self._fills = fills
-        write(variable, self._padded(value, variable))
+        self._write(variable, value)
         self._parked, self._variable = None, variable
 
-    def initializer(self) -> Callable[..., Tensor]:
+    def initializer(self, shape: Shape) -> Callable[..., Tensor]:
         """Gives a new variable these values; Keras may call it later, or within a graph."""
-        if self._draw is not None:
+        if self._draw is not None and shape == self.shape:
             return self._draw
-        value = self._value()
+        value = self._padded(self._value(), shape)
         return lambda shape, dtype: ops.reshape(ops.convert_to_tensor(value, dtype), shape)
 
     def start(self, variable: keras.Variable) -> None:
-        """Be in a variable that has these values from its start."""
-        self._fills, self._parked, self._draw, self._variable = True, None, None, variable
+        """Be in a variable that has these values from its start, by `initializer`."""
+        self._parked, self._draw, self._variable = None, None, variable
+        self._fills = tuple(variable.shape) == self.shape
 
     def leave(self) -> None:
         """Take the values aside. The slot keeps what it has."""
@@ -115,10 +118,11 @@ class Factor:
         whole = read(self._variable)
         return whole if self._fills else ops.convert_to_numpy(whole)[self._part()].copy()
 
-    def _padded(self, value: Tensor, variable: keras.Variable) -> Tensor:
-        if self._fills:
-            return value
-        whole = np.zeros(variable.shape, "float32")
+    def _write(self, variable: keras.Variable, value: Tensor) -> None:
+        write(variable, value if self._fills else self._padded(value, variable.shape))
+
+    def _padded(self, value: Tensor, shape: Any) -> Tensor:
+        whole = np.zeros(shape, "float32")
         whole[self._part()] = value
         return whole
 
@@ -141,11 +145,12 @@ class Group:
 
 @dataclass(eq=False)
 class Adapter:
-    """One adapter of one layer: its spec, its two factors, and what multiplies its delta."""
+    """One adapter of one layer: its spec, its factors, and what multiplies its delta."""
 
     spec: AdapterSpec
     a: Factor
     b: Factor
+    magnitude: Factor | None = None
     group: Group | None = None
     strength: float = 1.0
 
@@ -160,66 +165,117 @@ class Adapter:
         return (self.spec if self.strength == 1 else self.acting_spec).scaling
 
     @property
-    def factors(self) -> tuple[Factor, Factor]:
-        return self.a, self.b
+    def named_factors(self) -> dict[str, Factor]:
+        """`A`, `B` and, for DoRA, `m`, under the names that files have for them."""
+        return dict(zip(factor_names(self.spec), self.factors, strict=True))
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """What trains: `A`, `B` and, for DoRA, `m`."""
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     @property
     def parameters(self) -> int:
         return sum(int(np.prod(factor.shape)) for factor in self.factors)
 
 
+def factor_names(spec: AdapterSpec) -> tuple[str, ...]:
+    return ("a", "b", "magnitude") if spec.use_dora else ("a", "b")
+
+
+def adapter_shapes(split: EinsumSplit, kernel_shape: Shape, spec: AdapterSpec) -> list[Shape]:
+    """Of the factors, in the order of their names."""
+    norms = [split.norm_shape(kernel_shape)] if spec.use_dora else []
+    return [*split.factor_shapes(kernel_shape, spec.rank), *norms]
+
+
+@dataclass(eq=False)
+class Magnitude:
+    """What a slot has for adapters of DoRA: `m`, and whether it acts (1 or 0)."""
+
+    values: keras.Variable
+    acts: keras.Variable
+
+    def gain(
+        self, split: EinsumSplit, w: Tensor, squared: keras.Variable, a: Tensor, b: Tensor
+    ) -> Tensor:
+        """`g` of each output in the dtype of `squared`; 1 for an adapter without DoRA."""
+        dtype = squared.dtype
+        a, b, m = (ops.cast(v, dtype) for v in (a, b, self.values))
+        gain = split.gain(w, ops.convert_to_tensor(squared), a, b, m)
+        return ops.where(ops.cast(self.acts, "bool"), gain, 1)
+
+
 @dataclass(eq=False)
 class Slot:
-    """Variables of one adapter's shape: `A`, `B`, and of it the scale `s` and the dropout rate."""
+    """Variables of one adapter's shape: `A`, `B`, the scale `s`, the dropout rate; for DoRA `m`."""
 
     a: keras.Variable
     b: keras.Variable
     scaling: keras.Variable
     rate: keras.Variable
     rank: int
+    magnitude: Magnitude | None = None
     holds: Adapter | None = None
 
     @classmethod
-    def make(cls, new: NewVariable, index: int, adapter: Adapter) -> Slot:
-        """Make the variables with `new(name, shape, initializer, trainable)`.
+    def make(cls, new: NewVariable, index: int, adapter: Adapter, shapes: Sequence[Shape]) -> Slot:
+        """Make variables of these shapes with `new(name, shape, initializer, trainable)`.
 
-        They start with an adapter's values; it is not in the slot before `start`.
+        They start with an adapter's values; it is not in the slot before `start`. A third shape
+        is that of the magnitude.
         """
-        suffix = f"_{index}" if index else ""
-        scaling = keras.initializers.Constant(adapter.scaling)
-        rate = keras.initializers.Constant(adapter.spec.dropout)
+
+        def constant(name: str, value: float) -> keras.Variable:
+            return new(f"lora_{name}{suffix}", (), keras.initializers.Constant(value), False)
+
+        suffix, (a, b, *m) = f"_{index}" if index else "", shapes
         return cls(
-            new(f"lora_a{suffix}", adapter.a.shape, adapter.a.initializer(), True),
-            new(f"lora_b{suffix}", adapter.b.shape, adapter.b.initializer(), True),
-            new(f"lora_scaling{suffix}", (), scaling, False),
-            new(f"lora_dropout{suffix}", (), rate, False),
-            adapter.spec.rank,
+            new(f"lora_a{suffix}", a, adapter.a.initializer(a), True),
+            new(f"lora_b{suffix}", b, adapter.b.initializer(b), True),
+            constant("scaling", adapter.scaling),
+            constant("dropout", adapter.spec.dropout),
+            a[-1],
+            Magnitude(
+                new(f"lora_magnitude{suffix}", m[0], _initial(adapter.magnitude, m[0]), True),
+                constant("dora", adapter.spec.use_dora),
+            )
+            if m
+            else None,
         )
 
     def start(self, adapter: Adapter) -> None:
         """Take in the adapter that the slot was made for."""
         self.holds = adapter
-        for factor, variable in zip(adapter.factors, self.factors, strict=True):
+        for factor, variable in zip(adapter.factors, self.factors, strict=False):
             factor.start(variable)
 
-    @property
-    def factors(self) -> tuple[keras.Variable, keras.Variable]:
-        return self.a, self.b
+    def takes(self, spec: AdapterSpec) -> bool:
+        """Whether such an adapter can be in this slot."""
+        return spec.rank <= self.rank and (self.magnitude is not None or not spec.use_dora)
 
     @property
-    def scaled_b(self) -> Tensor:
+    def factors(self) -> tuple[keras.Variable, ...]:
+        """What trains."""
+        pair = self.a, self.b
+        return pair if self.magnitude is None else (*pair, self.magnitude.values)
+
+    def scaled_b(self, dtype: str) -> Tensor:
         """`s B`: of the factors, `B` is the one whose scale costs least."""
-        return ops.multiply(self.scaling, self.b)
+        return ops.cast(self.scaling, dtype) * ops.cast(self.b, dtype)
 
     @property
     def variables(self) -> tuple[keras.Variable, ...]:
-        return self.a, self.b, self.scaling, self.rate
+        acts = () if self.magnitude is None else (self.magnitude.acts,)
+        return *self.factors, self.scaling, self.rate, *acts
 
     def put(self, adapter: Adapter, masks: bool) -> None:
         """Take an adapter in; `masks` is whether the layer reads the dropout rate at all."""
-        self.holds = adapter
-        for factor, variable in zip(adapter.factors, self.factors, strict=True):
-            factor.enter(variable, fills=adapter.spec.rank == self.rank)
+        self.holds, fills = adapter, adapter.spec.rank == self.rank
+        for factor, variable in zip(adapter.factors, self.factors, strict=False):
+            factor.enter(variable, fills or factor is adapter.magnitude)
+        if self.magnitude is not None and adapter.magnitude is None:
+            _zero(self.magnitude.values)
         self.refresh(masks)
 
     def refresh(self, masks: bool = True) -> None:
@@ -230,6 +286,8 @@ class Slot:
         _set(self.scaling, self.holds.scaling)
         if masks:
             _set(self.rate, self.holds.spec.dropout)
+        if self.magnitude is not None:
+            _set(self.magnitude.acts, self.holds.spec.use_dora)
 
     def park(self) -> None:
         """Take the adapter out; the slot's values stay, and count until `put` or `clear`."""
@@ -241,7 +299,15 @@ class Slot:
     def clear(self) -> None:
         """Zeros: the slot adds nothing, and no gradient reaches it."""
         for variable in self.variables:
-            write(variable, np.zeros(variable.shape, variable.dtype))
+            _zero(variable)
+
+
+def _initial(magnitude: Factor | None, shape: Shape) -> Any:
+    return "zeros" if magnitude is None else magnitude.initializer(shape)
+
+
+def _zero(variable: keras.Variable) -> None:
+    write(variable, np.zeros(variable.shape, variable.dtype))
 
 
 def dropped(x: Tensor, rate: Tensor, seeds: keras.random.SeedGenerator) -> Tensor:

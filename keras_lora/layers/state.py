@@ -24,6 +24,8 @@ class LoRAState:
     active: tuple[str, ...] = ()
     # There once an adapter has dropout; then the masks are part of the computation for good.
     seeds: keras.random.SeedGenerator | None = None
+    # `|W0|^2` of each output: there once an adapter has DoRA.
+    squared_norms: keras.Variable | None = None
     # What a checkpoint of this layer holds for its model: see `inject.apply`.
     held: list[Held] = field(default_factory=list)
     # Models that were adapted or switched with this layer in them: their optimizers know of it.
