@@ -488,6 +488,17 @@ def test_bad_arguments(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    model = small()
+    factor = kl.lora_layers(model)["up"].adapters["de"].b
+    factor.assign(np.full(factor.shape, np.inf))
+    before = state(model)
+    with pytest.raises(ValueError, match=r"infinity in \['up/lora_b'\] of 'de'"):
+        kl.export_saved_model(model, tmp_path / "1", adapters=NAMES)
+    assert state(model) == before
+    assert not list(tmp_path.iterdir())
+
+
 def test_values_that_are_those_of_the_base_need_no_place(tmp_path: Path) -> None:
     """A normalization in `layers_to_save` that was not trained."""
     model = kl.apply_lora(functional(), config(2, ["up"], layers_to_save=["norm"]), name="fr")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from cases import (
     reference_output,
     snapshot,
 )
+from keras import ops
 
 import keras_lora as kl
+from keras_lora.layers import Rows, split_kernel
 
 # Some kernels of the table have a side of one.
 pytestmark = pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")
@@ -57,6 +60,42 @@ def test_adapted_equals_the_reference(case: Case) -> None:
     kernel = w0 + reference_delta(case, a, b, SCALE)
     assert relative(model(x), reference_output(case, model, x, kernel)) <= 1e-5
     assert relative(model.get_layer("case").kernel, kernel) <= 1e-6
+
+
+@all_cases
+def test_rows_with_factors_of_their_own_equal_the_reference(case: Case) -> None:
+    model, x, rng = adapted(case), case.batch(), np.random.default_rng(7)
+    (layer,) = kl.lora_layers(model).values()
+    w0, split = numpy_of(layer.base_kernel), split_kernel(layer)
+    shapes = [factor.shape for factor in adapter(model).factors]
+    a, b = (rng.normal(size=(len(x), *shape)).astype("float32") for shape in shapes)
+    first = [np.moveaxis(f, axis + 1, 1) for f, axis in zip((a, b), split.rank_axes, strict=True)]
+    rows = Rows(pytest.fail, (ops.convert_to_tensor(first[0]), ops.convert_to_tensor(first[1])))
+    with layer.without_slots(), layer.with_rows(rows):
+        received = numpy_of(layer(x))
+    for i, row in enumerate(x):
+        kernel = w0 + reference_delta(case, a[i], b[i], 1)
+        assert (
+            relative(received[i : i + 1], reference_output(case, model, row[None], kernel)) <= 1e-5
+        )
+
+
+@all_cases
+def test_rows_with_kernels_and_biases_of_their_own_equal_the_reference(case: Case) -> None:
+    model, x, rng = adapted(case), case.batch(), np.random.default_rng(7)
+    (layer,) = kl.lora_layers(model).values()
+    kernels = rng.normal(size=(len(x), *layer.base_kernel.shape)).astype("float32")
+    rows, biases = Rows(pytest.fail, kernel=ops.convert_to_tensor(kernels)), None
+    if layer.bias is not None:
+        biases = rng.normal(size=(len(x), *layer.bias.shape)).astype("float32")
+        rows = dataclasses.replace(rows, bias=ops.convert_to_tensor(biases))
+    with layer.without_slots(), layer.with_rows(rows):
+        received = numpy_of(layer(x))
+    for i, row in enumerate(x):
+        if biases is not None:
+            layer.bias.assign(biases[i])
+        expected = reference_output(case, model, row[None], kernels[i].astype("float64"))
+        assert relative(received[i : i + 1], expected) <= 1e-5
 
 
 @all_cases

@@ -89,7 +89,7 @@ class RowAdapters:
 
     def tables(self) -> Tables:
         """Raises:
-        ValueError: an adapter is more than factors, kernels and biases.
+        ValueError: an adapter is more than factors, kernels and biases, or is not finite.
         """
         tables = Tables(self.pieces)
         tables.add(BASE, {key: item.value(BASE) for key, item in self.held.items()})
@@ -170,6 +170,10 @@ class RowAdapters:
         for use in self.uses:
             if use.factors is not None and name in use.layer.adapters:
                 values[use.factors[1].key] *= np.float32(use.layer.adapters[name].scaling)
+        broken = [key for key, value in values.items() if not np.isfinite(value).all()]
+        if broken:
+            received = f"NaN or infinity in {broken} of {name!r}"
+            raise invalid("adapters", "finite values", received, "train it again or leave it out")
         return values
 
 
