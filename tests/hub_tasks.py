@@ -81,9 +81,7 @@ CLASSIFIERS: dict[str, Callable[[], keras.Model]] = {
         "Roberta", models.RobertaTokenizer(*byte_pairs("<s>", "<pad>", "</s>", "<mask>"))
     ),
     "XLMRoberta": lambda: classifier("XLMRoberta", models.XLMRobertaTokenizer(sentence_pieces())),
-    "Albert": lambda: classifier("Albert", models.AlbertTokenizer(sentence_pieces())),
     "DebertaV3": lambda: classifier("DebertaV3", models.DebertaV3Tokenizer(sentence_pieces())),
-    "FNet": lambda: classifier("FNet", models.FNetTokenizer(sentence_pieces())),
 }
 
 
@@ -105,8 +103,6 @@ LANGUAGE_MODELS: dict[str, Callable[[], keras.Model]] = {
         "Llama3", models.Llama3Tokenizer(*byte_pairs(*(f"<|{name}|>" for name in LLAMA3)))
     ),
     "Gemma": lambda: language_model("Gemma", models.GemmaTokenizer(sentence_pieces())),
-    "Mistral": lambda: language_model("Mistral", models.MistralTokenizer(sentence_pieces())),
-    "Qwen": lambda: language_model("Qwen", models.QwenTokenizer(*byte_pairs("<|endoftext|>"))),
     "Bart": lambda: language_model(
         "Bart",
         models.BartTokenizer(*byte_pairs("<s>", "<pad>", "</s>")),

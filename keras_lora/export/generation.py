@@ -63,9 +63,9 @@ def generate_text(model: keras.Model, options: Generation) -> Endpoint:
     return _traceable(model, endpoint)
 
 
-def generate_tokens(model: keras.Model, options: Generation) -> Endpoint:
+def generate_tokens(model: keras.Model, options: Generation, given: Any | None = None) -> Endpoint:
     """Tokens and their mask in, and out with what the model adds in the places of the padding."""
-    specs = input_specs(model, None)
+    specs = input_specs(model, given)
     stop = stop_tokens(model, options)
     pad = _padding(model, specs, options.max_length)
 
@@ -87,8 +87,8 @@ def _traceable(model: keras.Model, endpoint: Endpoint) -> Endpoint:
             raise ValueError(
                 "Expected a language model that can write in a graph for batches of any size. "
                 f"Received: {type(model).__name__}, which fails with {type(error).__name__}: "
-                f"{error}. Fix the length with max_length, or leave generation out with "
-                "generate=False."
+                f"{error}. Fix the length, by an input_signature or by max_length, or leave "
+                "generation out with generate=False."
             ) from error
 
     return dataclasses.replace(endpoint, call=call)

@@ -68,8 +68,9 @@ def export_saved_model(
         adapters: The names of the adapters to serve, active or not.
         adapter_ids: What `adapter` holds for each row: `"name"`, a string, empty for the base; or
             `"index"`, an int32, the place in `adapters`, and -1 for the base.
-        input_signature: For a subclassed model whose inputs are not all of its compute dtype: a
-            structure of `tf.TensorSpec` or `keras.InputSpec` as its `call` takes it.
+        input_signature: For a subclassed model whose inputs are not all of its compute dtype, or
+            for one that needs axes of a fixed size: a structure of `tf.TensorSpec` or
+            `keras.InputSpec` as its `call` takes it.
         class_names: For a model with one output: a name for each of its columns. The output
             `label` is added, the name of the largest value of each row.
         preprocessing: For a task of KerasHub with its preprocessor: True if strings (or images)
@@ -186,8 +187,9 @@ def _language_model(
         )
     if not generation.wanted:
         return [served]
-    make = generate_text if preprocessing else generate_tokens
-    return [served, make(model, generation)]
+    if preprocessing:
+        return [served, generate_text(model, generation)]
+    return [served, generate_tokens(model, generation, given)]
 
 
 def _check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
