@@ -3,7 +3,7 @@
     python tests/standin.py --model_name=classifier --model_base_path=$PWD/models/classifier \\
         --port=8500 --rest_api_port=8501
 
-`serving/__init__.py` says what it is and what it is not.
+`serving_standin/__init__.py` says what it is and what it is not.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from google.protobuf import text_format
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from serving import rest, rpc
-from serving.versions import Catalog
+from serving_standin import rest, rpc
+from serving_standin.versions import Catalog
 from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
 
 

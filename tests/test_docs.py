@@ -49,7 +49,7 @@ def test_python_and_console_blocks_run_in_order(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # KerasHub's `fit` warns of the order of its own data sets
+@pytest.mark.filterwarnings("ignore")  # a reader sees those of Keras and KerasHub and goes on
 def test_the_serving_guide_is_true_from_fit_to_curl(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

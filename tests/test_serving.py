@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import servers
 import tensorflow as tf
-from served import EXPORTS, Call
+from served_models import EXPORTS, Call
 from servers import GrpcClient, RestClient, Server
 from tensorflow.core.framework.types_pb2 import DataType
 
@@ -161,6 +161,24 @@ def test_grpc_answers_bytes_that_are_no_request_with_an_error(
     huge.inputs["x"].tensor_content = b"abc"
     with pytest.raises(grpc.RpcError, match="tensor parsing error: x"):
         GrpcClient(server).prediction.Predict(huge, timeout=servers.TIMEOUT)
+
+
+@pytest.mark.slow
+def test_an_unknown_adapter_fails_its_request_with_the_known_names(
+    server: Server, served: Served
+) -> None:
+    (call,) = served("adapters by name")
+    unknown = np.array([*call.feeds["adapter"][:-1], "absent"], object)
+    feeds = {**call.feeds, "adapter": unknown}
+    text = "Expected adapter to be one of: fr, de, pt"
+    with pytest.raises(grpc.RpcError, match=text) as caught:
+        GrpcClient(server).predict("adapters by name", feeds)
+    assert caught.value.code() == INVALID
+    rest = RestClient(server)
+    response = rest.post("adapters by name", rest.body(feeds))
+    assert response.status_code == 400
+    assert text in response.json()["error"]
+    assert "absent" in response.json()["error"]
 
 
 def rows(*values: Any, signature: str = "logarithm") -> dict[str, Any]:

@@ -22,7 +22,7 @@ import pytest
 import requests
 import servers
 from models import data
-from served import answers, of_adapters
+from served_models import answers, of_adapters
 from servers import GrpcClient, RestClient, Server
 
 import keras_lora as kl
