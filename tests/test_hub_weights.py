@@ -25,10 +25,8 @@ from keras_lora.walker import walk
 SWIN = [f"stage_{i}/blocks_{j}/attn/attention_qkv" for i in range(2) for j in range(2)]
 REFUSED = {
     "swin": dict.fromkeys(SWIN, "made of several weights"),
-    "blip-2": {
-        "blip2_vision_encoder/patching_and_embedding/position_embedding": "a bare parameter",
-    },
-    "vit": {"vit_patching_and_embedding/position_embedding": "3 axes, and no matrix"},
+    "blip-2": {"patching_and_embedding/position_embedding": "a bare parameter"},
+    "vit": {"patching_and_embedding/position_embedding": "3 axes, and no matrix"},
 }
 # KerasHub's converter of Mistral rounds to float16.
 ROUNDED = {"mistral"}
@@ -132,8 +130,10 @@ def test_the_model_type(directory: Path, name: str, backbone: keras.Model) -> No
 def test_what_is_refused(name: str, backbone: keras.Model) -> None:
     refused = hub_blocks(backbone, NEEDS_CONFIG.get(name)).refused
     expected = REFUSED.get(name, {})
-    assert set(refused) == set(expected)
-    assert all(reason in refused[path] for path, reason in expected.items())
+    assert len(refused) == len(expected)
+    # Endings, since Keras numbers some layers over all models.
+    for ending, reason in expected.items():
+        assert [r for path, r in refused.items() if path.endswith(ending) and reason in r]
 
 
 def test_other_variables(name: str, directory: Path, backbone: keras.Model) -> None:
