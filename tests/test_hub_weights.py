@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +366,18 @@ def test_experts_have_a_block_each() -> None:
     kernel = Kernel(stacked, split_equation("ebd,edf->ebf"), (3, 5, 7))
     blocks = Locator().blocks(kernel, Locator().shapes(kernel))
     assert [(b.weight, b.shape) for b in blocks] == [(w.key, (7, 5)) for w in experts]
+
+
+def test_a_table_of_tokens_is_located_without_an_index_for_each_element() -> None:
+    vocabulary, dim = 128_256, 4096
+    kernel = Kernel(Weight("w"), split_equation("...x,xy->...y"), (vocabulary, dim))
+    tracemalloc.start()
+    (block,) = Locator().blocks(kernel, Locator().shapes(kernel))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (block.shape, block.stored_transposed) == ((dim, vocabulary), True)
+    assert (len(block.rows), len(block.columns)) == (dim, vocabulary)
+    assert peak < 2**24
 
 
 def test_kernels_of_one_form_are_located_once() -> None:
