@@ -115,8 +115,8 @@ def check_copies(copies: Mapping[str, Array], places: Places, problems: list[str
     """Compare what an adapter's file has of its base with the base here.
 
     PEFT saves tables along with their adapters (and `lm_head`, where the vocabulary was resized),
-    and would put these in the place of its base's. Equal is what differs by rounding to 16 bits. What has no place here acts
-    on nothing.
+    and would put these in the place of its base's. Equal is what differs by rounding to 16 bits.
+    What has no place here acts on nothing.
     """
     for key in sorted(copies.keys() & places.keys()):
         for variable, value in scatter({key: copies[key]}, places, problems):
