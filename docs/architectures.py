@@ -8,6 +8,7 @@ which is saved for PEFT, loaded again and compared bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 import warnings
@@ -27,6 +28,7 @@ from test_peft_exchange import CASES, KERAS_OPTIONS
 
 import keras_lora as kl
 from keras_lora.hub_factors import blocks_by_module
+from keras_lora.hub_tables import refused_tables
 from keras_lora.hub_weights import HubWeights, hub_blocks
 from keras_lora.hub_weights.converters import converter_modules
 
@@ -37,10 +39,11 @@ HEAD = """\
 Which architectures exchange adapters with [Hugging Face PEFT](peft.md), and what of them. Written
 by `make architectures` with KerasHub {version}; not edited by hand.
 
-- **Layers**: how many of the `Dense` and `EinsumDense` layers of a tiny backbone, most often one of
-  two blocks, are a matrix in the Hugging Face model. These are imported and exported; an adapter
-  with others is refused, with their paths. For each row an adapter on all of them was saved,
-  loaded and found the same, bit for bit.
+- **Layers**: how many of the `Dense`, `EinsumDense` and embedding layers of a tiny backbone, most
+  often one of two blocks, are a matrix in the Hugging Face model. These are imported and exported;
+  an adapter with others is refused, with their paths. For each row an adapter on all of them was
+  saved, loaded and found the same, bit for bit. Of a decoder whose embedding makes the logits too,
+  that [embedding is not exchanged](peft.md#to-peft).
 - **Modules**: their names in a checkpoint;
   [transformers 5 renames some](peft.md#names-in-transformers-5). "(3)" marks a fused matrix, which
   is that many layers in Keras. The routers of experts (`gate`, `router`) and Gemma 3's
@@ -86,7 +89,7 @@ class Row:
     def cells(self) -> list[str]:
         config = NEEDS_CONFIG.get(self.model_type)
         options: dict[str, Any] = {"transformers_config": config, "model_type": self.model_type}
-        weights = hub_blocks(self.backbone, **options)
+        weights = exchanged(self.backbone, hub_blocks(self.backbone, **options))
         check_exchange(self.backbone, weights, options)
         return [
             f"`{type(self.backbone).__name__}`",
@@ -95,6 +98,13 @@ class Row:
             ", ".join(modules_of(weights)),
             self.compared,
         ]
+
+
+def exchanged(backbone: keras.Model, weights: HubWeights) -> HubWeights:
+    """Without the tables that are refused."""
+    tables = refused_tables(backbone, weights)
+    blocks = {path: found for path, found in weights.blocks.items() if path not in tables}
+    return dataclasses.replace(weights, blocks=blocks, refused={**weights.refused, **tables})
 
 
 def check_exchange(backbone: keras.Model, weights: HubWeights, options: dict[str, Any]) -> None:

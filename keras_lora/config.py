@@ -30,13 +30,15 @@ class AdapterSpec:
         rank: Inner size of `A B`; a positive integer.
         alpha: Numerator of the scale `s`; a finite number.
         dropout: Probability with which an input of the adapter is zeroed while training, in
-            `[0, 1)`. The path through the frozen kernel has none.
+            `[0, 1)`. The path through the frozen kernel has none; nor, as in PEFT, an embedding,
+            where an input is the number of a token.
         use_rslora: Divide by `sqrt(rank)` instead of `rank`.
         use_dora: Train a magnitude `m` of each output too, from `|W0|` on:
             `W = m (W0 + s A B) / |W0 + s A B|`.
         init: How `A` starts: `"kaiming_uniform"`, uniform within `±1/sqrt(d)` for `d` inputs
             (as PEFT does), or `"gaussian"`, normal with standard deviation `1/rank`. `B`
-            starts at zero, so that a fresh adapter changes nothing.
+            starts at zero, so that a fresh adapter changes nothing. Of an embedding `A` starts at
+            zero and `B` standard normal, whatever this is.
 
     Raises:
         ValueError: a value outside the above.

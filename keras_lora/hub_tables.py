@@ -1,14 +1,16 @@
 """Tables of tokens whose adapters mean something else in transformers.
 
 A tied table is adapted in both directions here, `y = h E^T + s (h B^T) A^T`. There an adapter of
-the embedding acts in the lookup alone, and the head, another module, keeps `E`. And T5's and
-BART's `shared` is looked up by other modules, one in the encoder and one in the decoder, which an
-adapter of `shared` does not reach.
+the embedding acts in the lookup alone, and the head, another module, keeps `E`. And the table of
+an encoder and a decoder may be one, in several modules there or several layers here, each with
+adapters of its own.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -18,10 +20,17 @@ from keras_lora.walker import backbone_of, walk
 
 _LANGUAGE_MODELS = ("CausalLM", "Seq2SeqLM")
 _TIED = (
-    "its table is the output head too, where its adapter acts here and not in transformers; "
-    "leave it out"
+    "its table is the output head too: an adapter acts there here, and not in transformers; leave "
+    "it out"
 )
-_SHARED = "in transformers nothing looks up in the module that its table is of; leave it out"
+_UNKNOWN = (
+    "its table may be the output head too, since there is no other: an adapter would act there "
+    "here, and not in transformers; leave it out"
+)
+_SHARED = (
+    "encoder and decoder share its table: an adapter acts in other places there than here; leave "
+    "it out"
+)
 
 
 def refused_tables(model: keras.Model, weights: HubWeights) -> dict[str, str]:
@@ -32,16 +41,21 @@ def refused_tables(model: keras.Model, weights: HubWeights) -> dict[str, str]:
     but a `MaskedLM`, does not.
     """
     tables = {n.path: n.layer for n in walk(model) if isinstance(n.layer, keras.layers.Embedding)}
-    shared = {p: _SHARED for p in tables if _is_shared(weights, p)}
+    shared = dict.fromkeys(_shared(weights, tables), _SHARED)
     if not _is_language_model(model):
         return shared
     reversible = keras.layers.ReversibleEmbedding
-    tied = [p for p, x in tables.items() if isinstance(x, reversible) and x.tie_weights]
-    return shared | dict.fromkeys(tied, _TIED)
+    heads = {p: x for p, x in tables.items() if isinstance(x, reversible)}
+    if not heads:  # as in Gemma 3n, whose head reads the table of an `Embedding`
+        return dict.fromkeys(tables, _UNKNOWN)
+    return shared | {path: _TIED for path, head in heads.items() if head.tie_weights}
 
 
-def _is_shared(weights: HubWeights, path: str) -> bool:
-    return any(b.weight.endswith("shared.weight") for b in weights.blocks.get(path, ()))
+def _shared(weights: HubWeights, tables: Iterable[str]) -> list[str]:
+    """Those of a module named `shared`, as in T5 and BART, or of one that others are of too."""
+    keys = {path: weights.blocks[path][0].weight for path in tables if path in weights.blocks}
+    count = Counter(keys.values())
+    return [p for p, key in keys.items() if key.endswith("shared.weight") or count[key] > 1]
 
 
 def _is_language_model(model: keras.Model) -> bool:

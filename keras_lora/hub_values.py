@@ -114,11 +114,11 @@ def scatter(
 def check_copies(copies: Mapping[str, Array], places: Places, problems: list[str]) -> None:
     """Compare what an adapter's file has of its base with the base here.
 
-    PEFT saves `embed_tokens` and `lm_head` along with their adapters, and would put these in the
-    place of its base's. Equal is what differs by rounding to 16 bits. What has no place here acts
-    on nothing.
+    PEFT saves tables along with their adapters (and `lm_head`, where the vocabulary was resized),
+    and would put these in the place of its base's. Equal is what differs by rounding to 16 bits.
+    What has no place here acts on nothing.
     """
-    for key in copies.keys() & places.keys():
+    for key in sorted(copies.keys() & places.keys()):
         for variable, value in scatter({key: copies[key]}, places, problems):
             item = held(variable)
             ours = np.array(ops.convert_to_numpy(variable)) if item is None else item.value(BASE)

@@ -53,7 +53,7 @@ from keras_lora.peft_files import (
 )
 from keras_lora.walker import backbone_of, lora_layers, walk
 
-# PEFT's `EMBEDDING_LAYER_NAMES`: it saves both where one of them has an adapter.
+# PEFT's `EMBEDDING_LAYER_NAMES`: it may save both where one of them has an adapter.
 _SAVED_ALONG = ("embed_tokens", "lm_head")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,8 @@ from keras_lora.walker import walk
 SWIN = [f"stage_{i}/blocks_{j}/attn/attention_qkv" for i in range(2) for j in range(2)]
 REFUSED = {
     "swin": dict.fromkeys(SWIN, "made of several weights"),
-    "blip-2": {
-        "blip2_vision_encoder/patching_and_embedding/position_embedding": "a bare parameter",
-    },
-    "vit": {"vit_patching_and_embedding/position_embedding": "3 axes, and no matrix"},
+    "blip-2": {"patching_and_embedding/position_embedding": "a bare parameter"},
+    "vit": {"patching_and_embedding/position_embedding": "3 axes, and no matrix"},
 }
 # KerasHub's converter of Mistral rounds to float16.
 ROUNDED = {"mistral"}
@@ -132,8 +131,10 @@ def test_the_model_type(directory: Path, name: str, backbone: keras.Model) -> No
 def test_what_is_refused(name: str, backbone: keras.Model) -> None:
     refused = hub_blocks(backbone, NEEDS_CONFIG.get(name)).refused
     expected = REFUSED.get(name, {})
-    assert set(refused) == set(expected)
-    assert all(reason in refused[path] for path, reason in expected.items())
+    assert len(refused) == len(expected)
+    # Endings, since Keras numbers some layers over all models.
+    for ending, reason in expected.items():
+        assert [r for path, r in refused.items() if path.endswith(ending) and reason in r]
 
 
 def test_other_variables(name: str, directory: Path, backbone: keras.Model) -> None:
@@ -365,6 +366,18 @@ def test_experts_have_a_block_each() -> None:
     kernel = Kernel(stacked, split_equation("ebd,edf->ebf"), (3, 5, 7))
     blocks = Locator().blocks(kernel, Locator().shapes(kernel))
     assert [(b.weight, b.shape) for b in blocks] == [(w.key, (7, 5)) for w in experts]
+
+
+def test_a_table_of_tokens_is_located_without_an_index_for_each_element() -> None:
+    vocabulary, dim = 128_256, 4096
+    kernel = Kernel(Weight("w"), split_equation("...x,xy->...y"), (vocabulary, dim))
+    tracemalloc.start()
+    (block,) = Locator().blocks(kernel, Locator().shapes(kernel))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (block.shape, block.stored_transposed) == ((dim, vocabulary), True)
+    assert (len(block.rows), len(block.columns)) == (dim, vocabulary)
+    assert peak < 2**24
 
 
 def test_kernels_of_one_form_are_located_once() -> None:

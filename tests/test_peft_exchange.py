@@ -242,6 +242,24 @@ def test_adapters_of_embeddings_both_ways(name: str, base: Path, tmp_path: Path)
     assert_agree(name, backbone, again)
 
 
+@pytest.mark.parametrize("name", ["llama"])
+def test_tables_that_are_saved_along_must_be_those_of_the_base(base: Path, tmp_path: Path) -> None:
+    wrapped(base, target_modules=["embed_tokens"]).save_pretrained(tmp_path / "peft")
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in tensors(tmp_path / "peft")
+    backbone = keras_model(base)
+    kl.load_peft_adapter(backbone, tmp_path / "peft")
+    kl.load_peft_adapter(backbone, tmp_path / "peft", "again")
+    assert {v.name for v in backbone.trainable_variables} == {"lora_a", "lora_b"}
+    kl.unload_lora(backbone)
+    table = backbone.token_embedding.embeddings
+    table.assign(1.1 * np.array(table))
+    before = state(backbone)
+    message = r"model\.embed_tokens\.weight: the adapter was trained on other values of it"
+    with pytest.raises(kl.AdapterFileError, match=message):
+        kl.load_peft_adapter(backbone, tmp_path / "peft")
+    assert state(backbone) == before
+
+
 @every_architecture
 def test_an_adapter_of_keras_computes_the_same_in_peft(
     name: str, base: Path, tmp_path: Path

@@ -27,6 +27,30 @@ def test_kernel_attributes(layer_class: type) -> None:
     assert layer.lora_rank is None
 
 
+@pytest.mark.parametrize("layer_class", [keras.layers.Embedding, keras.layers.ReversibleEmbedding])
+def test_table_attributes(layer_class: type) -> None:
+    layer = layer_class(13, 5)
+    layer.build()
+    assert layer._embeddings is layer.embeddings
+    assert layer.embeddings_constraint is None
+    assert layer.lora_enabled is False
+    assert layer.lora_rank is None
+
+
+def test_a_reversible_embedding_looks_up_by_the_class_after_it() -> None:
+    """So that an adapted one has the lookup of its adapters, with Keras's own mask."""
+
+    class Doubled(keras.layers.Embedding):
+        def call(self, inputs: object) -> object:
+            return 2 * super().call(inputs)
+
+    class Reversible(keras.layers.ReversibleEmbedding, Doubled):
+        pass
+
+    layer, tokens = Reversible(13, 5), np.array([[4, 7]])
+    np.testing.assert_allclose(layer(tokens), 2 * np.array(layer.embeddings)[tokens])
+
+
 def test_tracker() -> None:
     layer = functional().get_layer("up")
     assert layer._tracker.locked

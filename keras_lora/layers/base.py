@@ -149,7 +149,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
         Asked of the base class's layers too, before they are adapted.
         """
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Any = None) -> None:
         super().build(input_shape)
         for variable in self.base_variables:
             remember_flag(variable)
