@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from collections.abc import Callable, Sequence
@@ -49,13 +50,17 @@ class Counter(keras.callbacks.Callback):
 
 
 def adapted(
-    make: Callable[[], keras.Model], seed: int = 1, optimizer: Any = None, **options: Any
+    make: Callable[[], keras.Model],
+    seed: int = 1,
+    optimizer: Any = None,
+    config: kl.LoRAConfig = CONFIG,
+    **options: Any,
 ) -> keras.Model:
     """The same base for every seed; other adapters, head and dropout masks."""
     keras.utils.set_random_seed(0)
     model = make()
     keras.utils.set_random_seed(seed)
-    kl.apply_lora(model, CONFIG)
+    kl.apply_lora(model, config)
     metrics = [keras.metrics.MeanAbsoluteError(name="mae")]
     optimizer = optimizer() if optimizer else keras.optimizers.Adam(0.02)
     model.compile(optimizer, "mse", metrics=metrics, **options)
@@ -125,6 +130,16 @@ def test_a_broken_run_goes_on_to_the_weights_and_logs_of_an_unbroken_one(
     assert counter.epochs[0] >= (done - (0 if freq == "epoch" else int(freq))) // BATCHES
     for name, values in expected.items():
         np.testing.assert_allclose(history[name], values[-len(history[name]) :], rtol=1e-5)
+
+
+def test_a_broken_run_with_dora_goes_on_too(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, use_dora=True)
+    unbroken, broken, model = (adapted(functional, seed, config=config) for seed in (1, 1, 2))
+    fit(unbroken)
+    with pytest.raises(BrokenError):
+        fit(broken, kl.AdapterCheckpoint(tmp_path, save_freq=3), BreakAfter(10))
+    fit(model, kl.AdapterCheckpoint(tmp_path, save_freq=3))
+    assert_same(trained(model), trained(unbroken))
 
 
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras has neither on torch")

@@ -187,13 +187,13 @@ class LoRALayer(Adapting, keras.layers.Layer):
 
     def assign_base(self, value: Tensor) -> None:
         """`W0 <- value`, and `|W0|`, which DoRA keeps, with it. Adapters stay as they are."""
-        # Without the gradient: torch would take the kernel for a function of A and B.
-        self.base_kernel.assign(ops.stop_gradient(value))
+        self.base_kernel.assign(value)
         self._measure()
 
     def fold(self) -> None:
         """`W0 <- W`, the effective kernel."""
-        self.assign_base(self.kernel)
+        # Without the gradient: torch would take the kernel for a function of A and B.
+        self.assign_base(ops.stop_gradient(self.kernel))
 
     @property
     def adapter_variables(self) -> list[keras.Variable]:

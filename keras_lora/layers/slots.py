@@ -196,6 +196,16 @@ class Magnitude:
     values: keras.Variable
     acts: keras.Variable
 
+    @classmethod
+    def make(cls, new: NewVariable, suffix: str, adapter: Adapter, shape: Shape) -> Magnitude:
+        m = adapter.magnitude
+        start = "zeros" if m is None else m.initializer(shape)
+        acts = keras.initializers.Constant(adapter.spec.use_dora)
+        return cls(
+            new(f"lora_magnitude{suffix}", shape, start, True),
+            new(f"lora_dora{suffix}", (), acts, False),
+        )
+
     def gain(
         self, split: EinsumSplit, w: Tensor, squared: keras.Variable, a: Tensor, b: Tensor
     ) -> Tensor:
@@ -225,23 +235,16 @@ class Slot:
         They start with an adapter's values; it is not in the slot before `start`. A third shape
         is that of the magnitude.
         """
-
-        def constant(name: str, value: float) -> keras.Variable:
-            return new(f"lora_{name}{suffix}", (), keras.initializers.Constant(value), False)
-
         suffix, (a, b, *m) = f"_{index}" if index else "", shapes
+        scaling = keras.initializers.Constant(adapter.scaling)
+        rate = keras.initializers.Constant(adapter.spec.dropout)
         return cls(
             new(f"lora_a{suffix}", a, adapter.a.initializer(a), True),
             new(f"lora_b{suffix}", b, adapter.b.initializer(b), True),
-            constant("scaling", adapter.scaling),
-            constant("dropout", adapter.spec.dropout),
+            new(f"lora_scaling{suffix}", (), scaling, False),
+            new(f"lora_dropout{suffix}", (), rate, False),
             a[-1],
-            Magnitude(
-                new(f"lora_magnitude{suffix}", m[0], _initial(adapter.magnitude, m[0]), True),
-                constant("dora", adapter.spec.use_dora),
-            )
-            if m
-            else None,
+            Magnitude.make(new, suffix, adapter, m[0]) if m else None,
         )
 
     def start(self, adapter: Adapter) -> None:
@@ -300,10 +303,6 @@ class Slot:
         """Zeros: the slot adds nothing, and no gradient reaches it."""
         for variable in self.variables:
             _zero(variable)
-
-
-def _initial(magnitude: Factor | None, shape: Shape) -> Any:
-    return "zeros" if magnitude is None else magnitude.initializer(shape)
 
 
 def _zero(variable: keras.Variable) -> None:
