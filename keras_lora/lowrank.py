@@ -201,6 +201,15 @@ class EinsumSplit:
         gain = _transposed(gain, self.outputs, order)
         return _times(x, ops.reshape(gain, [size.get(c, 1) for c in axes]))
 
+    def times_gain_by_row(self, product: Tensor, gain: Tensor) -> Tensor:
+        """The product times `g_i`, where each row `i` of the batch has its own gain."""
+        row = self.input[0]
+        order = "".join(c for c in self.output if c == row or c in self.outputs)
+        gain = _transposed(gain, row + self.outputs, order)
+        for axis, c in enumerate(self.output):
+            gain = gain if c in order else ops.expand_dims(gain, axis)
+        return _times(product, gain)
+
     def adapted_product(self, x: Tensor, w: Tensor, terms: Sequence[Term]) -> Tensor:
         """`x W0 + sum_i (g_i - 1) x_i W0 + (x_i A_i) B_i`, one term for each adapter.
 

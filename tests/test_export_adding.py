@@ -143,6 +143,12 @@ def peft(folder: Path) -> Path:
     return folder / "peft"
 
 
+def dora(folder: Path) -> Path:
+    model = kl.apply_lora(functional(), config(2, ["up"], use_dora=True))
+    kl.save_adapter(model, folder / "dora")
+    return folder / "dora"
+
+
 def halved(folder: Path) -> Path:
     files = kl.read_adapter_files(folder / "it")
     tensors = {key: value for key, value in files.tensors.items() if key != "up/lora_b"}
@@ -160,6 +166,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "peft": (peft, "one of PEFT; convert it, with the model: load_peft_adapter"),
     "halved": (halved, r"middle/lora_a: shape \(7, 3\).*up/lora_b: missing"),
+    "dora": (dora, "up/lora_magnitude: DoRA needs the norms of the base"),
     "none": (lambda folder: folder / "nowhere", "adapter.safetensors"),
 }
 

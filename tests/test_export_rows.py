@@ -119,6 +119,28 @@ CASES: dict[str, Case] = {
         lambda: {"x": normal(3, 5)},
         (config(2, ["experts"]), config(1, ["experts"], bias="all"), config(2, ["head"])),
     ),
+    "dora": (
+        functional,
+        lambda: {"features": normal(5)},
+        (
+            config(2, ["up", "middle"], use_dora=True, **HEAD),
+            config(5, ["up"], alpha=3, use_dora=True),
+            config(3, "all-linear"),
+        ),
+    ),
+    "dora, axes": (
+        attention,
+        lambda: {
+            "q": RNG.integers(0, 31, (len(MIX), 3)).astype("float32"),
+            "v": RNG.integers(0, 31, (len(MIX), 7)).astype("float32"),
+        },
+        (config(2, "attention", use_dora=True), config(3, ["query"]), config(5, ["query"])),
+    ),
+    "dora, shared axes": (
+        experts,
+        lambda: {"x": normal(3, 5)},
+        (config(2, ["experts"], use_dora=True), config(1, ["experts"]), config(2, ["head"])),
+    ),
     "mixed bfloat16": (
         lambda: functional(dtype="mixed_bfloat16"),
         lambda: {"features": normal(5)},
@@ -435,6 +457,12 @@ def named_adapter() -> keras.Model:
     return keras.Model(inputs, keras.layers.Dense(3, name="head")(inputs))
 
 
+def tokens_in() -> keras.Model:
+    inputs = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(31, 5, name="table")(inputs)
+    return keras.Model(inputs, keras.layers.GlobalMaxPooling1D()(x))
+
+
 INNER = config(2, "re:.*inner")
 # What is refused: a model, its adapter, and the message.
 REFUSED: dict[str, tuple[Callable[[], keras.Model], kl.LoRAConfig, str]] = {
@@ -450,6 +478,11 @@ REFUSED: dict[str, tuple[Callable[[], keras.Model], kl.LoRAConfig, str]] = {
         around(Folded(), keras.layers.EinsumDense("btd,dk->tbk", (None, 5), name="turned")),
         config(1, "all-linear"),
         r"(?s)'folded/inner': .*'turned': its einsum btd,dk->tbk",
+    ),
+    "embedding": (
+        tokens_in,
+        config(2, ["table"]),
+        "'table': a layer of the kind Embedding has no adapters by row",
     ),
     "norm": (
         functional,

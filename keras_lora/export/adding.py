@@ -15,6 +15,7 @@ from keras_lora.config import AdapterSpec, invalid
 from keras_lora.export.rows import DESCRIPTION, FORMAT_VERSION
 from keras_lora.export.stored import DATA, INDEX, read_tensors, write_tensors
 from keras_lora.export.tables import Array, Piece, Tables
+from keras_lora.export.uses import MAGNITUDE
 from keras_lora.export.writing import written_whole
 from keras_lora.files import (
     TENSORS_FILE,
@@ -152,7 +153,9 @@ def _misfits(
     found = []
     for key, tensor in files.tensors.items():
         path = key.rpartition("/")[0]
-        if key not in pieces:
+        if key.endswith(f"/{MAGNITUDE}"):
+            found.append(f"{key}: DoRA needs the norms of the base, which is not read here")
+        elif key not in pieces:
             found.append(f"{key}: no adapter of the export has this")
         elif tensor.shape != pieces[key].at(specs[path].rank if path in specs else 0):
             found.append(f"{key}: shape {tensor.shape}, expected {pieces[key].shape}")

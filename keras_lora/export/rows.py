@@ -92,7 +92,9 @@ class RowAdapters:
         ValueError: an adapter is more than factors, kernels and biases, or is not finite.
         """
         tables = Tables(self.pieces)
-        tables.add(BASE, {key: item.value(BASE) for key, item in self.held.items()})
+        gains = [use.gain for use in self.uses if use.gain is not None]
+        ones = {piece.key: np.ones(piece.inner, "float32") for piece in gains}
+        tables.add(BASE, ones | {key: item.value(BASE) for key, item in self.held.items()})
         for name in self.names:
             values = self._values(name)
             strange = unplaced(self.model, name, values, self.pieces)
@@ -165,11 +167,10 @@ class RowAdapters:
             yield
 
     def _values(self, name: str) -> dict[str, Array]:
-        """What an adapter consists of, with the scale in `B`."""
+        """What an adapter consists of, by the keys of pieces."""
         values = adapter_tensors(self.model, name)
         for use in self.uses:
-            if use.factors is not None and name in use.layer.adapters:
-                values[use.factors[1].key] *= np.float32(use.layer.adapters[name].scaling)
+            use.put_update(name, values)
         broken = [key for key, value in values.items() if not np.isfinite(value).all()]
         if broken:
             received = f"NaN or infinity in {broken} of {name!r}"

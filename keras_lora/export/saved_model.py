@@ -53,7 +53,7 @@ def export_saved_model(
     factors of the adapters and their values of biases and `layers_to_save`. The signature has an
     input more, `adapter`, which says for each row of the batch what it gets:
 
-        y_i = act(x_i W_i + b_i + s (x_i A_i) B_i)        for each row i
+        y_i = act(x_i W_i + b_i + s (x_i A_i) B_i)        for each row i, and likewise with DoRA
 
     A request may mix adapters of all ranks and the bare base; an unknown name fails it, with the
     known ones in the error. One more adapter needs no export: `add_adapter_to_saved_model`.

@@ -20,10 +20,13 @@ from keras_lora.layers import (
     all_held,
     kernel_shape,
     lora_class_for,
+    output_gain,
     plain_class,
     split_kernel,
 )
 from keras_lora.walker import walk
+
+MAGNITUDE = "lora_magnitude"  # of DoRA, in an adapter's files
 
 
 @dataclass(eq=False)
@@ -35,10 +38,12 @@ class Use:
     factors: tuple[Piece, Piece] | None = None
     kernel: Piece | None = None
     bias: Piece | None = None
+    gain: Piece | None = None
 
     @property
     def pieces(self) -> list[Piece]:
-        return [p for p in (*(self.factors or ()), self.kernel, self.bias) if p is not None]
+        values = (self.kernel, self.bias, self.gain)
+        return [p for p in (*(self.factors or ()), *values) if p is not None]
 
     def rows(self, taken: Mapping[str, tf.Tensor], refusals: list[str]) -> Rows:
         def of(piece: Piece | None) -> Any:
@@ -48,7 +53,21 @@ class Use:
             refusals.append(f"'{self.path}': {reason}")
 
         factors = self.factors and (of(self.factors[0]), of(self.factors[1]))
-        return Rows(refuse, factors, of(self.kernel), of(self.bias))
+        gain = self.gain and taken[self.gain.key]
+        return Rows(refuse, factors, of(self.kernel), of(self.bias), gain)
+
+    def put_update(self, name: str, values: dict[str, Array]) -> None:
+        """In an adapter's values, put the scale into `B`, and the gain in the magnitude's place."""
+        if self.factors is None or name not in self.layer.adapters:
+            return
+        adapter, b = self.layer.adapters[name], self.factors[1].key
+        values[b] = np.float32(adapter.scaling) * values[b]
+        if self.gain is not None and adapter.spec.use_dora:
+            split = split_kernel(self.layer)
+            gain = output_gain(self.layer, adapter)
+            values[b] = np.array(split.times_gain(values[b], gain, split.b))
+            values[self.gain.key] = gain
+            del values[f"{self.path}/{MAGNITUDE}"]
 
 
 def adapted_uses(model: keras.Model, names: Sequence[str], refusals: list[str]) -> dict[int, Use]:
@@ -58,7 +77,8 @@ def adapted_uses(model: keras.Model, names: Sequence[str], refusals: list[str]) 
         if not set(names) & set(layer.adapters):
             continue
         if _is_linear(layer):
-            uses[id(layer)] = Use(path, layer, _factor_pieces(path, layer))
+            gain = _gain_piece(path, layer, names)
+            uses[id(layer)] = Use(path, layer, _factor_pieces(path, layer), gain=gain)
         else:
             kind = layer.base_class.__name__
             refusals.append(f"'{path}': a layer of the kind {kind} has no adapters by row")
@@ -72,6 +92,14 @@ def _factor_pieces(path: str, layer: LoRALayer) -> tuple[Piece, Piece]:
         shape[axis] = None
     a, b = map(tuple, shapes)
     return Piece(f"{path}/lora_a", a), Piece(f"{path}/lora_b", b)
+
+
+def _gain_piece(path: str, layer: LoRALayer, names: Sequence[str]) -> Piece | None:
+    """Of a layer in which one of the adapters has DoRA."""
+    specs = [layer.adapters[name].spec for name in names if name in layer.adapters]
+    if not any(spec.use_dora for spec in specs):
+        return None
+    return Piece(f"{path}/lora_gain", split_kernel(layer).norm_shape(kernel_shape(layer)))
 
 
 def add_held(

@@ -130,6 +130,14 @@ def output_norms(layer: keras.layers.Layer, adapter: Adapter | None = None) -> n
     return ops.convert_to_numpy(ops.sqrt(split.squared_norms(kernel))).astype("float32")
 
 
+def output_gain(layer: keras.layers.Layer, adapter: Adapter) -> np.ndarray:
+    """`g = m / |W0 + s A B|` of each output, for an adapter with DoRA, in float32."""
+    split, kernel = split_kernel(layer), wide_kernel(layer)
+    a, b, m = (ops.cast(np.array(factor), kernel.dtype) for factor in adapter.factors)
+    gain = split.gain(kernel, split.squared_norms(kernel), a, adapter.scaling * b, m)
+    return ops.convert_to_numpy(gain).astype("float32")
+
+
 def is_registered(layer: LoRALayer) -> bool:
     """Whether Keras can find the layer's class by name when it reads a file."""
     return type(layer) in _LORA_CLASSES.values()

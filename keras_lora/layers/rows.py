@@ -15,10 +15,10 @@ from keras_lora.lowrank import EinsumSplit, Tensor
 class Rows:
     """Factors, kernels and biases with the batch as their first axis, in the compute dtype.
 
-        y_i = act(x_i W_i + b_i + (x_i A_i) B_i)        for each row i of the batch
+        y_i = act(g_i (x_i W_i) + b_i + (x_i A_i) B_i)        for each row i of the batch
 
     `W_i` and `b_i` are the layer's own where None is given, and there is no update where there are
-    no factors. The scales are part of `B_i`.
+    no factors. The scales, and the gain `g_i` of DoRA, are part of `B_i`.
 
     Attributes:
         refuse: Takes the reason where the layer is used in a way that has no such form. It may
@@ -26,12 +26,14 @@ class Rows:
         factors: `A` `(batch, r, shared, contracted)` and `B` `(batch, r, shared, free)`.
         kernel: `(batch, *kernel)`.
         bias: `(batch, *bias)`.
+        gain: `(batch, shared, free)`, in float32: in 16 bits a gain near 1 would be 1.
     """
 
     refuse: Callable[[str], None]
     factors: tuple[Tensor, Tensor] | None = None
     kernel: Tensor | None = None
     bias: Tensor | None = None
+    gain: Tensor | None = None
 
     def product(self, split: EinsumSplit, x: Tensor, kernel: keras.Variable) -> Tensor:
         """The layer before bias and activation."""
@@ -43,6 +45,8 @@ class Rows:
             product = split.adapted_product(x, ops.convert_to_tensor(kernel), [])
         else:
             product = split.product_by_row(x, self.kernel)
+        if self.gain is not None:
+            product = split.times_gain_by_row(product, self.gain)
         return product if self.factors is None else product + split.update_by_row(x, *self.factors)
 
     def add_bias(self, product: Tensor) -> Tensor:
