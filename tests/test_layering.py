@@ -21,6 +21,7 @@ ORDER = [
     "layers.rows",
     "layers.state",
     "layers.checkpoint",
+    "layers.holder",
     "layers.base",
     "layers.linear",
     "layers.embedding",

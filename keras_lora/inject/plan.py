@@ -120,7 +120,7 @@ def check_name_is_new(model: keras.Model, name: str) -> None:
         raise ValueError(
             f"Expected a new adapter name. Received: name={name!r}, which the model has on "
             f"{taken[0]!r}{' and others' if len(taken) > 1 else ''}. Choose another name, or "
-            "remove the old one: delete_adapter(model, {name!r})."
+            f"remove the old one: delete_adapter(model, {name!r})."
         )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from keras_lora.layers.base import Adapting, LoRALayer
+from keras_lora.layers.base import LoRALayer
+from keras_lora.layers.holder import Adapting
 from keras_lora.layers.matrix import wide_dtype
 from keras_lora.lowrank import Tensor, split_equation
 
