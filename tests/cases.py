@@ -129,6 +129,9 @@ CASES = [
     reverse("reverse, its own dtype", 2, 11, DIM, reverse_dtype="float32"),
 ]
 IDS = [f"{i}: {case.id}" for i, case in enumerate(CASES)]
+TABLES = [case for case in CASES if case.is_table]
+LINEAR = [case for case in CASES if not case.is_table]
+LINEAR_IDS = [name for name, case in zip(IDS, CASES, strict=True) if not case.is_table]
 
 
 def config(**options: Any) -> kl.LoRAConfig:

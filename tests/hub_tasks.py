@@ -57,7 +57,6 @@ def sentence_pieces() -> bytes:
     return proto.getvalue()
 
 
-@cache
 def backbone(name: str, vocabulary: int) -> Any:
     """The tiny backbone of this name, for a vocabulary that the tokenizer has."""
     with pytest.MonkeyPatch.context() as patch:

@@ -6,8 +6,7 @@ answers come from elsewhere: `model.predict`, or arithmetic in NumPy.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -101,43 +100,33 @@ CLASSES = ["poor", "fair", "good"]
 FILMS = np.array(["the good film!", "a bad film", "films", ""], object)
 
 
-@contextlib.contextmanager
-def lent(make: Callable[[], Any]) -> Iterator[Any]:
-    """An adapted task, whose backbone the tests share: its adapter goes at the end."""
-    model = test_export.adapted(make)
-    try:
-        yield model
-    finally:
-        kl.unload_lora(model)
-
-
 def text_classifier(path: Path) -> list[Call]:
     """Strings in, probabilities and the name of a class out."""
-    with lent(hub_tasks.CLASSIFIERS["Bert"]) as model:
-        kl.export_saved_model(model, path, preprocessing=True, class_names=CLASSES)
-        exponentials = np.exp(model.predict(FILMS, verbose=0))
+    model = test_export.adapted(hub_tasks.CLASSIFIERS["Bert"])
+    kl.export_saved_model(model, path, preprocessing=True, class_names=CLASSES)
+    exponentials = np.exp(model.predict(FILMS, verbose=0))
     probabilities = exponentials / exponentials.sum(-1, keepdims=True)
     label = np.array([CLASSES[i].encode() for i in probabilities.argmax(-1)], object)
     return [Call({"text": FILMS}, {"probabilities": probabilities, "label": label})]
 
 
 def tokens_to_tokens(path: Path) -> list[Call]:
-    with lent(hub_tasks.LANGUAGE_MODELS["GPT2"]) as model:
-        feeds = model.preprocessor.generate_preprocess(["the good", "a film"])
-        feeds = {name: np.array(value).astype("int32") for name, value in feeds.items()}
-        model.preprocessor = None
-        kl.export_saved_model(model, path, stop_token_ids=None)
-        written = model.generate(dict(feeds), stop_token_ids=None)
-        logits = {"logits": model.predict(feeds, verbose=0)}
+    model = test_export.adapted(hub_tasks.LANGUAGE_MODELS["GPT2"])
+    feeds = model.preprocessor.generate_preprocess(["the good", "a film"])
+    feeds = {name: np.array(value).astype("int32") for name, value in feeds.items()}
+    model.preprocessor = None
+    kl.export_saved_model(model, path, stop_token_ids=None)
+    written = model.generate(dict(feeds), stop_token_ids=None)
+    logits = {"logits": model.predict(feeds, verbose=0)}
     expected = {name: np.array(value).astype("int32") for name, value in written.items()}
     return [Call(feeds, logits), Call(feeds, expected, "generate")]
 
 
 def text_to_text(path: Path) -> list[Call]:
     prompts = ["the good", "a film"]
-    with lent(hub_tasks.LANGUAGE_MODELS["GPT2"]) as model:
-        kl.export_saved_model(model, path, preprocessing=True)
-        written = np.array([text.encode() for text in model.generate(prompts)], object)
+    model = test_export.adapted(hub_tasks.LANGUAGE_MODELS["GPT2"])
+    kl.export_saved_model(model, path, preprocessing=True)
+    written = np.array([text.encode() for text in model.generate(prompts)], object)
     return [Call({"text": np.array(prompts, object)}, {"text": written}, "generate")]
 
 

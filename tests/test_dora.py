@@ -11,8 +11,10 @@ import pytest
 from cases import (
     ALPHA,
     CASES,
-    IDS,
+    LINEAR,
+    LINEAR_IDS,
     RANK,
+    TABLES,
     Case,
     adapted,
     adapter,
@@ -30,7 +32,7 @@ import keras_lora as kl
 
 # Some kernels of the table have a side of one.
 pytestmark = pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")
-all_cases = pytest.mark.parametrize("case", CASES, ids=IDS)
+linear_cases = pytest.mark.parametrize("case", LINEAR, ids=LINEAR_IDS)
 SCALE = ALPHA / RANK
 ROUNDING = {"mixed_bfloat16": 3e-2, "bfloat16": 3e-2, "mixed_float16": 4e-3, "float16": 4e-3}
 DORA = kl.LoRAConfig(rank=2, alpha=3, use_dora=True)
@@ -47,7 +49,7 @@ def reference_kernel(case: Case, model: keras.Model, w0: np.ndarray) -> np.ndarr
     return reference_dora(case, w0 + reference_delta(case, a, b, SCALE), m)
 
 
-@all_cases
+@linear_cases
 def test_the_invariants_of_an_adapted_layer(case: Case) -> None:
     model, x = case.model(), case.batch()
     base, flags = snapshot(model.weights), [v.trainable for v in model.weights]
@@ -74,7 +76,7 @@ def test_the_invariants_of_an_adapted_layer(case: Case) -> None:
     assert [v.trainable for v in model.weights] == flags
 
 
-@all_cases
+@linear_cases
 def test_fit_moves_its_factors_alone_and_weights_continue(case: Case, tmp_path: Path) -> None:
     model, x = case.model(), case.batch(6)
     kl.apply_lora(model, config(use_dora=True))
@@ -488,3 +490,11 @@ def test_it_trains_with_xla_as_without() -> None:
         results.append([numpy_of(v) for v in model.trainable_variables])
     for plain, compiled in zip(*results, strict=True):
         np.testing.assert_allclose(compiled, plain, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", TABLES, ids=lambda c: c.id)
+def test_an_embedding_has_no_magnitude(case: Case) -> None:
+    model = case.model()
+    with pytest.raises(ValueError, match=r"use_dora.*False for \['case'\]"):
+        kl.apply_lora(model, config(use_dora=True))
+    assert not kl.lora_layers(model)

@@ -13,7 +13,10 @@ from cases import (
     ALPHA,
     CASES,
     IDS,
+    LINEAR,
+    LINEAR_IDS,
     RANK,
+    TABLES,
     Case,
     adapted,
     adapter,
@@ -33,13 +36,8 @@ from keras_lora.layers import Rows, split_kernel
 # Some kernels of the table have a side of one.
 pytestmark = pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")
 all_cases = pytest.mark.parametrize("case", CASES, ids=IDS)
-linear_cases = pytest.mark.parametrize(
-    "case",
-    [case for case in CASES if not case.is_table],
-    ids=[name for name, case in zip(IDS, CASES, strict=True) if not case.is_table],
-)
+linear_cases = pytest.mark.parametrize("case", LINEAR, ids=LINEAR_IDS)
 SCALE = ALPHA / RANK
-TABLES = [case for case in CASES if case.is_table]
 # Relative rounding of a low-precision result against float64, a few units in the last place.
 ROUNDING = {"mixed_bfloat16": 3e-2, "bfloat16": 3e-2, "mixed_float16": 4e-3, "float16": 4e-3}
 
