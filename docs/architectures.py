@@ -27,10 +27,10 @@ from test_hub_weights import NEEDS_CONFIG
 from test_peft_exchange import CASES, KERAS_OPTIONS
 
 import keras_lora as kl
-from keras_lora.hub_factors import blocks_by_module
-from keras_lora.hub_tables import refused_tables
-from keras_lora.hub_weights import HubWeights, hub_blocks
-from keras_lora.hub_weights.converters import converter_modules
+from keras_lora.exchange.converters import HubWeights, hub_blocks
+from keras_lora.exchange.converters.converters import converter_modules
+from keras_lora.exchange.peft.embeddings import refused_tables
+from keras_lora.exchange.peft.factors import blocks_by_module
 
 PAGE = Path("docs/architectures.md")
 HEAD = """\

@@ -7,7 +7,14 @@ from keras_lora.adapters import (
     scale_adapter,
     set_adapter,
 )
+from keras_lora.checks import AdapterFileError
 from keras_lora.config import AdapterSpec, LoRAConfig
+from keras_lora.exchange.keras_hub.adapter import (
+    ConvertedLayer,
+    load_keras_hub_lora,
+    save_keras_hub_lora,
+)
+from keras_lora.exchange.peft.adapter import load_peft_adapter, save_peft_adapter
 from keras_lora.export import (
     GraphReport,
     RuntimeReport,
@@ -17,9 +24,9 @@ from keras_lora.export import (
     export_onnx,
     export_saved_model,
 )
-from keras_lora.files import AdapterFileError, read_adapter_config, read_adapter_files
+from keras_lora.files.adapter_files import read_adapter_config, read_adapter_files
+from keras_lora.files.saving import load_adapter, save_adapter
 from keras_lora.inject import apply_lora, merge_lora, merged, unload_lora
-from keras_lora.kerashub import ConvertedLayer, load_keras_hub_lora, save_keras_hub_lora
 from keras_lora.layers import (
     LoRADense,
     LoRAEinsumDense,
@@ -28,10 +35,8 @@ from keras_lora.layers import (
     LoRAReversibleEmbedding,
     register_lora_class,
 )
-from keras_lora.peft import load_peft_adapter, save_peft_adapter
-from keras_lora.serialization import load_adapter, save_adapter
 from keras_lora.summary import LoRASummary, lora_summary
-from keras_lora.training import AdapterCheckpoint
+from keras_lora.training.checkpoint import AdapterCheckpoint
 from keras_lora.version import __version__
 from keras_lora.walker import Target, find_targets, lora_layers
 

@@ -11,8 +11,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora.combining import Combination, Term, combine
-from keras_lora.config import AdapterSpec, invalid, is_finite
+from keras_lora.checks import invalid, is_finite
+from keras_lora.config import AdapterSpec
 from keras_lora.inject import (
     activate,
     active_names,
@@ -23,15 +23,16 @@ from keras_lora.inject import (
     check_no_dora,
     drop,
     forget_optimizer_states,
-    groups,
     guard_saving,
     install,
     known_models,
     plan_factors,
     switch,
     unload_lora,
+    whole_adapters,
 )
-from keras_lora.layers import Group, LoRALayer, all_held, kernel_shape, split_kernel
+from keras_lora.layers import Adapter, LoRALayer, all_owned, kernel_shape, split_kernel
+from keras_lora.lowrank.combining import Combination, Term, combine
 
 
 def set_adapter(
@@ -183,9 +184,9 @@ class scale_adapter:  # noqa: N801
         if not is_finite(factor):
             raise invalid("factor", "a finite number", factor)
         layers = [layer for layer in adapted(model).values() if name in layer.adapters]
-        self._before = [(layer, layer.adapters[name].strength) for layer in layers]
+        self._before = [(layer, layer.adapters[name].scale_factor) for layer in layers]
         for layer in layers:
-            layer.set_strength(name, float(factor))
+            layer.set_scale_factor(name, float(factor))
 
     def __enter__(self) -> None:
         """The factor is set already."""
@@ -196,9 +197,9 @@ class scale_adapter:  # noqa: N801
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for layer, strength in self._before:
+        for layer, scale_factor in self._before:
             if self._name in layer.adapters:
-                layer.set_strength(self._name, strength)
+                layer.set_scale_factor(self._name, scale_factor)
 
 
 def combine_adapters(
@@ -232,7 +233,7 @@ def combine_adapters(
         model: An adapted model.
         weights: `{name: weight}`; weights may be negative.
         name: Name of the new adapter.
-        method: One of the above; `keras_lora.combining` has the equations.
+        method: One of the above; `keras_lora.lowrank.combining` has the equations.
         rank: For `svd`: the rank to keep; all of it by default.
         density: For the last four methods: the share of entries that is kept, in (0, 1].
         majority_sign: For the two `ties` methods: elect signs by `"total"` or `"frequency"`.
@@ -270,8 +271,8 @@ def combine_adapters(
             # Of its own for each layer: else layers of one shape would lose the same entries.
             own = dataclasses.replace(options, seed=seed + index)
             factors[path] = _combined(path, layer, terms, own)
-    trained = [v for known in groups(layers, names).values() for v in known.trained]
-    plan = plan_factors(model, name, Group(None, trained), factors, values)
+    trained = [v for known in whole_adapters(layers, names).values() for v in known.trained]
+    plan = plan_factors(model, name, Adapter(None, trained), factors, values)
     install(model, plan, acts=not active_names(layers))
 
 
@@ -308,7 +309,7 @@ def _values_of_one(
 ) -> list[tuple[keras.Variable, np.ndarray]]:
     """The values that adapters have of the base's variables, where one at most has one."""
     values = []
-    for item in all_held(model.variables):
+    for item in all_owned(model.variables):
         owners = [name for name in names if name in item.names]
         if len(owners) > 1:
             raise invalid(

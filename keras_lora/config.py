@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from keras_lora.lowrank import scaling
+from keras_lora.checks import check_alpha, check_rank, invalid, is_number
+from keras_lora.lowrank.equations import scaling
 
 PRESETS = ("attention", "all-linear", "all")
 BIASES = ("none", "lora_only", "all")
@@ -59,7 +58,7 @@ class AdapterSpec:
     def __post_init__(self) -> None:
         check_rank(self.rank)
         check_alpha(self.alpha)
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise invalid("dropout", "a number in [0, 1)", self.dropout, "try dropout=0.05")
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
@@ -176,30 +175,6 @@ class LoRAConfig:
         if not isinstance(values, dict):
             raise ValueError(f"Expected a JSON object. Received: {type(values).__name__}.")
         return cls.from_dict(values)
-
-
-def invalid(name: str, expected: str, received: object, fix: str = "") -> ValueError:
-    """The project's one form of message for a bad argument."""
-    message = f"Invalid `{name}`: expected {expected}. Received: {name}={received!r}"
-    return ValueError(f"{message}; {fix}." if fix else f"{message}.")
-
-
-def check_rank(rank: object) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
-        raise invalid("rank", "a positive integer", rank, "try rank=8")
-
-
-def check_alpha(alpha: object) -> None:
-    if not is_finite(alpha):
-        raise invalid("alpha", "a finite number", alpha, "try alpha=2 * rank")
-
-
-def is_finite(value: object) -> bool:
-    return _is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_targets(targets: object) -> None:

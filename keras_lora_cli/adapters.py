@@ -11,13 +11,13 @@ import keras
 import numpy as np
 
 import keras_lora as kl
-from keras_lora.combining import Array, Term
-from keras_lora.files import AdapterFileError
-from keras_lora.kerashub_h5 import read_keras_hub_lora
-from keras_lora.keys import held_by, stable_layers, variable_keys
+from keras_lora.checks import AdapterFileError
+from keras_lora.exchange.keras_hub.h5 import read_keras_hub_lora
+from keras_lora.exchange.peft_files import PeftModule, read_peft_adapter
+from keras_lora.files.keys import owned_by, stable_layers, variable_keys
+from keras_lora.files.saving import adapter_tensors
 from keras_lora.layers import kernel_shape, split_kernel
-from keras_lora.peft_files import PeftModule, read_peft_adapter
-from keras_lora.serialization import adapter_tensors
+from keras_lora.lowrank.combining import Array, Term
 from keras_lora_cli.paths import ADAPTER_CONFIG_FILE, ADAPTERS, Kind, check_kind, read_json
 
 
@@ -119,7 +119,7 @@ def adapter_of(model: keras.Model, name: str, path: str) -> Adapter:
     """What `load_into` has added to a model from a path, in the same form."""
     kind, keys = check_kind(path, ADAPTERS), variable_keys(model)
     tensors = adapter_tensors(model, name)
-    values = {keys[id(item.variable)]: item.value(name) for item in held_by(model, name)}
+    values = {keys[id(item.variable)]: item.value(name) for item in owned_by(model, name)}
     factors = {key: value for key, value in tensors.items() if key not in values}
     layers = {}
     for place, layer in stable_layers(model).items():

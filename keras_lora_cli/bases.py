@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from keras_lora.config import invalid
+from keras_lora.checks import invalid
 from keras_lora_cli.paths import (
     BASES,
     CONFIG_FILE,

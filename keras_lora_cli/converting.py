@@ -10,9 +10,9 @@ import keras
 import numpy as np
 
 import keras_lora as kl
-from keras_lora.config import invalid
-from keras_lora.files import CODES, DTYPES, write_adapter_files
-from keras_lora.peft_files import read_peft_adapter, write_peft_adapter
+from keras_lora.checks import invalid
+from keras_lora.exchange.peft_files import read_peft_adapter, write_peft_adapter
+from keras_lora.files.adapter_files import CODES, DTYPES, write_adapter_files
 from keras_lora.summary import shown_bytes
 from keras_lora_cli.adapters import PeftOptions, load_into, read_adapter
 from keras_lora_cli.bases import Base, load_base

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from keras_lora.combining import Array, Term
-from keras_lora.comparing import Distance, array_distance, delta_distance
-from keras_lora.config import invalid, is_finite
+from keras_lora.checks import invalid, is_finite
+from keras_lora.lowrank.combining import Array, Term
+from keras_lora.lowrank.distances import Distance, array_distance, delta_distance
 from keras_lora_cli.adapters import Adapter, Layer, PeftOptions, adapter_of, load_into, read_adapter
 from keras_lora_cli.bases import Base, load_base
 from keras_lora_cli.output import Answer, Steps, facts, shown, table

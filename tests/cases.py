@@ -15,7 +15,7 @@ import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
 import numpy as np
 
 import keras_lora as kl
-from keras_lora.layers import Adapter
+from keras_lora.layers import LayerAdapter
 
 RANK, ALPHA = 2, 5.0
 VOCABULARY, DIM = 13, 5
@@ -145,7 +145,7 @@ def adapted(case: Case, base: keras.Model | None = None, **options: Any) -> kera
     return model
 
 
-def adapter(model: keras.Model, name: str = "default") -> Adapter:
+def adapter(model: keras.Model, name: str = "default") -> LayerAdapter:
     (layer,) = kl.lora_layers(model).values()
     return layer.adapters[name]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from keras_lora.combining import METHODS, Combination, Term, combine, truncate
+from keras_lora.lowrank.combining import METHODS, Combination, Term, combine, truncate
 
 Array = npt.NDArray[Any]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from keras_lora.combining import Array, Term
-from keras_lora.comparing import array_distance, delta_distance
+from keras_lora.lowrank.combining import Array, Term
+from keras_lora.lowrank.distances import array_distance, delta_distance
 
 D, K = 11, 13
 

@@ -18,8 +18,9 @@ from models import functional, randomize_adapters
 from test_export_rows import HEAD, adapted, answers, assert_rows, client, config, normal, served
 
 import keras_lora as kl
-from keras_lora.export import adding
-from keras_lora.export.rows import DESCRIPTION
+from keras_lora.export.many import adding
+from keras_lora.export.many.endpoint import DESCRIPTION
+from keras_lora.files.adapter_files import write_adapter_files
 
 FEEDS = {"features": normal(5)}
 BASE_FILES = ["saved_model.pb", "variables/variables.data-00000-of-00001"]
@@ -154,7 +155,7 @@ def halved(folder: Path) -> Path:
     tensors = {key: value for key, value in files.tensors.items() if key != "up/lora_b"}
     tensors["middle/lora_a"] = tensors["middle/lora_a"][:, :3]
     adding_files = folder / "halved"
-    kl.files.write_adapter_files(adding_files, files.config, tensors, overwrite=False)
+    write_adapter_files(adding_files, files.config, tensors, overwrite=False)
     return adding_files
 
 
@@ -224,8 +225,9 @@ def test_a_failure_leaves_no_version(
 KILLED = """
 import os, sys
 import keras_lora as kl
-from keras_lora.export import adding
-from keras_lora.export.rows import DESCRIPTION
+from keras_lora.export.many import adding
+from keras_lora.files.adapter_files import write_adapter_files
+from keras_lora.export.many.endpoint import DESCRIPTION
 
 def killed(*_):
     os._exit(0)

@@ -17,7 +17,7 @@ from models import composite, functional, randomize_adapters, state, subclassed
 from test_export import PythonInside
 
 import keras_lora as kl
-from keras_lora.layers import BASE, all_held
+from keras_lora.layers import BASE, all_owned
 
 Feeds = dict[str, np.ndarray]
 RNG = np.random.default_rng(3)
@@ -160,7 +160,7 @@ def adapted(make: Callable[[], keras.Model], configs: tuple[kl.LoRAConfig, ...])
         model = kl.apply_lora(model, each, name=name)
     randomize_adapters(model)
     rng = np.random.default_rng(13)
-    for item in all_held(model.variables):
+    for item in all_owned(model.variables):
         for name in sorted(item.names - {BASE}):
             item.assign(name, rng.normal(scale=0.3, size=item.variable.shape))
     kl.scale_adapter(model, NAMES[len(configs) - 1], 0.5)

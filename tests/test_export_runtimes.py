@@ -22,8 +22,9 @@ from models import composite, functional, state, subclassed
 from test_export import adapted, classifier, large, predict, sequential, two_inputs
 
 import keras_lora as kl
-from keras_lora.export import conversion, litert_file, onnx_file
 from keras_lora.export.endpoints import serve
+from keras_lora.export.runtimes import conversion, litert
+from keras_lora.export.runtimes import onnx as onnx_file
 
 Feeds = dict[str, np.ndarray]
 Shapes = Mapping[str, tuple[Any, ...]]
@@ -284,7 +285,7 @@ def test_mixed_precision_computes_in_float32(kind: str, policy: str, tmp_path: P
 
 @each_export
 def test_a_file_that_answers_otherwise_is_not_written(kind: str, tmp_path: Path) -> None:
-    runtime = {"onnx": onnx_file.ONNX, "litert": litert_file.LITERT}[kind]
+    runtime = {"onnx": onnx_file.ONNX, "litert": litert.LITERT}[kind]
 
     def load(data: bytes) -> conversion.Program:
         program = runtime.load(data)

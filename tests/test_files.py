@@ -26,8 +26,8 @@ from hypothesis import given, settings
 from mutations import CONFIG_FILE, TENSORS_FILE
 from safetensors.numpy import save
 
-from keras_lora.files import (
-    AdapterFileError,
+from keras_lora.checks import AdapterFileError
+from keras_lora.files.adapter_files import (
     AdapterFiles,
     read_adapter_config,
     read_adapter_files,
@@ -352,7 +352,7 @@ def read_traced(directory: Path) -> tuple[AdapterFiles | AdapterFileError, int]:
 @pytest.mark.slow
 def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
     directory = tmp_path / "adapter"
-    script = "import sys, warnings, writers; warnings.simplefilter('ignore')\n"
+    script = "import sys, warnings, without_package, writers; warnings.simplefilter('ignore')\n"
     output = processes.run(script + "writers.die_at_every_step(sys.argv[1])", directory)
     lines = [line.split() for line in output.splitlines()]
     found: dict[str, list[str]] = {"old": [], "new": []}
@@ -373,7 +373,8 @@ def test_a_save_killed_at_any_moment_leaves_the_old_adapter_or_the_new_one(tmp_p
     found = []
     for _ in range(50):
         process = processes.start(
-            "import sys, writers; writers.write_until_killed(sys.argv[1])", tmp_path
+            "import sys, without_package, writers; writers.write_until_killed(sys.argv[1])",
+            tmp_path,
         )
         assert process.stdout
         assert process.stdout.readline() == "started\n"

@@ -16,11 +16,11 @@ from keras_hub.src.utils.transformers.safetensor_utils import SafetensorLoader
 from kerashub_backbones import BACKBONES
 
 import keras_lora as kl
-from keras_lora.hub_weights import Block, HubWeights, MissingFieldError, hub_blocks
-from keras_lora.hub_weights.blocks import Kernel, Locator, RefusedError
-from keras_lora.hub_weights.tensors import Weight
+from keras_lora.exchange.converters import Block, HubWeights, MissingFieldError, hub_blocks
+from keras_lora.exchange.converters.blocks import Kernel, Locator, RefusedError
+from keras_lora.exchange.converters.tensors import Weight
 from keras_lora.layers import base_kernel, split_kernel
-from keras_lora.lowrank import split_equation
+from keras_lora.lowrank.equations import split_equation
 from keras_lora.walker import walk
 
 SWIN = [f"stage_{i}/blocks_{j}/attn/attention_qkv" for i in range(2) for j in range(2)]

@@ -19,7 +19,7 @@ from models import (
 )
 
 import keras_lora as kl
-from keras_lora.layers.base import LoRALayer
+from keras_lora.layers.lora_layer import LoRALayer
 
 CONFIG = kl.LoRAConfig(rank=2, alpha=3)
 MODELS = [functional, composite, subclassed]

@@ -17,17 +17,17 @@ from cases import CASES, Case, einsum, numpy_of, reference_delta
 from kerashub_backbones import BACKBONES
 
 import keras_lora as kl
-from keras_lora.files import AdapterFileError
-from keras_lora.kerashub import (
+from keras_lora.checks import AdapterFileError
+from keras_lora.exchange.keras_hub.adapter import (
     keras_hub_factors,
     keras_hub_layers,
     match_keras_hub_layers,
     write_keras_hub_lora,
 )
-from keras_lora.kerashub_h5 import read_keras_hub_lora, write_keras_hub_arrays
+from keras_lora.exchange.keras_hub.h5 import read_keras_hub_lora, write_keras_hub_arrays
 from keras_lora.layers import kernel_shape, split_kernel
-from keras_lora.lowrank import EinsumSplit, split_equation
-from keras_lora.per_axis import Pair, from_per_axis, to_per_axis
+from keras_lora.lowrank.equations import EinsumSplit, split_equation
+from keras_lora.lowrank.per_axis import Pair, from_per_axis, to_per_axis
 from keras_lora.walker import walk
 
 # --- The conversion -------------------------------------------------------------------------
@@ -353,10 +353,10 @@ def test_a_model_without_one_backbone_is_refused() -> None:
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="expected a KerasHub backbone, or a model that holds one"):
         keras_hub_layers(model)
-    holder = keras.layers.Layer()
-    holder.parts = [first, second]
+    owner = keras.layers.Layer()
+    owner.parts = [first, second]
     with pytest.raises(ValueError, match="other.*; pass the backbone itself"):
-        keras_hub_layers(holder)
+        keras_hub_layers(owner)
 
 
 # --- Files that are refused -----------------------------------------------------------------

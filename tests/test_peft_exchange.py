@@ -23,8 +23,8 @@ from models import randomize_adapters, state
 from safetensors.numpy import load_file
 
 import keras_lora as kl
-from keras_lora.hub_factors import whole_magnitude
-from keras_lora.hub_weights import Block
+from keras_lora.exchange.converters import Block
+from keras_lora.exchange.peft.factors import whole_magnitude
 
 # Of transformers and PEFT about each other.
 pytestmark = pytest.mark.filterwarnings(

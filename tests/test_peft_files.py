@@ -29,16 +29,23 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from keras_lora.files import AdapterFileError, write_adapter_files
-from keras_lora.peft_files import (
+from keras_lora.checks import AdapterFileError
+from keras_lora.exchange.peft_files import (
     PeftAdapter,
     PeftModule,
     read_peft_adapter,
     write_peft_adapter,
 )
-from keras_lora.peft_files.config import DEFAULTS, NOT_SAVED, REFUSED, is_targeted, parse_config
-from keras_lora.peft_files.naming import target_modules, value_and_pattern
-from keras_lora.peft_files.tensors import PREFIX, file_tensors
+from keras_lora.exchange.peft_files.config import (
+    DEFAULTS,
+    NOT_SAVED,
+    REFUSED,
+    is_targeted,
+    parse_config,
+)
+from keras_lora.exchange.peft_files.naming import target_modules, value_and_pattern
+from keras_lora.exchange.peft_files.tensors import PREFIX, file_tensors
+from keras_lora.files.adapter_files import write_adapter_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 VOCABULARY, D, K, CLASSES = 13, 11, 7, 3

@@ -275,7 +275,7 @@ def test_arguments_are_checked_before_anything_is_touched(tmp_path: Path) -> Non
 
 def rewrite(directory: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
     """Valid files of other content."""
-    from keras_lora.files import write_adapter_files  # noqa: PLC0415
+    from keras_lora.files.adapter_files import write_adapter_files  # noqa: PLC0415
 
     files = kl.read_adapter_files(directory)
     change(files.config, files.tensors)

@@ -1,11 +1,10 @@
 """Processes that save one of two adapters over the other, and are killed.
 
-They import `files.py` by its path: the package imports Keras, which takes seconds.
+They import `without_package` first, since Keras takes seconds to import.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import signal
@@ -15,13 +14,7 @@ from typing import Any
 
 import numpy as np
 
-spec = importlib.util.spec_from_file_location(
-    "files_alone", Path(__file__).parent.parent / "keras_lora" / "files.py"
-)
-assert spec
-assert spec.loader
-files = sys.modules["files_alone"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(files)
+from keras_lora.files import adapter_files as files
 
 ADAPTERS: dict[str, dict[str, np.ndarray]] = {
     "old": {"a": np.full(70_001, 1, "float32"), "b": np.full((3, 5), 1, "float16")},
@@ -49,7 +42,7 @@ def read(directory: str) -> str | None:
 
 
 def write_until_killed(directory: str) -> None:
-    assert not {"keras", "keras_lora", "tensorflow"} & set(sys.modules)
+    assert not {"keras", "tensorflow"} & set(sys.modules)
     print("started", flush=True)
     for name in itertools.cycle(ADAPTERS):
         write(name, directory)

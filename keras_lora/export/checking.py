@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
-from keras_lora.files import PathLike
+from keras_lora.files.adapter_files import PathLike
 
 # What json_tensor.cc of TensorFlow Serving reads and writes.
 _JSON_TYPES = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_lora.config import invalid
+from keras_lora.checks import invalid
 from keras_lora.export.endpoints import Endpoint
 
 LABEL = "label"

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_lora.config import invalid
+from keras_lora.checks import invalid
 
 
 def input_specs(model: keras.Model, given: Any | None) -> Any:

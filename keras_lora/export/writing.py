@@ -9,7 +9,7 @@ from pathlib import Path
 
 import keras
 
-from keras_lora.config import invalid
+from keras_lora.checks import invalid
 from keras_lora.export.endpoints import Endpoint, write_endpoints
 from keras_lora.inject import merged
 from keras_lora.walker import lora_layers

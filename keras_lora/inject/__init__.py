@@ -2,12 +2,6 @@
 
 from keras_lora.inject.apply import apply_lora, drop, install
 from keras_lora.inject.compiled import changing
-from keras_lora.inject.fitting import (
-    improves_upwards,
-    skip_batches,
-    start_fit_at,
-    stop_skipping,
-)
 from keras_lora.inject.freezing import original_flag
 from keras_lora.inject.merge import merge_lora, merged, unload_lora
 from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
@@ -20,9 +14,9 @@ from keras_lora.inject.switching import (
     adapter_names,
     check_names,
     check_no_dora,
-    groups,
     known_models,
     switch,
+    whole_adapters,
 )
 
 __all__ = [
@@ -36,9 +30,7 @@ __all__ = [
     "check_no_dora",
     "drop",
     "forget_optimizer_states",
-    "groups",
     "guard_saving",
-    "improves_upwards",
     "install",
     "known_models",
     "merge_lora",
@@ -46,9 +38,7 @@ __all__ = [
     "original_flag",
     "plan_factors",
     "reset_optimizer",
-    "skip_batches",
-    "start_fit_at",
-    "stop_skipping",
     "switch",
     "unload_lora",
+    "whole_adapters",
 ]

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import keras
 
-from keras_lora.config import LoRAConfig, invalid
+from keras_lora.checks import invalid
+from keras_lora.config import LoRAConfig
+from keras_lora.distribution import strategy_scope
 from keras_lora.inject.cloning import plain_copy
-from keras_lora.inject.compiled import changing, strategy_scope
+from keras_lora.inject.compiled import changing
 from keras_lora.inject.plan import Plan, make_plan, warn_of_high_ranks
 from keras_lora.inject.saving import guard_saving
 from keras_lora.inject.switching import activate, active_names, known_models, refreeze
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     LoRALayer,
+    add_owner,
     attach,
     check_adapter_name,
     detach,
-    hold,
-    release,
+    remove_owner,
 )
 from keras_lora.walker import lora_layers
 
@@ -108,7 +110,7 @@ def install(model: keras.Model, plan: Plan, acts: bool = True, trainable: bool =
             drop(model, plan.name)
             raise
         if acts:
-            refreeze(model, plan.group.trained if trainable else ())
+            refreeze(model, plan.adapter.trained if trainable else ())
         guard_saving(model)
         known_models(model)
 
@@ -120,11 +122,11 @@ def _add(plan: Plan) -> None:
             layer = target.layer if adapted else attach(target.layer)
             if target.path in plan.factors:
                 factors = plan.factors[target.path]
-                layer.put_adapter(plan.name, layer.adapter_of(spec, factors, plan.group))
+                layer.put_adapter(plan.name, layer.adapter_of(spec, factors, plan.adapter))
             else:
-                layer.add_adapter(plan.name, spec, plan.group)
-    for variable in plan.held:
-        item = hold(variable, plan.name)
+                layer.add_adapter(plan.name, spec, plan.adapter)
+    for variable in plan.owned:
+        item = add_owner(variable, plan.name)
         if id(variable) in plan.values:
             item.assign(plan.name, plan.values[id(variable)])
 
@@ -137,4 +139,4 @@ def drop(model: keras.Model, name: str) -> None:
         if not layer.adapters:
             detach(layer)
     for variable in model.variables:
-        release(variable, name)
+        remove_owner(variable, name)

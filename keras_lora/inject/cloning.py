@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Sequence
 
 import keras
 from keras import ops
 
+from keras_lora.checks import warn
 from keras_lora.inject.freezing import original_flag
 from keras_lora.layers import LoRALayer, plain_class
-from keras_lora.walker import lora_layers, parts
+from keras_lora.walker import all_layers, lora_layers
 
 
 def plain_copy(model: keras.Model) -> keras.Model:
@@ -34,7 +34,7 @@ def plain_copy(model: keras.Model) -> keras.Model:
     for original, variable in zip(originals, copies, strict=True):
         # A copy: on JAX training donates the arrays of the original.
         variable.assign(ops.copy(original.value))
-    pairs = list(zip(parts(model), parts(copy), strict=True))
+    pairs = list(zip(all_layers(model), all_layers(copy), strict=True))
     for original, layer in pairs + list(zip(originals, copies, strict=True)):
         layer.trainable = original_flag(original)
     _compile_like(copy, model)
@@ -81,8 +81,7 @@ def _compile_like(copy: keras.Model, model: keras.Model) -> None:
     try:
         copy.compile_from_config(model.get_compile_config())
     except Exception as error:
-        warnings.warn(
+        warn(
             f"The copy was not compiled, since the compile settings could not be read back "
-            f"({error}). Compile it.",
-            stacklevel=4,
+            f"({error}). Compile it."
         )

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import keras
 
+from keras_lora.distribution import strategy_scope
 from keras_lora.inject.optimizers import fresh_optimizer, switch_optimizer
-from keras_lora.layers import base_kernel
 from keras_lora.walker import walk
 
 FUNCTIONS = ("train_function", "test_function", "predict_function", "generate_function")
@@ -31,12 +30,6 @@ def models_around(layers: Iterable[keras.layers.Layer]) -> list[keras.Model]:
     found = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
     models = [m for m in found if getattr(m, "_layers", None)]  # one may have failed in __init__
     return [m for m in models if any(id(node.layer) in wanted for node in walk(m))]
-
-
-def strategy_scope(layer: keras.layers.Layer) -> contextlib.AbstractContextManager[Any]:
-    """The `tf.distribute` scope that the layer's kernel was made in; new variables belong there."""
-    strategy = getattr(base_kernel(layer).value, "distribute_strategy", None)
-    return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
 def around(model: keras.Model, layers: Sequence[keras.layers.Layer]) -> list[keras.Model]:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import keras
 
 from keras_lora.layers import WAS_TRAINABLE, remember_flag
-from keras_lora.walker import parts
+from keras_lora.walker import all_layers
 
 Layer: TypeAlias = "keras.layers.Layer"
 
@@ -20,7 +20,7 @@ def freeze(model: Layer, selected: Iterable[keras.Variable]) -> None:
     move its statistics.
     """
     chosen = {id(v) for v in selected}
-    layers = parts(model)
+    layers = all_layers(model)
     for layer in layers:
         remember_flag(layer)
     for variable in model.variables:
@@ -34,7 +34,7 @@ def freeze(model: Layer, selected: Iterable[keras.Variable]) -> None:
 def thaw(model: Layer) -> None:
     """Give every layer and variable the flag that it had before `freeze`."""
     variables = [(v, original_flag(v)) for v in model.variables]
-    layers = [(layer, original_flag(layer)) for layer in parts(model)]
+    layers = [(layer, original_flag(layer)) for layer in all_layers(model)]
     # Parents first: to set a layer's flag sets those of all that is below it.
     for item, flag in layers + variables:
         item.trainable = flag
@@ -50,7 +50,7 @@ def original_flag(item: Layer | keras.Variable) -> bool:
 def own_trainable_variables(layer: Layer) -> list[keras.Variable]:
     """The variables of a layer that train once nothing is frozen (no moving statistics)."""
     flags = [(v, v.trainable) for v in layer.variables]
-    layers = [(item, item.trainable) for item in parts(layer)]
+    layers = [(item, item.trainable) for item in all_layers(layer)]
     layer.trainable = False  # on TensorFlow to set the flag that is there does nothing
     layer.trainable = True
     trainable = list(layer.trainable_variables)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_lora.checks import warn
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import around, changing, refresh
 from keras_lora.inject.freezing import freeze, thaw
 from keras_lora.inject.saving import allow_saving, guard_saving
 from keras_lora.inject.switching import activate, active_names, adapted, adapter_names
-from keras_lora.layers import LoRALayer, attach, base_kernel, detach, forget
+from keras_lora.layers import LoRALayer, attach, base_kernel, detach, forget_owners
 from keras_lora.walker import lora_layers, walk
 
 
@@ -56,7 +56,7 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
         return _merged_copy(model, layers)
     dropped = sorted({*adapter_names(layers)} - {*active_names(layers)})
     if dropped:
-        warnings.warn(f"Merging drops the adapters that are not active: {dropped}.", stacklevel=2)
+        warn(f"Merging drops the adapters that are not active: {dropped}.")
     with changing(model, list(layers.values())):
         for layer in layers.values():
             layer.fold()
@@ -155,7 +155,7 @@ def _strip(model: keras.Model) -> None:
     for layer in lora_layers(model).values():
         detach(layer)
     for variable in model.variables:
-        forget(variable)
+        forget_owners(variable)
     thaw(model)
     allow_saving(model)
 

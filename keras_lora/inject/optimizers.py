@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import keras
 
 from keras_lora.layers.slots import read, write
-from keras_lora.lowrank import Tensor
+from keras_lora.lowrank.equations import Tensor
 
 State = list[Tensor]
 # For each optimizer, the states that wait, by the names of the active adapters.

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 
-from keras_lora.config import AdapterSpec, LoRAConfig, invalid
+from keras_lora.checks import invalid, warn
+from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.inject.freezing import own_trainable_variables
 from keras_lora.layers import (
-    Group,
+    Adapter,
     LoRALayer,
     adapter_shapes,
-    all_held,
+    all_owned,
     bias_of,
     check_adapter_name,
     lora_class_for,
@@ -31,9 +31,9 @@ class Plan:
 
     name: str
     specs: Sequence[tuple[Target, AdapterSpec]]
-    group: Group
-    held: Sequence[keras.Variable]
-    # Of an adapter that exists already: its factors by path, and its values of held variables.
+    adapter: Adapter
+    owned: Sequence[keras.Variable]
+    # Of an adapter that exists already: its factors by path, and its values of owned variables.
     factors: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     values: Mapping[int, Any] = field(default_factory=dict)
 
@@ -50,19 +50,19 @@ def make_plan(model: keras.Model, config: LoRAConfig, name: str) -> Plan:
     specs = [(t, config.spec(rank=ranks.get(t.path), alpha=alphas.get(t.path))) for t in targets]
     _check_dora(specs)
     full = [v for node in trained for v in own_trainable_variables(node.layer)]
-    group = Group(config, unique([*_biases(model, targets, config.bias), *full]))
-    held = unique([*group.trained, *(v for node in trained for v in node.layer.weights)])
-    return Plan(name, specs, group, held)
+    whole = Adapter(config, unique([*_biases(model, targets, config.bias), *full]))
+    owned = unique([*whole.trained, *(v for node in trained for v in node.layer.weights)])
+    return Plan(name, specs, whole, owned)
 
 
 def plan_factors(
     model: keras.Model,
     name: str,
-    group: Group,
+    adapter: Adapter,
     factors: Mapping[str, tuple[AdapterSpec, *tuple[Any, ...]]],
     values: Sequence[tuple[keras.Variable, Any]] = (),
 ) -> Plan:
-    """To add an adapter that exists already: spec and factors by path, and held variables.
+    """To add an adapter that exists already: spec and factors by path, and owned variables.
 
     Raises:
         ValueError: a name that is taken or malformed, or layers that cannot take the factors.
@@ -82,7 +82,7 @@ def plan_factors(
     return Plan(
         name,
         specs,
-        group,
+        adapter,
         [variable for variable, _ in values],
         {path: values for path, (_, *values) in factors.items()},
         {id(variable): value for variable, value in values},
@@ -134,7 +134,7 @@ def _check_disjoint(model: keras.Model, targets: Sequence[Target], trained: Sequ
     """A layer is adapted or trains in full, for all adapters alike: its kernel is frozen or not."""
     nodes = [n for t in trained for n in [t, *walk(t.layer)]]
     both = [n.path for n in nodes if isinstance(n.layer, LoRALayer)]
-    both += [t.path for t in targets if all_held(t.layer.weights[:1])]
+    both += [t.path for t in targets if all_owned(t.layer.weights[:1])]
     if both:
         raise ValueError(
             "Expected layers that every adapter either adapts or trains in full (layers_to_save). "
@@ -182,8 +182,7 @@ def warn_of_high_ranks(plan: Plan) -> None:
         if spec.rank > min(split_kernel(target.layer).matrix_shape(target.kernel_shape)):
             high.append(target.path)
     if high:
-        warnings.warn(
+        warn(
             f"The rank is above the smaller side of the kernel, which costs parameters and adds "
-            f"nothing, for {high}. Lower it with rank_pattern.",
-            stacklevel=3,
+            f"nothing, for {high}. Lower it with rank_pattern."
         )

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import keras
 
 from keras_lora.inject.freezing import own_trainable_variables
-from keras_lora.layers import BASE, LoRALayer, all_held, is_registered
-from keras_lora.walker import lora_layers, parts, walk
+from keras_lora.layers import BASE, LoRALayer, all_owned, is_registered
+from keras_lora.walker import all_layers, lora_layers, walk
 
 
 def guard_saving(model: keras.Model) -> None:
@@ -20,7 +20,7 @@ def guard_saving(model: keras.Model) -> None:
     an older file; `LoRALayer.save_assets` is the second line, for outer models.
     """
     layers = lora_layers(model)
-    _keep_held_values(model, list(layers.values()))
+    _keep_owned_values(model, list(layers.values()))
     message = None if _config_holds(model, layers) else _UNSAVEABLE.format(model=model.name)
     for layer in layers.values():
         layer._lora.unsaveable = message
@@ -31,11 +31,11 @@ def guard_saving(model: keras.Model) -> None:
             inner.save_to_preset = partial(_refuse, _UNSAVEABLE.format(model=model.name))
 
 
-def _keep_held_values(model: keras.Model, layers: Sequence[LoRALayer]) -> None:
+def _keep_owned_values(model: keras.Model, layers: Sequence[LoRALayer]) -> None:
     """Let the first adapted layer write, into weights files, values that no variable has now."""
     for layer in layers:
-        layer._lora.held = []
-    layers[0]._lora.held = all_held(model.variables)
+        layer._lora.owned = []
+    layers[0]._lora.owned = all_owned(model.variables)
 
 
 def allow_saving(model: keras.Model) -> None:
@@ -58,7 +58,7 @@ def _refuse(message: str, *_: Any, **__: Any) -> NoReturn:
 
 def models_in(model: keras.Model) -> list[keras.Model]:
     """A model and those that are layers of it."""
-    return [part for part in parts(model) if isinstance(part, keras.Model)]
+    return [part for part in all_layers(model) if isinstance(part, keras.Model)]
 
 
 def _config_holds(model: keras.Model, layers: Mapping[str, LoRALayer]) -> bool:
@@ -68,9 +68,9 @@ def _config_holds(model: keras.Model, layers: Mapping[str, LoRALayer]) -> bool:
     if any(_mixed_flags(node.layer) for node in walk(model)):
         return False
     # A file has one value for a variable.
-    if any(item.names != {BASE, item.holder} for item in all_held(model.variables)):
+    if any(item.names != {BASE, item.owner} for item in all_owned(model.variables)):
         return False
-    if any(item.holder == BASE for item in all_held(model.variables)):
+    if any(item.owner == BASE for item in all_owned(model.variables)):
         return False
     try:
         return _count_adapted(model.get_config()) == len(layers)

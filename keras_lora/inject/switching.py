@@ -7,18 +7,14 @@ from typing import Any
 
 import keras
 
-from keras_lora.config import invalid
-from keras_lora.inject.compiled import (
-    FUNCTIONS,
-    changing,
-    stale_when_flags_change,
-    strategy_scope,
-)
+from keras_lora.checks import invalid
+from keras_lora.distribution import strategy_scope
+from keras_lora.inject.compiled import FUNCTIONS, changing, stale_when_flags_change
 from keras_lora.inject.freezing import freeze
 from keras_lora.inject.optimizers import switch_optimizer
 from keras_lora.inject.saving import guard_saving, models_in
-from keras_lora.layers import BASE, Group, Held, LoRALayer, all_held
-from keras_lora.walker import lora_layers, parts
+from keras_lora.layers import BASE, Adapter, LoRALayer, OwnedValues, all_owned
+from keras_lora.walker import all_layers, lora_layers
 
 Layers = Mapping[Any, LoRALayer]
 
@@ -90,10 +86,10 @@ def check_no_dora(layers: Layers, names: Iterable[str], fix: str) -> None:
         )
 
 
-def groups(layers: Layers, names: Iterable[str]) -> dict[str, Group]:
+def whole_adapters(layers: Layers, names: Iterable[str]) -> dict[str, Adapter]:
     """What is known of these adapters beyond their layers. Layers made by hand have none."""
     adapters = ((n, x.adapters[n]) for n in names for x in layers.values() if n in x.adapters)
-    return {name: adapter.group for name, adapter in adapters if adapter.group is not None}
+    return {name: adapter.adapter for name, adapter in adapters if adapter.adapter is not None}
 
 
 def switch(model: keras.Model, names: Sequence[str], trainable: bool = True) -> None:
@@ -105,24 +101,24 @@ def switch(model: keras.Model, names: Sequence[str], trainable: bool = True) -> 
     Raises:
         ValueError: two of the adapters have a value for the same variable.
     """
-    layers, held, trained = _layers(model), all_held(model.variables), model.trainable_variables
+    layers, owned, trained = _layers(model), all_owned(model.variables), model.trainable_variables
     trainable = trainable and bool(names)
-    extra = _nobodys(layers, held, trained)
+    extra = unowned_variables(layers, owned, trained)
     if trainable:
         extra += _group_variables(model, layers, names)
     entered = _in_order([n for n in names if n in x.adapters] for x in layers.values())
     switched = active_names(layers), entered
-    fit = _fit(layers, names)
+    fit = _all_fit(layers, names)
     if fit and _same_flags(layers, trained, extra, trainable):
-        _move(layers, held, names, trainable)
+        _move(layers, owned, names, trainable)
         for known in known_models(model):
             switch_optimizer(known, *switched)
     else:
         stale = stale_when_flags_change() if fit else FUNCTIONS
         with changing(model, list(layers.values()), switched, stale):
-            _move(layers, held, names, trainable)
+            _move(layers, owned, names, trainable)
             refreeze(model, extra)
-    if held:
+    if owned:
         guard_saving(model)
 
 
@@ -131,7 +127,7 @@ def activate(model: keras.Model, names: Sequence[str], trainable: bool | None = 
 
     Flags of slots change as asked, those of other variables and optimizers do not.
     """
-    _move(_layers(model), all_held(model.variables), names, trainable)
+    _move(_layers(model), all_owned(model.variables), names, trainable)
 
 
 def known_models(model: keras.Model) -> list[keras.Model]:
@@ -155,13 +151,13 @@ def refreeze(model: keras.Model, extra: Iterable[keras.Variable]) -> None:
 
 def _layers(model: keras.Model) -> dict[int, LoRALayer]:
     """The adapted layers, in the order of `lora_layers`."""
-    return {id(part): part for part in parts(model) if isinstance(part, LoRALayer)}
+    return {id(part): part for part in all_layers(model) if isinstance(part, LoRALayer)}
 
 
 def _move(
-    layers: Layers, held: Iterable[Held], names: Sequence[str], trainable: bool | None
+    layers: Layers, owned: Iterable[OwnedValues], names: Sequence[str], trainable: bool | None
 ) -> None:
-    owners = [(item, _owner(item, names)) for item in held]
+    owners = [(item, _owner(item, names)) for item in owned]
     for layer in layers.values():
         trains = layer.trains_adapters if trainable is None else trainable
         with strategy_scope(layer):
@@ -170,7 +166,7 @@ def _move(
         item.switch(owner)
 
 
-def _owner(item: Held, names: Sequence[str]) -> str:
+def _owner(item: OwnedValues, names: Sequence[str]) -> str:
     """Whose value the variable is to have."""
     owners = [name for name in names if name in item.names]
     if len(owners) > 1:
@@ -182,11 +178,11 @@ def _owner(item: Held, names: Sequence[str]) -> str:
     return owners[0] if owners else BASE
 
 
-def _nobodys(
-    layers: Layers, held: Iterable[Held], trained: Iterable[keras.Variable]
+def unowned_variables(
+    layers: Layers, owned: Iterable[OwnedValues], trained: Iterable[keras.Variable]
 ) -> list[keras.Variable]:
     """What trains and belongs to no adapter: of layers made by hand, or from a `.keras` file."""
-    known = {id(item.variable) for item in held}
+    known = {id(item.variable) for item in owned}
     known |= {id(v) for layer in layers.values() for v in layer.adapter_variables}
     return [v for v in trained if id(v) not in known]
 
@@ -195,11 +191,11 @@ def _group_variables(
     model: keras.Model, layers: Layers, names: Sequence[str]
 ) -> list[keras.Variable]:
     """The base's variables that are to train beside these adapters."""
-    wanted = {id(v) for group in groups(layers, names).values() for v in group.trained}
+    wanted = {id(v) for whole in whole_adapters(layers, names).values() for v in whole.trained}
     return [v for v in model.variables if id(v) in wanted] if wanted else []
 
 
-def _fit(layers: Layers, names: Sequence[str]) -> bool:
+def _all_fit(layers: Layers, names: Sequence[str]) -> bool:
     adapters = [[x.adapters[n].spec for n in names if n in x.adapters] for x in layers.values()]
     return all(x.fits(specs) for x, specs in zip(layers.values(), adapters, strict=True))
 

@@ -6,7 +6,10 @@ place*: the object and its variables stay the same, only its class changes. `det
 inverse.
 """
 
-from keras_lora.layers.base import (
+from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
+from keras_lora.layers.kinds import base_kernel, bias_of, is_table, kernel_shape
+from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
+from keras_lora.layers.lora_layer import (
     DEFAULT_ADAPTER,
     WAS_TRAINABLE,
     LoRALayer,
@@ -15,10 +18,15 @@ from keras_lora.layers.base import (
     plain_class,
     remember_flag,
 )
-from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
-from keras_lora.layers.held import BASE, Held, all_held, forget, held, hold, release
-from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
-from keras_lora.layers.matrix import base_kernel, bias_of, is_table, kernel_shape
+from keras_lora.layers.owned import (
+    BASE,
+    OwnedValues,
+    add_owner,
+    all_owned,
+    forget_owners,
+    owned,
+    remove_owner,
+)
 from keras_lora.layers.registry import (
     attach,
     detach,
@@ -31,7 +39,7 @@ from keras_lora.layers.registry import (
     supported_base,
 )
 from keras_lora.layers.rows import Rows
-from keras_lora.layers.slots import Adapter, Factor, Group, adapter_shapes, factor_names
+from keras_lora.layers.slots import Adapter, Factor, LayerAdapter, adapter_shapes, factor_names
 
 __all__ = [
     "BASE",
@@ -39,16 +47,17 @@ __all__ = [
     "WAS_TRAINABLE",
     "Adapter",
     "Factor",
-    "Group",
-    "Held",
+    "LayerAdapter",
     "LoRADense",
     "LoRAEinsumDense",
     "LoRAEmbedding",
     "LoRALayer",
     "LoRAReversibleEmbedding",
+    "OwnedValues",
     "Rows",
     "adapter_shapes",
-    "all_held",
+    "add_owner",
+    "all_owned",
     "attach",
     "base_kernel",
     "bias_of",
@@ -56,19 +65,18 @@ __all__ = [
     "check_adapter_name",
     "detach",
     "factor_names",
-    "forget",
-    "held",
-    "hold",
+    "forget_owners",
     "is_registered",
     "is_table",
     "kernel_shape",
     "lora_class_for",
     "output_gain",
     "output_norms",
+    "owned",
     "plain_class",
     "register_lora_class",
-    "release",
     "remember_flag",
+    "remove_owner",
     "split_kernel",
     "supported_base",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_lora.layers.held import Held
+from keras_lora.layers.owned import OwnedValues
 from keras_lora.layers.state import LoRAState
 
 STATE_PREFIX = "lora_"
@@ -32,7 +32,7 @@ def adapter_values(state: LoRAState) -> dict[str, np.ndarray]:
     if state.seeds is not None:
         # Else a resumed run would draw other dropout masks than an unbroken one.
         values[f"{STATE_PREFIX}seeds"] = ops.convert_to_numpy(state.seeds.state)
-    return values | {key: item.aside[name] for key, item, name in _held_values(state)}
+    return values | {key: item.parked[name] for key, item, name in _owned_values(state)}
 
 
 def assign_values(state: LoRAState, saved: Mapping[str, Any]) -> None:
@@ -43,7 +43,7 @@ def assign_values(state: LoRAState, saved: Mapping[str, Any]) -> None:
             put[f"{STATE_PREFIX}{which}.{name}"] = factor.assign
     if state.seeds is not None:
         put[f"{STATE_PREFIX}seeds"] = state.seeds.state.assign
-    put |= {key: partial(item.assign, name) for key, item, name in _held_values(state)}
+    put |= {key: partial(item.assign, name) for key, item, name in _owned_values(state)}
     for key in put.keys() & saved.keys():
         put[key](saved[key])
     for slot in state.slots:
@@ -81,9 +81,9 @@ def _misfits(live: Mapping[str, np.ndarray], saved: Mapping[str, Any]) -> list[s
     return wrong
 
 
-def _held_values(state: LoRAState) -> list[tuple[str, Held, str]]:
-    """The values held aside, by key: those of other adapters, and the base's own."""
-    pairs = [(i, item, n) for i, item in enumerate(state.held) for n in item.aside]
+def _owned_values(state: LoRAState) -> list[tuple[str, OwnedValues, str]]:
+    """The values parked, by key: those of other adapters, and the base's own."""
+    pairs = [(i, item, n) for i, item in enumerate(state.owned) for n in item.parked]
     return [
         (f"{STATE_PREFIX}held.{i}.{name}" if name else f"{_BASE_PREFIX}{i}", item, name)
         for i, item, name in pairs

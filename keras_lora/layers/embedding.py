@@ -5,10 +5,10 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from keras_lora.layers.base import LoRALayer
-from keras_lora.layers.holder import Adapting
-from keras_lora.layers.matrix import wide_dtype
-from keras_lora.lowrank import Tensor, split_equation
+from keras_lora.layers.bank import Adapting
+from keras_lora.layers.kinds import wide_dtype
+from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.lowrank.equations import Tensor, split_equation
 
 
 def table_equation(layer: keras.layers.Layer) -> str:  # noqa: ARG001

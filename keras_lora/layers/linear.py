@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import keras
 
-from keras_lora.layers.base import LoRALayer
-from keras_lora.lowrank import Tensor
+from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.lowrank.equations import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRADense")

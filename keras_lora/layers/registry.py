@@ -9,14 +9,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.config import invalid
-from keras_lora.layers.base import LoRALayer, plain_class
+from keras_lora.checks import invalid
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
+from keras_lora.layers.kinds import wide_kernel
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
-from keras_lora.layers.matrix import wide_kernel
-from keras_lora.layers.slots import Adapter
+from keras_lora.layers.lora_layer import LoRALayer, plain_class
+from keras_lora.layers.slots import LayerAdapter
 from keras_lora.layers.state import LoRAState
-from keras_lora.lowrank import EinsumSplit, split_equation
+from keras_lora.lowrank.equations import EinsumSplit, split_equation
 
 _LORA_CLASSES: dict[type, type[LoRALayer]] = {
     keras.layers.Dense: LoRADense,
@@ -121,7 +121,7 @@ def split_kernel(layer: keras.layers.Layer) -> EinsumSplit:
     return split_equation(lora_class.kernel_equation(layer))
 
 
-def output_norms(layer: keras.layers.Layer, adapter: Adapter | None = None) -> np.ndarray:
+def output_norms(layer: keras.layers.Layer, adapter: LayerAdapter | None = None) -> np.ndarray:
     """`|W0|` of each output or, with an adapter, `|W0 + s A B|`, in float32."""
     split, kernel = split_kernel(layer), wide_kernel(layer)
     if adapter is not None:
@@ -130,7 +130,7 @@ def output_norms(layer: keras.layers.Layer, adapter: Adapter | None = None) -> n
     return ops.convert_to_numpy(ops.sqrt(split.squared_norms(kernel))).astype("float32")
 
 
-def output_gain(layer: keras.layers.Layer, adapter: Adapter) -> np.ndarray:
+def output_gain(layer: keras.layers.Layer, adapter: LayerAdapter) -> np.ndarray:
     """`g = m / |W0 + s A B|` of each output, for an adapter with DoRA, in float32."""
     split, kernel = split_kernel(layer), wide_kernel(layer)
     a, b, m = (ops.cast(np.array(factor), kernel.dtype) for factor in adapter.factors)

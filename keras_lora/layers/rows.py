@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import keras
 from keras import ops
 
-from keras_lora.lowrank import EinsumSplit, Tensor
+from keras_lora.lowrank.equations import EinsumSplit, Tensor
 
 
 @dataclass(frozen=True, eq=False)

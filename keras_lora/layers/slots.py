@@ -22,7 +22,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora.config import AdapterSpec, LoRAConfig
-from keras_lora.lowrank import EinsumSplit, Shape, Tensor
+from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor
 
 NewVariable = Callable[..., keras.Variable]
 
@@ -132,7 +132,7 @@ class Factor:
 
 
 @dataclass(eq=False)
-class Group:
+class Adapter:
     """What the adapters of one name have in common, over all layers of a model.
 
     `config` is what `apply_lora` was given; None where the adapter was made otherwise. `trained`
@@ -144,25 +144,25 @@ class Group:
 
 
 @dataclass(eq=False)
-class Adapter:
+class LayerAdapter:
     """One adapter of one layer: its spec, its factors, and what multiplies its delta."""
 
     spec: AdapterSpec
     a: Factor
     b: Factor
     magnitude: Factor | None = None
-    group: Group | None = None
-    strength: float = 1.0
+    adapter: Adapter | None = None
+    scale_factor: float = 1.0
 
     @property
     def acting_spec(self) -> AdapterSpec:
-        """The spec of an adapter that does the same at strength 1."""
-        return dataclasses.replace(self.spec, alpha=self.spec.alpha * self.strength)
+        """The spec of an adapter that does the same at scale_factor 1."""
+        return dataclasses.replace(self.spec, alpha=self.spec.alpha * self.scale_factor)
 
     @property
     def scaling(self) -> float:
         # Not to make a spec, and check it, at each switch.
-        return (self.spec if self.strength == 1 else self.acting_spec).scaling
+        return (self.spec if self.scale_factor == 1 else self.acting_spec).scaling
 
     @property
     def named_factors(self) -> dict[str, Factor]:
@@ -197,7 +197,7 @@ class Magnitude:
     acts: keras.Variable
 
     @classmethod
-    def make(cls, new: NewVariable, suffix: str, adapter: Adapter, shape: Shape) -> Magnitude:
+    def make(cls, new: NewVariable, suffix: str, adapter: LayerAdapter, shape: Shape) -> Magnitude:
         m = adapter.magnitude
         start = "zeros" if m is None else m.initializer(shape)
         acts = keras.initializers.Constant(adapter.spec.use_dora)
@@ -226,10 +226,12 @@ class Slot:
     rate: keras.Variable
     rank: int
     magnitude: Magnitude | None = None
-    holds: Adapter | None = None
+    adapter: LayerAdapter | None = None
 
     @classmethod
-    def make(cls, new: NewVariable, index: int, adapter: Adapter, shapes: Sequence[Shape]) -> Slot:
+    def make(
+        cls, new: NewVariable, index: int, adapter: LayerAdapter, shapes: Sequence[Shape]
+    ) -> Slot:
         """Make variables of these shapes with `new(name, shape, initializer, trainable)`.
 
         They start with an adapter's values; it is not in the slot before `start`. A third shape
@@ -247,9 +249,9 @@ class Slot:
             Magnitude.make(new, suffix, adapter, m[0]) if m else None,
         )
 
-    def start(self, adapter: Adapter) -> None:
+    def start(self, adapter: LayerAdapter) -> None:
         """Take in the adapter that the slot was made for."""
-        self.holds = adapter
+        self.adapter = adapter
         for factor, variable in zip(adapter.factors, self.factors, strict=False):
             factor.start(variable)
 
@@ -272,32 +274,32 @@ class Slot:
         acts = () if self.magnitude is None else (self.magnitude.acts,)
         return *self.factors, self.scaling, self.rate, *acts
 
-    def put(self, adapter: Adapter, masks: bool) -> None:
-        """Take an adapter in; `masks` is whether the layer reads the dropout rate at all."""
-        self.holds, fills = adapter, adapter.spec.rank == self.rank
+    def put(self, adapter: LayerAdapter, has_dropout: bool) -> None:
+        """Take an adapter in; `has_dropout` is whether the layer reads the dropout rate at all."""
+        self.adapter, fills = adapter, adapter.spec.rank == self.rank
         for factor, variable in zip(adapter.factors, self.factors, strict=False):
             factor.enter(variable, fills or factor is adapter.magnitude)
         if self.magnitude is not None and adapter.magnitude is None:
             _zero(self.magnitude.values)
-        self.refresh(masks)
+        self.refresh(has_dropout)
 
-    def refresh(self, masks: bool = True) -> None:
-        """Take scale and dropout rate from the adapter that is held; zeros where none is."""
-        if self.holds is None:
+    def refresh(self, has_dropout: bool = True) -> None:
+        """Take scale and dropout rate from the adapter in the slot; zeros where none is."""
+        if self.adapter is None:
             self.clear()
             return
-        _set(self.scaling, self.holds.scaling)
-        if masks:
-            _set(self.rate, self.holds.spec.dropout)
+        _set(self.scaling, self.adapter.scaling)
+        if has_dropout:
+            _set(self.rate, self.adapter.spec.dropout)
         if self.magnitude is not None:
-            _set(self.magnitude.acts, self.holds.spec.use_dora)
+            _set(self.magnitude.acts, self.adapter.spec.use_dora)
 
     def park(self) -> None:
         """Take the adapter out; the slot's values stay, and count until `put` or `clear`."""
-        if self.holds is not None:
-            for factor in self.holds.factors:
+        if self.adapter is not None:
+            for factor in self.adapter.factors:
                 factor.leave()
-        self.holds = None
+        self.adapter = None
 
     def clear(self) -> None:
         """Zeros: the slot adds nothing, and no gradient reaches it."""

@@ -9,9 +9,9 @@ from weakref import WeakSet
 import keras
 
 from keras_lora.config import AdapterSpec
-from keras_lora.layers.held import Held
+from keras_lora.layers.owned import OwnedValues
 from keras_lora.layers.rows import Rows
-from keras_lora.layers.slots import Adapter, Slot
+from keras_lora.layers.slots import LayerAdapter, Slot
 
 
 @dataclass
@@ -19,7 +19,7 @@ class LoRAState:
     """What a layer has more than its base class has. Keras tracks none of this object."""
 
     base_class: type
-    adapters: dict[str, Adapter] = field(default_factory=dict)
+    adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
     active: tuple[str, ...] = ()
     # There once an adapter has dropout; then the masks are part of the computation for good.
@@ -27,7 +27,7 @@ class LoRAState:
     # `|W0|^2` of each output: there once an adapter has DoRA.
     squared_norms: keras.Variable | None = None
     # What a checkpoint of this layer holds for its model: see `inject.apply`.
-    held: list[Held] = field(default_factory=list)
+    owned: list[OwnedValues] = field(default_factory=list)
     # Models that were adapted or switched with this layer in them: their optimizers know of it.
     models: WeakSet[Any] = field(default_factory=WeakSet)
     # Within `with_rows`: what each row of a batch has of its own.

@@ -1,0 +1,61 @@
+"""The project's sentence for bad input: what was expected, what was received, how to fix it."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+import warnings
+
+# Whose frames a warning passes over, on its way to the line that a user wrote.
+_PASSED_OVER = {"keras_lora", "keras_lora_cli", "keras", "keras_hub", "contextlib"}
+
+
+class AdapterFileError(ValueError):
+    """Whatever is wrong with an adapter's files; the message names the file, the key and the fix.
+
+    Example:
+
+    >>> from keras_lora.files.adapter_files import read_adapter_files
+    >>> try:
+    ...     read_adapter_files("nowhere")
+    ... except AdapterFileError as error:
+    ...     print(str(error)[:70])
+    Invalid 'nowhere/adapter.safetensors': expected a path that can be use
+    """
+
+
+def invalid(name: str, expected: str, received: object, fix: str = "") -> ValueError:
+    """The project's one form of message for a bad argument."""
+    message = f"Invalid `{name}`: expected {expected}. Received: {name}={received!r}"
+    return ValueError(f"{message}; {fix}." if fix else f"{message}.")
+
+
+def check_rank(rank: object) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
+        raise invalid("rank", "a positive integer", rank, "try rank=8")
+
+
+def check_alpha(alpha: object) -> None:
+    if not is_finite(alpha):
+        raise invalid("alpha", "a finite number", alpha, "try alpha=2 * rank")
+
+
+def is_finite(value: object) -> bool:
+    return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called into this package, however deep in it the warning arises."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_passed_over(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_passed_over(module: str) -> bool:
+    return module.split(".", maxsplit=1)[0] in _PASSED_OVER

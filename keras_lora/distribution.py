@@ -1,0 +1,16 @@
+"""The strategy or mesh that a model's variables belong to."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import keras
+
+from keras_lora.layers import base_kernel
+
+
+def strategy_scope(layer: keras.layers.Layer) -> contextlib.AbstractContextManager[Any]:
+    """The `tf.distribute` scope that the layer's kernel was made in; new variables belong there."""
+    strategy = getattr(base_kernel(layer).value, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()

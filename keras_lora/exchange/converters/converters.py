@@ -1,0 +1,181 @@
+"""KerasHub's converters from Hugging Face checkpoints, and the configurations that they read.
+
+Private API in this package, and why (imported by name when it is needed, since KerasHub is
+optional):
+    `keras_hub.src.utils.transformers.preset_loader`: its `TransformersPresetLoader` chooses the
+        converter module of a Hugging Face model type, and the modules themselves are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lora.checks import invalid
+
+PRESET_LOADER = "keras_hub.src.utils.transformers.preset_loader"
+
+
+@dataclass(frozen=True)
+class Converter:
+    """A converter module of KerasHub, for one model type of Hugging Face's."""
+
+    model_type: str
+    module: Any
+    config: Mapping[str, Any]
+
+
+class MissingFieldError(ValueError):
+    """A converter reads a field of `config.json` that a Keras model does not know."""
+
+
+def find_converter(
+    backbone: keras.Model, config: Mapping[str, Any] | None, model_type: str | None
+) -> Converter:
+    """The converter that loads a backbone of this class.
+
+    Raises:
+        ValueError: KerasHub has none for this class, or the one that is asked for is of another
+            class.
+    """
+    model_type = model_type or (config or {}).get("model_type")
+    modules = converter_modules()
+    fitting = {t: m for t, m in modules.items() if m.backbone_cls is type(backbone)} or {
+        t: m for t, m in modules.items() if _related(m.backbone_cls, type(backbone))
+    }
+    if model_type is not None:
+        fitting = {t: m for t, m in fitting.items() if t == model_type}
+    if not fitting:
+        raise invalid(
+            "model",
+            f"a backbone that KerasHub's converter of {model_type or 'some model type'} loads",
+            type(backbone).__name__,
+            f"the model types are {sorted(modules)}",
+        )
+    return _most_alike(backbone, fitting, config or {})
+
+
+def converter_modules() -> dict[str, Any]:
+    """`{model type: converter module}`, by asking KerasHub's own choice for each.
+
+    There is no list of the model types: they are the constants that its code compares with.
+    """
+    loader: Any = importlib.import_module(PRESET_LOADER).TransformersPresetLoader
+    constants = loader.__init__.__code__.co_consts
+    flat = [c for x in constants for c in (x if isinstance(x, tuple) else (x,))]
+    modules = {}
+    for model_type in dict.fromkeys(c for c in flat if isinstance(c, str)):
+        with contextlib.suppress(ValueError):
+            modules[model_type] = loader("", {"model_type": model_type}).converter
+    return modules
+
+
+def _related(a: type, b: type) -> bool:
+    return issubclass(a, b) or issubclass(b, a)
+
+
+def _most_alike(
+    backbone: keras.Model, fitting: Mapping[str, Any], config: Mapping[str, Any]
+) -> Converter:
+    """The converter, of several model types, that makes a backbone most like this one."""
+    found, ours = [], backbone.get_config()
+    for model_type, module in fitting.items():
+        fields, constants = _inverted(module, model_type, backbone)
+        common = [ours[name] == value for name, value in constants.items() if name in ours]
+        score = common.count(True) - common.count(False)
+        stand_in = StandIn(module.__name__, fields | dict(config))
+        found.append((score, Converter(model_type, module, stand_in)))
+    return max(found, key=lambda pair: pair[0])[1]
+
+
+class StandIn(Mapping[str, Any]):
+    """A `config.json` as far as a Keras backbone knows its fields."""
+
+    def __init__(self, converter: str, fields: Mapping[str, Any]) -> None:
+        self.converter = converter.rpartition(".")[2]
+        self.fields = fields
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.fields:
+            raise MissingFieldError(
+                "Expected a `transformers_config`, since KerasHub's "
+                f"{self.converter} reads its field {name!r}, which the Keras model does not "
+                f"hold. Received: only {sorted(self.fields)}. Pass the model's config.json as a "
+                "dictionary."
+            )
+        return self.fields[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.fields.get(name, default)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+
+@dataclass(frozen=True, eq=False)
+class _Field(np.lib.mixins.NDArrayOperatorsMixin):
+    """Stands for the value of a field, whatever it is; computed with, for nothing known."""
+
+    name: str
+
+    def __array_ufunc__(self, *_: Any, **__: Any) -> _Field:
+        return _Field("")
+
+    def __getitem__(self, name: str) -> _Field:
+        return _Field(f"{self.name}.{name}")
+
+    def get(self, name: str, default: Any = None) -> _Field:  # noqa: ARG002
+        return self[name]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+class _Fields(dict[str, Any]):
+    """A configuration in which each field is a `_Field`; or the default, where there is one."""
+
+    def __init__(self, model_type: str, defaults: bool) -> None:
+        super().__init__(model_type=model_type)
+        self.defaults = defaults
+
+    def __missing__(self, name: str) -> _Field:
+        return _Field(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return default if self.defaults and name not in self else self[name]
+
+
+def _inverted(
+    module: Any, model_type: str, backbone: keras.Model
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`convert_backbone_config` read backwards: the fields that became the backbone's arguments.
+
+    Also the arguments that are the same for each configuration of this model type.
+    """
+    with_defaults = _converted(module, _Fields(model_type, True), type(backbone))
+    without = _converted(module, _Fields(model_type, False), type(backbone))
+    ours, fields = backbone.get_config(), {"model_type": model_type}
+    for name, value in (*with_defaults.items(), *without.items()):
+        if isinstance(value, _Field) and name in ours:
+            fields[value.name] = ours[name]
+    plain = {n: v for n, v in without.items() if v is None or isinstance(v, (bool, str))}
+    return fields, plain
+
+
+def _converted(module: Any, config: _Fields, backbone_class: type) -> Mapping[str, Any]:
+    convert: Callable[..., Mapping[str, Any]] = module.convert_backbone_config
+    takes_class = len(inspect.signature(convert).parameters) > 1
+    try:
+        return convert(config, backbone_class) if takes_class else convert(config)
+    except Exception:  # it needs the value of a field
+        return {}

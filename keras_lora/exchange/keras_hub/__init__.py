@@ -1,0 +1,1 @@
+"""Adapters of KerasHub's own `.lora.h5` files."""

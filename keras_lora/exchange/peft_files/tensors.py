@@ -1,0 +1,231 @@
+"""Between the keys of `adapter_model.safetensors` and modules.
+
+    base_model.model.<module>.lora_A.weight              (r, in)    or (r, in, *kernel)
+    base_model.model.<module>.lora_B.weight              (out, r)   or (out, r, 1, ...)
+    base_model.model.<module>.lora_B.bias                (out,)
+    base_model.model.<module>.lora_embedding_A           (r, num)
+    base_model.model.<module>.lora_embedding_B           (dim, r)
+    base_model.model.<module>.lora_magnitude_vector      (out,)     or (1, out, 1, ...)
+    base_model.model.<parameter>                         trained in full, or saved with the rest
+
+Older files, and such as hold a model's whole state, name the adapter too: `lora_A.default.weight`,
+`lora_magnitude_vector.default.weight`, `score.modules_to_save.default.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from keras_lora.exchange.peft_files.config import Settings
+from keras_lora.files.adapter_files import key_problem
+from keras_lora.lowrank.equations import scaling
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+PREFIX = "base_model.model."
+_LORA = re.compile(
+    r"(?P<module>.+)\.(?:"
+    r"(?P<factor>lora_[AB])(?:\.[^.]+)?\.(?P<kind>weight|bias)"
+    r"|(?P<whole>lora_embedding_[AB])(?:\.[^.]+)?"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?)"
+)
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_BIAS, _MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
+_PARTS = {*_LINEAR, *_EMBEDDING, _BIAS, _MAGNITUDE}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PeftModule:
+    """What an adapter adds to one module: `scaling * b @ a`, in PyTorch's orientation.
+
+    Attributes:
+        a: `(r, in)`; `(r, num)` for an embedding; `(r, in, *kernel)` for a convolution, with `in`
+            counting the channels of one group.
+        b: `(out, r)`; `(dim, r)` for an embedding; `(out, r / groups, 1, ...)` for a convolution.
+        rank: The acting rank, after `rank_pattern`.
+        alpha: The acting alpha, after `alpha_pattern`.
+        use_rslora: Whether the scale is `alpha / sqrt(rank)`.
+        magnitude: DoRA's norms of the `out` rows of the whole matrix, of any shape of that size.
+        bias: `(out,)`, what `lora_bias` adds to the output, times the scale.
+        embedding: Whether the module is an embedding.
+
+    Example:
+
+    >>> PeftModule(a=np.ones((2, 7)), b=np.ones((5, 2)), rank=2, alpha=8).scaling
+    4.0
+    """
+
+    a: Array
+    b: Array
+    rank: int
+    alpha: float
+    use_rslora: bool = False
+    magnitude: Array | None = None
+    bias: Array | None = None
+    embedding: bool = False
+
+    @property
+    def scaling(self) -> float:
+        return scaling(self.alpha, self.rank, self.use_rslora)
+
+    @property
+    def kind(self) -> str:
+        """`"linear"`, `"embedding"` or `"convolution"`."""
+        if self.embedding:
+            return "embedding"
+        return "linear" if self.a.ndim == 2 else "convolution"
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """The keys of a file under the forms in which this package writes them."""
+
+    parts: Mapping[str, Mapping[str, str]]  # {module: {part: key}}
+    saved: Mapping[str, str]  # {parameter: key}
+    unknown: tuple[str, ...]
+
+
+def sort_keys(tensors: Mapping[str, Array], problems: list[str]) -> Sorted:
+    """Which part of which module each tensor is."""
+    parts: dict[str, dict[str, str]] = {}
+    saved: dict[str, str] = {}
+    unknown = []
+    for key in tensors:
+        name = key.removeprefix(PREFIX)
+        match = _LORA.fullmatch(name)
+        part = _part(match) if match else None
+        if key_problem(key) or name == key or "" in name.split("."):
+            unknown.append(key)
+        elif match and part in _PARTS:
+            _add(parts.setdefault(match["module"], {}), str(part), key, tensors, problems)
+        elif ".original_module." in name:
+            pass  # what the base had before, which does not act
+        elif any(segment.startswith(("lora_", "trainable_tokens")) for segment in name.split(".")):
+            unknown.append(key)
+        else:
+            _add(saved, _parameter(name), key, tensors, problems)
+    return Sorted(parts, saved, tuple(unknown))
+
+
+def widened(array: Array) -> Array:
+    with np.errstate(invalid="ignore"):  # ml_dtypes warns of a signalling NaN
+        return array if array.dtype == "float64" else array.astype("float32", copy=False)
+
+
+def is_factor(key: str) -> bool:
+    return _LORA.fullmatch(key.removeprefix(PREFIX)) is not None
+
+
+def build_modules(
+    keys: Sorted, tensors: Mapping[str, Array], settings: Settings, problems: list[str]
+) -> dict[str, PeftModule]:
+    if not keys.parts:
+        problems.append(f"no tensors of LoRA among {len(tensors)}, e.g. {sorted(tensors)[:3]}")
+    modules = {}
+    for name, parts in sorted(keys.parts.items()):
+        found = {part: tensors[key] for part, key in parts.items()}
+        module, wrong = _module(name, found, settings)
+        problems += [f"{name}: {w}" for w in wrong]
+        if module:
+            modules[name] = module
+    return modules
+
+
+def file_tensors(modules: Mapping[str, PeftModule], saved: Mapping[str, Array]) -> dict[str, Array]:
+    """The tensors under the keys that PEFT writes."""
+    tensors: dict[str, Array] = {}
+    for name, module in modules.items():
+        a, b = _EMBEDDING if module.embedding else _LINEAR
+        parts = {a: module.a, b: module.b, _BIAS: module.bias, _MAGNITUDE: module.magnitude}
+        tensors |= {f"{PREFIX}{name}.{p}": v for p, v in parts.items() if v is not None}
+    return tensors | {PREFIX + wrapped(name, modules): v for name, v in saved.items()}
+
+
+def canonical_keys(keys: Sorted, modules: Iterable[str]) -> dict[str, str]:
+    """`{key as PEFT writes it: key in the file}`."""
+    parts = {f"{PREFIX}{m}.{p}": key for m, found in keys.parts.items() for p, key in found.items()}
+    names = set(modules)
+    return parts | {PREFIX + wrapped(name, names): key for name, key in keys.saved.items()}
+
+
+def _part(match: re.Match[str]) -> str:
+    return match["whole"] or match["magnitude"] or f"{match['factor']}.{match['kind']}"
+
+
+def _add(
+    found: dict[str, str], name: str, key: str, tensors: Mapping[str, Array], problems: list[str]
+) -> None:
+    other = found.setdefault(name, key)
+    if other != key and _content(tensors[other]) != _content(tensors[key]):
+        problems.append(f"{key}: differs from {other}, which is the same of one adapter")
+
+
+def _content(array: Array) -> tuple[Any, ...]:
+    return array.dtype, array.shape, array.tobytes()
+
+
+def _parameter(name: str) -> str:
+    """The base model's own name of a parameter that PEFT's wrappers hold."""
+    name = name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+    return name.replace(".base_layer.", ".")
+
+
+def wrapped(name: str, modules: Iterable[str]) -> str:
+    owner, _, parameter = name.rpartition(".")
+    return f"{owner}.base_layer.{parameter}" if owner in modules else name
+
+
+def _module(
+    name: str, parts: Mapping[str, Array], settings: Settings
+) -> tuple[PeftModule | None, list[str]]:
+    if ".base_layer." in name:
+        return None, ["part of torch's MultiheadAttention, which holds several matrices in one"]
+    embedding = not parts.keys().isdisjoint(_EMBEDDING)
+    pair = _EMBEDDING if embedding else _LINEAR
+    missing = [f"{part} is missing" for part in pair if part not in parts]
+    if missing or (embedding and not parts.keys().isdisjoint((*_LINEAR, _BIAS))):
+        return None, missing or ["parts of an embedding and of a linear module"]
+    module = PeftModule(
+        a=parts[pair[0]],
+        b=parts[pair[1]],
+        rank=settings.ranks.of(name),
+        alpha=settings.alphas.of(name),
+        use_rslora=settings.use_rslora,
+        magnitude=parts.get(_MAGNITUDE),
+        bias=parts.get(_BIAS),
+        embedding=embedding,
+    )
+    return module, [*_shape_problems(module), *_extra_problems(module, settings)]
+
+
+def _shape_problems(module: PeftModule) -> list[str]:
+    a, b, rank = module.a, module.b, module.rank
+    shapes = f"A and B of shapes {a.shape} and {b.shape}"
+    allowed = (2,) if module.embedding else (2, 3, 4, 5)
+    if a.ndim != b.ndim or a.ndim not in allowed or 0 in a.shape + b.shape:
+        return [f"{shapes} are no two factors"]
+    inner = b.shape[1]
+    grouped = module.kind == "convolution" and rank % inner == 0
+    if a.shape[0] != rank or (inner != rank and not grouped):
+        return [f"{shapes} are not of the rank {rank} that the config gives"]
+    return [] if set(b.shape[2:]) <= {1} else [f"{shapes}: B has a kernel larger than 1"]
+
+
+def _extra_problems(module: PeftModule, settings: Settings) -> list[str]:
+    problems = []
+    out = module.b.shape[:1]
+    if (module.magnitude is not None) != settings.use_dora:
+        problems.append(f"{_MAGNITUDE} is there or missing against use_dora={settings.use_dora}")
+    elif module.magnitude is not None and (module.magnitude.size,) != out:
+        problems.append(f"{_MAGNITUDE} of shape {module.magnitude.shape}, expected {out}")
+    if (module.bias is not None) != (settings.lora_bias and not module.embedding):
+        problems.append(f"{_BIAS} is there or missing against lora_bias={settings.lora_bias}")
+    elif module.bias is not None and module.bias.shape != out:
+        problems.append(f"{_BIAS} of shape {module.bias.shape}, expected {out}")
+    return problems

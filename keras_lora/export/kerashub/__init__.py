@@ -1,0 +1,1 @@
+"""What the export knows of KerasHub's tasks."""

@@ -1,0 +1,1 @@
+"""One SavedModel with an adapter for each row of a request."""

@@ -1,0 +1,228 @@
+"""What files for other runtimes share: a merged SavedModel to convert, and a comparison.
+
+A file is written only after its runtime has run it and given the model's answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_lora.checks import invalid
+from keras_lora.export.endpoints import Endpoint
+from keras_lora.export.writing import write_merged, written_whole
+from keras_lora.walker import walk
+
+Arrays: TypeAlias = Mapping[str, np.ndarray]
+Shape: TypeAlias = tuple[int | None, ...]
+
+TOLERANCE = 1e-4
+# Both kinds of file, and the graph on the way to them, hold 2 GiB at most: less what is no weight.
+WEIGHTS_LIMIT = 2_000_000_000
+_LOW_PRECISION = ("float16", "bfloat16")
+# Of the batches to compare on: batch size, and size of every other axis that is free.
+_SIZES = ((1, 7), (3, 5))
+
+
+@dataclass(frozen=True)
+class RuntimeReport:
+    """What the runtime that ran a file says of it.
+
+    Attributes:
+        inputs: The shape of each input by its name, with None for an axis of any size.
+        outputs: The names of the outputs.
+        difference: The largest difference from the model's own answers, relative to the largest
+            of these where that is above 1.
+    """
+
+    inputs: Mapping[str, Shape]
+    outputs: tuple[str, ...]
+    difference: float
+
+
+@dataclass(frozen=True)
+class Program:
+    """A file that its runtime has loaded."""
+
+    inputs: Mapping[str, Shape]
+    outputs: tuple[str, ...]
+    run: Callable[[Arrays], Arrays]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a SavedModel becomes a file of a runtime, and how that runs."""
+
+    name: str
+    extra: str
+    packages: tuple[str, ...]
+    convert: Callable[[Path], bytes]
+    load: Callable[[bytes], Program]
+
+
+def write_converted(
+    model: keras.Model, endpoint: Endpoint, target: Path, runtime: Runtime, sample: Any | None
+) -> RuntimeReport:
+    """Write the endpoint of the merged model for a runtime, if it answers there as here."""
+    _check_packages(runtime)
+    _check_precision(model)
+    _check_size(model, runtime)
+    with _in_float32(model):
+        batches = _batches(endpoint, sample)
+        expected = [_answers(endpoint, batch) for batch in batches]
+        with written_whole(target) as written:
+            saved_model = written.with_name("saved_model")
+            write_merged(model, [endpoint], saved_model)
+            data = _tried(runtime, runtime.convert, saved_model)
+            program = _tried(runtime, runtime.load, data)
+            difference = max(
+                _compared(runtime, program, batch, answers)
+                for batch, answers in zip(batches, expected, strict=True)
+            )
+            written.write_bytes(data)
+    return RuntimeReport(program.inputs, program.outputs, difference)
+
+
+class UnsupportedError(ValueError):
+    """A runtime cannot have this model, with the reason and what to do instead."""
+
+    def __init__(self, runtime: str, reason: object, fix: str = "") -> None:
+        fix = fix or "export it to a SavedModel instead: export_saved_model"
+        super().__init__(f"Expected a model that {runtime} can run. Received: {reason}; {fix}.")
+
+
+def package(name: str, extra: str) -> Any:
+    """An optional package, or an error that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        fix = f'pip install "keras-lora[{extra}]"'
+        raise ImportError(f"Expected the package {name!r}. Received: {error}; {fix}.") from error
+
+
+def _check_packages(runtime: Runtime) -> None:
+    for name in runtime.packages:
+        package(name, runtime.extra)
+
+
+def _check_precision(model: keras.Model) -> None:
+    """Refuse low-precision weights: neither runtime computes with them as Keras does."""
+    low = [path for path, layer in _low_precision(model) if layer.variable_dtype != "float32"]
+    if low:
+        raise invalid(
+            "model",
+            "weights in float32 (mixed precision is fine: the file then computes in float32)",
+            f"{model.name!r}, with {len(low)} layers of float16 or bfloat16: {low[:3]}, ...",
+            "build the model with dtype='float32', and load the weights into it",
+        )
+
+
+def _low_precision(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
+    layers = [(model.name, model), *((node.path, node.layer) for node in walk(model))]
+    return [(path, x) for path, x in layers if x.compute_dtype in _LOW_PRECISION]
+
+
+def _check_size(model: keras.Model, runtime: Runtime) -> None:
+    size = sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in model.variables)
+    if size > WEIGHTS_LIMIT:
+        raise UnsupportedError(runtime.name, f"{size} bytes of weights, above the {WEIGHTS_LIMIT}")
+
+
+@contextlib.contextmanager
+def _in_float32(model: keras.Model) -> Iterator[None]:
+    """Mixed precision off: its weights are float32, and no runtime rounds in between as it does."""
+    policies = [(layer, layer.dtype_policy) for _, layer in _low_precision(model)]
+    for layer, _ in policies:
+        layer.dtype_policy = "float32"
+    try:
+        yield
+    finally:
+        for layer, policy in policies:
+            layer.dtype_policy = policy
+
+
+def _batches(endpoint: Endpoint, sample: Any | None) -> list[Arrays]:
+    """Inputs by their names: those given, or random ones of two sizes."""
+    specs = keras.tree.flatten(endpoint.signature)
+    if any(spec.dtype == tf.string for spec in specs):
+        raise invalid("model", "inputs that are numbers", "strings", "export what follows on them")
+    if sample is None:
+        rng = np.random.default_rng(0)
+        return [{s.name: _random(s, rng, *sizes) for s in specs} for sizes in _SIZES]
+    leaves = keras.tree.flatten(sample)
+    if len(leaves) != len(specs):
+        names = [spec.name for spec in specs]
+        raise invalid("sample", f"an array for each of {names}", f"{len(leaves)} arrays")
+    pairs = zip(specs, leaves, strict=True)
+    return [{spec.name: np.asarray(leaf, spec.dtype.as_numpy_dtype) for spec, leaf in pairs}]
+
+
+def _random(spec: tf.TensorSpec, rng: np.random.Generator, batch: int, size: int) -> np.ndarray:
+    first, *rest = [None, *spec.shape[1:]] if spec.shape[0] is None else spec.shape
+    shape = (first or batch, *(size if axis is None else axis for axis in rest))
+    if spec.dtype.is_floating:
+        return rng.normal(size=shape).astype(spec.dtype.as_numpy_dtype)
+    # Every vocabulary and every mask has 0 and 1. No row is all 0, which would mask it all.
+    values = rng.integers(0, 2, shape)
+    values[..., 0] = 1
+    return values.astype(spec.dtype.as_numpy_dtype)
+
+
+def _answers(endpoint: Endpoint, batch: Arrays) -> Arrays:
+    """What the model itself says."""
+    tensors = [tf.constant(value) for value in batch.values()]
+    try:
+        outputs = endpoint.call(keras.tree.pack_sequence_as(endpoint.signature, tensors))
+    except Exception as error:  # any of the model's own
+        raise _unfit(batch, error) from error
+    answers = {name: np.array(value) for name, value in outputs.items()}
+    if not all(np.isfinite(value).all() for value in answers.values()):
+        raise _unfit(batch, "NaN or infinity")
+    return answers
+
+
+def _unfit(batch: Arrays, answer: object) -> ValueError:
+    shapes = {name: value.shape for name, value in batch.items()}
+    return ValueError(
+        f"Expected finite answers of the model to compare with, for inputs of the shapes {shapes}. "
+        f"Received: {answer}; pass `sample`, a batch of inputs as `predict` takes it."
+    )
+
+
+def _tried(runtime: Runtime, action: Callable[[Any], Any], argument: object) -> Any:
+    try:
+        return action(argument)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # each of these tools has its own classes
+        raise UnsupportedError(runtime.name, f"{type(error).__name__}: {error}") from error
+
+
+def _compared(runtime: Runtime, program: Program, batch: Arrays, expected: Arrays) -> float:
+    """The largest difference, relative to the largest value of its output, if that is above 1."""
+    received = _tried(runtime, program.run, batch)
+    differences = {name: _difference(received[name], expected[name]) for name in expected}
+    wrong = {name: d for name, d in differences.items() if not d <= TOLERANCE}
+    if wrong:
+        reason = (
+            f"answers that differ from the model's by {wrong} (inf: in shape), above {TOLERANCE}"
+        )
+        raise UnsupportedError(runtime.name, reason)
+    return max(differences.values())
+
+
+def _difference(received: np.ndarray, expected: np.ndarray) -> float:
+    if received.shape != expected.shape:
+        return math.inf  # another shape is no answer at all
+    wide = expected.astype("float64")
+    scale = max(1.0, np.max(np.abs(wide), initial=0.0))
+    return float(np.max(np.abs(received - wide), initial=0.0) / scale)

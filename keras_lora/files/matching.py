@@ -1,0 +1,215 @@
+"""An adapter from files meets a model: what belongs to which layer, and what does not fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lora.checks import AdapterFileError, warn
+from keras_lora.config import AdapterSpec, LoRAConfig
+from keras_lora.files.adapter_files import PathLike, read_adapter_files
+from keras_lora.files.keys import base_fingerprint, factor_keys, variable_keys
+from keras_lora.layers import Adapter, adapter_shapes, split_kernel
+from keras_lora.walker import Target, all_targets, walk
+
+_FIELDS = {
+    "keras_lora_version",
+    "keras_version",
+    "config",
+    "spec",
+    "layer_specs",
+    "variables",
+    "trained",
+    "base",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter read from files, and what of a model it is for."""
+
+    layers: Sequence[tuple[Target, AdapterSpec, Sequence[np.ndarray]]]
+    values: Sequence[tuple[keras.Variable, np.ndarray]]
+    adapter: Adapter
+    directory: str
+
+    @classmethod
+    def read(cls, model: keras.Model, directory: PathLike, allow_other_base: bool) -> Loaded:
+        files = read_adapter_files(directory)
+        reader = _Reader(model, directory, files.config, files.tensors)
+        if not allow_other_base:
+            reader.check_base()
+        layers, values = reader.layers(), reader.values()
+        reader.report(allow_other_base, bool(layers))
+        return cls(layers, values, reader.adapter(), os.fspath(directory))
+
+
+class _Reader:
+    """Matches the content of files with a model, and gathers all that does not fit."""
+
+    def __init__(
+        self,
+        model: keras.Model,
+        directory: PathLike,
+        config: dict[str, Any],
+        tensors: dict[str, np.ndarray],
+    ) -> None:
+        self._model = model
+        self._directory = os.fspath(directory)
+        self._config = config
+        self._tensors = tensors
+        self._used: set[str] = set()
+        self._absent: list[str] = []
+        self._wrong: list[str] = []
+        check_fields(directory, config)
+
+    def check_base(self) -> None:
+        base = self._config["base"]
+        if base.get("fingerprint") != base_fingerprint(self._model):
+            raise self._error(
+                f"an adapter of a base with the shapes of {self._model.name!r} "
+                f"({type(self._model).__name__})",
+                f"one of {base.get('name')!r} ({base.get('class')})",
+                "load it into that base; allow_other_base=True takes what fits",
+            )
+
+    def layers(self) -> list[tuple[Target, AdapterSpec, Sequence[np.ndarray]]]:
+        stable = {node.path: node.stable_path for node in walk(self._model)}
+        wanted = [key.removesuffix("/lora_a") for key in self._tensors if key.endswith("/lora_a")]
+        targets = {stable.get(t.path, t.path): t for t in all_targets(self._model)}
+        missing = [path for path in wanted if path not in targets]
+        self._absent += missing
+        self._used |= {
+            key
+            for path in missing
+            for key in factor_keys(path, spec_of_layer(self._directory, self._config, path))
+        }
+        found = [
+            (targets[path], self._layer(path, targets[path])) for path in wanted if path in targets
+        ]
+        return [(target, *layer) for target, layer in found if layer is not None]
+
+    def values(self) -> list[tuple[keras.Variable, np.ndarray]]:
+        by_key = {key: identity for identity, key in variable_keys(self._model).items()}
+        variables = {id(v): v for v in self._model.weights}
+        found = []
+        for key in self._config["variables"]:
+            value, variable = self._take(key), variables.get(by_key.get(key, 0))
+            if variable is None:
+                self._absent.append(key)
+            elif self._fits(key, value, tuple(variable.shape)):
+                found.append((variable, value))
+        return found
+
+    def adapter(self) -> Adapter:
+        keys, trained = variable_keys(self._model), set(self._config["trained"])
+        config = self._config["config"]
+        return Adapter(
+            None
+            if config is None
+            else _parsed(self._directory, "config", lambda: LoRAConfig.from_dict(config)),
+            [v for v in self._model.weights if keys[id(v)] in trained],
+        )
+
+    def report(self, allow_absent: bool, any_layer: bool) -> None:
+        """Raises all that does not fit as one error; warns of what is left out."""
+        problems = [*self._wrong, *(f"{key}: not expected" for key in self._surplus())]
+        if not allow_absent:
+            problems += [f"{key}: the model has no such layer or variable" for key in self._absent]
+        if problems or not any_layer:
+            raise self._error(
+                "tensors for layers of this model",
+                "; ".join(problems) or "none",
+                "build the model that the adapter was saved from",
+            )
+        if self._absent:
+            warn(
+                f"{self._directory!r}: left out, since the model has no such layer or variable: "
+                f"{self._absent}"
+            )
+
+    def _layer(self, path: str, target: Target) -> tuple[AdapterSpec, Sequence[np.ndarray]] | None:
+        spec = self._spec(path)
+        names = factor_keys(path, spec)
+        shapes = adapter_shapes(split_kernel(target.layer), target.kernel_shape, spec)
+        factors = [self._take(name) for name in names]
+        fit = [self._fits(n, x, s) for n, x, s in zip(names, factors, shapes, strict=True)]
+        return (spec, factors) if all(fit) else None
+
+    def _spec(self, path: str) -> AdapterSpec:
+        return spec_of_layer(self._directory, self._config, path)
+
+    def _take(self, key: str) -> np.ndarray:
+        """The tensor, or an empty one with a note that it is missing."""
+        self._used.add(key)
+        if key not in self._tensors:
+            self._wrong.append(f"{key}: missing")
+            return np.empty(0, "float32")
+        return self._tensors[key].astype("float32", copy=False)
+
+    def _fits(self, key: str, value: np.ndarray, expected: Sequence[int]) -> bool:
+        fits = value.shape == tuple(expected)
+        if not fits and key in self._tensors:
+            self._wrong.append(f"{key}: shape {value.shape}, expected {tuple(expected)}")
+        return fits
+
+    def _surplus(self) -> list[str]:
+        return [key for key in self._tensors if key not in self._used]
+
+    def _error(self, expected: str, received: object, fix: str) -> AdapterFileError:
+        return misfit(self._directory, expected, received, fix)
+
+
+def check_fields(directory: PathLike, config: dict[str, Any]) -> None:
+    """Raises:
+    AdapterFileError: a config without what every adapter's has.
+    """
+    kinds = {"spec": dict, "layer_specs": dict, "base": dict, "variables": list}
+    kinds |= {"trained": list}
+    wrong = [f for f, kind in kinds.items() if not isinstance(config.get(f), kind)]
+    if "config" not in config or not isinstance(config["config"], dict | None):
+        wrong.append("config")
+    for name in {"variables", "trained"} - set(wrong):
+        if not all(isinstance(key, str) for key in config[name]):
+            wrong.append(name)
+    if wrong:
+        raise misfit(
+            directory,
+            "the fields of an adapter of keras_lora",
+            f"others for {wrong}",
+            "save the adapter again",
+        )
+    unknown = sorted(config.keys() - _FIELDS)
+    if unknown:
+        warn(
+            f"{os.fspath(directory)!r}: ignored the unknown fields {unknown}; a newer keras_lora "
+            "than this one may have written them."
+        )
+
+
+def spec_of_layer(directory: PathLike, config: dict[str, Any], path: str) -> AdapterSpec:
+    """What an adapter's config says of the layer at `path`.
+
+    Raises:
+        AdapterFileError: an invalid spec.
+    """
+    fields = config["layer_specs"].get(path, config["spec"])
+    return _parsed(directory, f"the spec of {path!r}", lambda: AdapterSpec(**fields))
+
+
+def misfit(directory: PathLike, expected: str, received: object, fix: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"Invalid {os.fspath(directory)!r}: expected {expected}. Received: {received}; {fix}."
+    )
+
+
+def _parsed(directory: PathLike, what: str, parse: Any) -> Any:
+    try:
+        return parse()
+    except (TypeError, ValueError) as error:
+        raise misfit(directory, f"{what} to be valid", error, "save the adapter again") from error

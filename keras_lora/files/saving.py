@@ -1,0 +1,262 @@
+"""Adapters in files of their own: `save_adapter` and `load_adapter`.
+
+Tensors are named by the path of their layer, with `lora_a`, `lora_b` or `lora_magnitude` at the
+end, or with the name of the variable where an adapter has its own value of one (a head, a bias).
+Numbers that Keras gave to layers without a name are left out of the paths, since another process
+may count otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import ml_dtypes
+import numpy as np
+
+from keras_lora.checks import AdapterFileError, invalid, warn
+from keras_lora.config import AdapterSpec
+from keras_lora.files.adapter_files import PathLike, write_adapter_files
+from keras_lora.files.keys import (
+    base_fingerprint,
+    factor_keys,
+    owned_by,
+    stable_layers,
+    variable_keys,
+)
+from keras_lora.files.matching import Loaded
+from keras_lora.inject import (
+    active_names,
+    adapted,
+    check_names,
+    forget_optimizer_states,
+    install,
+    known_models,
+    plan_factors,
+    reset_optimizer,
+    whole_adapters,
+)
+from keras_lora.layers import (
+    DEFAULT_ADAPTER,
+    Adapter,
+    LoRALayer,
+    add_owner,
+    check_adapter_name,
+)
+from keras_lora.version import __version__
+from keras_lora.walker import lora_layers
+
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def save_adapter(
+    model: keras.Model,
+    directory: PathLike,
+    name: str = DEFAULT_ADAPTER,
+    *,
+    overwrite: bool = False,
+    dtype: str = "float32",
+) -> None:
+    """Write one adapter: its factors, and its values of biases and `layers_to_save`.
+
+    `adapter.safetensors` holds everything; `adapter_config.json` says the same for people, without
+    the tensors. A process that is killed at any moment leaves the old adapter or the new one.
+
+    Args:
+        model: An adapted model.
+        directory: Where to; made if it does not exist.
+        name: The adapter, active or not. Its name is not written: it is given when loading.
+        overwrite: Replace an adapter that is there.
+        dtype: `"float32"`, or `"float16"` or `"bfloat16"` for half the bytes, rounded once.
+
+    Raises:
+        ValueError: the model has no such adapter, or an unknown dtype.
+        AdapterFileError: an adapter is there and `overwrite` is false, values are not finite (in
+            that dtype), or the files cannot be written.
+
+    Example:
+
+    >>> import tempfile, keras, keras_lora as kl
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
+    >>> model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=2))
+    >>> directory = tempfile.mkdtemp()
+    >>> kl.save_adapter(model, directory)
+    >>> kl.read_adapter_files(directory).tensors["up/lora_a"].shape
+    (3, 2)
+    """
+    (name,) = check_names(model, [name])
+    if dtype not in _DTYPES:
+        raise invalid("dtype", f"one of {sorted(_DTYPES)}", dtype)
+    tensors = adapter_tensors(model, name)
+    with np.errstate(over="ignore"):  # an overflow is refused below, with its key
+        tensors = {key: value.astype(_DTYPES[dtype]) for key, value in tensors.items()}
+    write_adapter_files(directory, _description(model, name), tensors, overwrite=overwrite)
+
+
+def load_adapter(
+    model: keras.Model,
+    directory: PathLike,
+    name: str = DEFAULT_ADAPTER,
+    *,
+    replace: bool = False,
+    allow_other_base: bool = False,
+) -> None:
+    """Add an adapter from files to a model, which need not be adapted yet.
+
+    Where no adapter acts, it acts and trains at once; else it waits for `set_adapter`, and nothing
+    changes for the others.
+
+    With `replace`, it takes the place of the adapter of that name, with another scale and of the
+    same rank or a lower one, and with DoRA only where one with DoRA acted before. Only values
+    change: nothing is traced again, and a service changes its task between two requests. Layers of
+    the old adapter that the new one lacks have none.
+
+    Args:
+        model: A built model of the same architecture as the one that was adapted.
+        directory: What `save_adapter` wrote.
+        name: The adapter's name in this model.
+        replace: Put it in the place of the adapter of that name.
+        allow_other_base: Take the adapter of a model with other shapes, as far as it fits; what is
+            left out is listed in a warning.
+
+    Raises:
+        ValueError: a name that is taken (or, to replace, is not there), or layers that cannot be
+            adapted.
+        AdapterFileError: the files are damaged, belong to another base, or do not fit; everything
+            that does not fit is listed. The model is then as it was.
+
+    Example:
+
+    >>> import tempfile, keras, keras_lora as kl
+    >>> def base():
+    ...     return keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
+    >>> model = kl.apply_lora(base(), kl.LoRAConfig(targets=["up"], rank=2))
+    >>> directory = tempfile.mkdtemp()
+    >>> kl.save_adapter(model, directory)
+    >>> other = base()
+    >>> kl.load_adapter(other, directory, "fr")
+    >>> kl.lora_layers(other)["up"].active_adapters
+    ('fr',)
+    """
+    check_adapter_name(name)
+    if not isinstance(model, keras.layers.Layer):
+        raise invalid("model", "a built Keras model", model)
+    if replace:
+        check_names(model, [name])
+    loaded = Loaded.read(model, directory, allow_other_base)
+    if replace:
+        _replace(model, name, loaded)
+        return
+    factors: dict[str, tuple[AdapterSpec, *tuple[np.ndarray, ...]]] = {
+        t.path: (spec, *values) for t, spec, values in loaded.layers
+    }
+    plan = plan_factors(model, name, loaded.adapter, factors, loaded.values)
+    install(model, plan, acts=not active_names(lora_layers(model)))
+
+
+def adapter_tensors(model: keras.Model, name: str) -> dict[str, np.ndarray]:
+    """What an adapter consists of, by key."""
+    tensors: dict[str, np.ndarray] = {}
+    for path, layer in stable_layers(model).items():
+        if name in layer.adapters:
+            adapter = layer.adapters[name]
+            values = map(np.array, adapter.factors)
+            tensors |= dict(zip(factor_keys(path, adapter.spec), values, strict=True))
+    keys = variable_keys(model)
+    return tensors | {keys[id(item.variable)]: item.value(name) for item in owned_by(model, name)}
+
+
+def _description(model: keras.Model, name: str) -> dict[str, Any]:
+    """What `adapter_config.json` says."""
+    layers = {p: x.adapters[name] for p, x in stable_layers(model).items() if name in x.adapters}
+    specs = {path: dataclasses.asdict(adapter.acting_spec) for path, adapter in layers.items()}
+    common = next(iter(specs.values()))
+    keys, whole = variable_keys(model), whole_adapters(adapted(model), [name]).get(name)
+    return {
+        "keras_lora_version": __version__,
+        "keras_version": keras.__version__,
+        "config": _plain_config(whole, list(layers)),
+        "spec": common,
+        "layer_specs": {path: spec for path, spec in specs.items() if spec != common},
+        "variables": [keys[id(item.variable)] for item in owned_by(model, name)],
+        "trained": [keys[id(v)] for v in (whole.trained if whole else ()) if id(v) in keys],
+        "base": {
+            "class": f"{type(model).__module__}.{type(model).__qualname__}",
+            "name": model.name,
+            "fingerprint": base_fingerprint(model),
+        },
+    }
+
+
+def _plain_config(whole: Adapter | None, paths: Sequence[str]) -> dict[str, Any] | None:
+    if whole is None or whole.config is None:
+        return None
+    config = whole.config
+    # A function has no place in a file, and what it selected has.
+    return (
+        dataclasses.replace(config, targets=paths) if callable(config.targets) else config
+    ).to_dict()
+
+
+def _replace(model: keras.Model, name: str, loaded: Loaded) -> None:
+    layers = adapted(model)
+    active = active_names(layers)
+    _check_replaceable(model, name, loaded)
+    for target, spec, factors in loaded.layers:
+        layer = layers[target.path]
+        layer.put_adapter(name, layer.adapter_of(_maskable(layer, spec), factors, loaded.adapter))
+    new = {target.path for target, _, _ in loaded.layers}
+    for path, layer in layers.items():
+        if name in layer.adapters and path not in new:
+            layer.remove_adapter(name)
+        names = [n for n in active if n in layer.adapters]
+        if names != list(layer.active_adapters):
+            layer.activate(names, layer.trains_adapters)
+    for variable, value in loaded.values:
+        add_owner(variable, name).assign(name, value)
+    for inner in known_models(model):
+        forget_optimizer_states(inner, name)
+        if name in active:
+            reset_optimizer(inner)
+
+
+def _maskable(layer: LoRALayer, spec: AdapterSpec) -> AdapterSpec:
+    return spec if layer.has_dropout else dataclasses.replace(spec, dropout=0.0)
+
+
+def _check_replaceable(model: keras.Model, name: str, loaded: Loaded) -> None:
+    """Whether the adapter fits where the old one is, so that no function is traced again."""
+    layers = adapted(model)
+    problems = [p for t, spec, _ in loaded.layers if (p := _misfit(t.path, layers, name, spec))]
+    received, live = (
+        {id(v) for v, _ in loaded.values},
+        {id(i.variable) for i in owned_by(model, name)},
+    )
+    keys = variable_keys(model)
+    problems += [f"{keys[i]}: of one of the two only" for i in received ^ live]
+    if problems:
+        raise AdapterFileError(
+            f"Invalid {loaded.directory!r}: expected an adapter that fits in the place of "
+            f"{name!r} without a new trace. Received: {'; '.join(problems)}; use delete_adapter "
+            "and then load_adapter without replace."
+        )
+    if any(spec.dropout and not layers[t.path].has_dropout for t, spec, _ in loaded.layers):
+        warn(
+            f"{loaded.directory!r}: its dropout is left out, since the model was compiled without. "
+            "Inference is the same; to train it, load it without replace."
+        )
+
+
+def _misfit(path: str, layers: Mapping[str, LoRALayer], name: str, spec: AdapterSpec) -> str | None:
+    if path not in layers:
+        return f"{path}: not adapted in this model"
+    layer = layers[path]
+    acting = [n for n in active_names(layers) if n == name or n in layer.adapters]
+    specs = [spec if n == name else layer.adapters[n].spec for n in acting]
+    if layer.fits([dataclasses.replace(spec, dropout=0.0) for spec in specs]):
+        return None
+    if spec.use_dora and any(slot.magnitude is None for slot in layer.slots):
+        return f"{path}: DoRA among slots without a magnitude"
+    return f"{path}: rank {spec.rank} among slots of rank {[slot.rank for slot in layer.slots]}"

@@ -1,0 +1,1 @@
+"""The arithmetic of low-rank adaptation, apart from any layer."""

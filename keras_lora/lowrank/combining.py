@@ -1,0 +1,312 @@
+"""Several adapters of one layer combined into one: the arithmetic of factors, in float64.
+
+    delta = sum_i c_i A_i B_i        c_i = (weight of adapter i) * (its scaling s_i)
+
+`cat` and `svd` work on this sum. The other methods work on the factors: on all the `A_i`,
+weighted by `sign(c_i) sqrt|c_i|`, and separately on all the `B_i`, weighted by `sqrt|c_i|`.
+So they need equal ranks, and their `A B` differs from the sum by cross terms `A_i B_j`.
+
+References:
+    Ilharco et al. 2022, "Editing Models with Task Arithmetic", section 2.
+    Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", section 4.
+    Yu et al. 2023, "Language Models are Super Mario: Absorbing Abilities from Homologous
+    Models as a Free Lunch" (DARE), section 3.
+    Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_lora.checks import check_rank, invalid
+
+Array = npt.NDArray[Any]
+
+METHODS = ("cat", "svd", "linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
+MAJORITY_SIGNS = ("total", "frequency")
+
+_OF_ANY_RANKS = ("cat", "svd")
+_DROPPING = ("dare_ties", "dare_linear")
+_ELECTING = ("ties", "dare_ties")
+_SPARSE = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One adapter's share `c A B` of the sum.
+
+    Args:
+        a: `A`, of shape `(shared, d, r)`; `shared` is 1 for an ordinary `Dense`.
+        b: `B`, of shape `(shared, r, k)`.
+        coefficient: `c`, the adapter's weight times its scaling; may be negative.
+
+    Raises:
+        ValueError: shapes other than these, or a value that is not finite.
+
+    Example:
+
+    >>> Term(np.ones((1, 11, 2), "float32"), np.ones((1, 2, 13), "float32"), -0.5).a.dtype
+    dtype('float64')
+    """
+
+    a: Array
+    b: Array
+    coefficient: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.coefficient):
+            raise invalid("coefficient", "a finite number", self.coefficient)
+        for name, factor in zip("ab", _checked(self.a, self.b), strict=True):
+            object.__setattr__(self, name, factor)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(shared, d, k)`, the shape of the delta."""
+        return *self.a.shape[:2], self.b.shape[2]
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """How to combine adapters; see `combine` for the equations.
+
+    Args:
+        method: One of `METHODS`.
+        rank: For `"svd"`: the rank to truncate to, at most; `None` keeps the exact sum.
+        density: The fraction of entries kept, in `(0, 1]`; needed by `"ties"`, `"dare_ties"`,
+            `"dare_linear"` and `"magnitude_prune"`, and by no other method.
+        majority_sign: What elects a sign in `"ties"` and `"dare_ties"`: the `"total"` of the
+            values, or the `"frequency"` of each sign.
+        seed: Of the entries that `"dare_ties"` and `"dare_linear"` drop; not negative.
+
+    Raises:
+        ValueError: a value outside the above.
+
+    Example:
+
+    >>> Combination(method="ties", density=0.2).majority_sign
+    'total'
+    """
+
+    method: str
+    rank: int | None = None
+    density: float | None = None
+    majority_sign: str = "total"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise invalid("method", f"one of {METHODS}", self.method)
+        if self.rank is not None:
+            self._check_rank()
+        self._check_density()
+        if self.majority_sign not in MAJORITY_SIGNS:
+            raise invalid("majority_sign", f"one of {MAJORITY_SIGNS}", self.majority_sign)
+        if not _is(numbers.Integral, self.seed) or self.seed < 0:
+            raise invalid("seed", "an integer, zero or more", self.seed, "try seed=0")
+
+    def _check_rank(self) -> None:
+        if self.method != "svd":
+            expected = f"None for method={self.method!r}, whose rank follows from the adapters"
+            raise invalid("rank", expected, self.rank, "leave it out, or use method='svd'")
+        check_rank(self.rank)
+
+    def _check_density(self) -> None:
+        if self.method not in _SPARSE:
+            if self.density is not None:
+                expected = f"None for method={self.method!r}, which drops no entries"
+                fix = f"leave it out, or use one of {_SPARSE}"
+                raise invalid("density", expected, self.density, fix)
+        elif not _is(numbers.Real, self.density) or not 0 < (self.density or 0) <= 1:
+            expected = f"a number in (0, 1] for method={self.method!r}"
+            raise invalid("density", expected, self.density, "try density=0.5")
+
+
+class Truncation(NamedTuple):
+    """The factors that `truncate` returns, and what they leave out.
+
+    `a` is `(shared, d, rank)`, `b` is `(shared, rank, k)`, and `singular_values`, of shape
+    `(shared, n)`, holds those of the product before truncation, the largest first.
+
+    Example:
+
+    >>> Truncation(np.ones((1, 2, 1)), np.ones((1, 1, 2)), np.array([[4.0, 3.0]])).relative_error
+    0.6
+    """
+
+    a: Array
+    b: Array
+    singular_values: Array
+
+    @property
+    def relative_error(self) -> float:
+        """`|A B - A' B'| / |A B|` in the Frobenius norm, over all shared indices; 0 for 0/0."""
+        whole = np.linalg.norm(self.singular_values)
+        left_out = np.linalg.norm(self.singular_values[:, self.a.shape[-1] :])
+        return float(left_out / whole) if whole else 0.0
+
+
+def truncate(a: Array, b: Array, rank: int) -> Truncation:
+    """The best approximation of `A B` whose rank is `rank` at most (Eckart-Young).
+
+        A = Q_a R_a     B^T = Q_b R_b     R_a R_b^T = U S V^T
+        A' = Q_a U_r sqrt(S_r)            B' = sqrt(S_r) V_r^T Q_b^T
+
+    The `(d, k)` product is never formed, and both factors carry the same norm. Where `d`, `k`
+    or the rank of the factors is less than `rank`, the new factors have no more than that.
+
+    Args:
+        a: `A`, of shape `(shared, d, r)`.
+        b: `B`, of shape `(shared, r, k)`.
+        rank: The largest rank of the result, for each shared index.
+
+    Raises:
+        ValueError: shapes other than these, values that are not finite, or a bad rank.
+
+    Example:
+
+    >>> a, b = np.diag([4.0, 3.0])[None], np.eye(2)[None]
+    >>> cut = truncate(a, b, rank=1)
+    >>> (cut.a @ cut.b).round(6).tolist(), round(cut.relative_error, 6)
+    ([[[4.0, 0.0], [0.0, 0.0]]], 0.6)
+    """
+    check_rank(rank)
+    a, b = _checked(a, b)
+    q_a, r_a = np.linalg.qr(a)  # (shared, d, m), (shared, m, r)
+    q_b, r_b = np.linalg.qr(b.mT)  # (shared, k, n), (shared, n, r)
+    u, s, vt = np.linalg.svd(r_a @ r_b.mT, full_matrices=False)
+    # Where terms cancel, what is left of them is rounding, and its relative error means nothing.
+    s[s <= _rounding(r_a, r_b)] = 0
+    root = np.sqrt(s[:, None, :rank])  # (shared, 1, rank)
+    return Truncation(q_a @ (u[..., :rank] * root), (q_b @ (vt.mT[..., :rank] * root)).mT, s)
+
+
+def combine(terms: Sequence[Term], options: Combination) -> tuple[Array, Array]:
+    """Factors `A`, `B` of one adapter whose scaling is 1, from those of several.
+
+    With `X` for `A` or `B`, `w_i = sign(c_i) sqrt|c_i|` for `A`, and `w_i = sqrt|c_i|` for `B`:
+
+        cat              A = [c_1 A_1, c_2 A_2, ...], B = [B_1; B_2; ...]: the exact sum, in
+                         which ranks add
+        svd              the best approximation of that sum with rank `rank` (`truncate`)
+        linear           X = sum_i w_i X_i
+        magnitude_prune  X = sum_i w_i trim(X_i)
+        dare_linear      X = sum_i w_i drop(X_i)
+        ties             X = merge_i(w_i, trim(X_i))
+        dare_ties        X = merge_i(w_i, drop(X_i))
+
+    - `trim` keeps the `int(density * size)` entries of largest magnitude (one at least) in
+      each shared index, and `drop` keeps each with probability `density`, divided by it.
+    - `merge` elects a sign for each entry, that of `sum_i X_i` (`"total"`) or of
+      `sum_i sign(X_i)` (`"frequency"`), plus at zero; the result is the sum of `w_i X_i` over
+      the adapters that have this sign, divided by their number. The weights have no vote.
+    - All but `cat` and `svd` yield cross terms. For `linear`,
+      `A B = sum_i c_i A_i B_i + sum_{i != j} w_i^A w_j^B A_i B_j`.
+
+    Args:
+        terms: The adapters of one layer, one at least; of equal ranks, but for `cat` and `svd`.
+        options: The method and its parameters.
+
+    Returns:
+        `A` of shape `(shared, d, rank)` and `B` of shape `(shared, rank, k)`, in float64.
+
+    Raises:
+        ValueError: no terms, shapes that disagree, or ranks that differ where they must not.
+
+    Example:
+
+    >>> term = Term(np.ones((1, 11, 2)), np.ones((1, 2, 13)), -0.5)
+    >>> a, b = combine([term, term], Combination(method="cat"))
+    >>> a.shape, b.shape, float((a @ b)[0, 0, 0])
+    ((1, 11, 4), (1, 4, 13), -2.0)
+    """
+    _check_terms(terms, options.method)
+    if options.method in _OF_ANY_RANKS:
+        a = np.concatenate([term.coefficient * term.a for term in terms], axis=2)
+        b = np.concatenate([term.b for term in terms], axis=1)
+        if options.method == "cat":
+            return a, b
+        cut = truncate(a, b, options.rank or a.shape[2])
+        return cut.a, cut.b
+    rng = np.random.default_rng(options.seed)
+    coefficients = np.array([term.coefficient for term in terms])
+    roots = np.sqrt(np.abs(coefficients))
+    a = _merged([term.a for term in terms], np.copysign(roots, coefficients), options, rng)
+    return a, _merged([term.b for term in terms], roots, options, rng)
+
+
+def _merged(
+    factors: Sequence[Array], weights: Array, options: Combination, rng: np.random.Generator
+) -> Array:
+    """All the `A_i`, or all the `B_i`, as one."""
+    x = np.stack([_sparse(factor, options, rng) for factor in factors])
+    weighted = x * weights[:, None, None, None]  # (terms, shared, m, n)
+    if options.method not in _ELECTING:
+        return weighted.sum(axis=0)
+    votes = x if options.majority_sign == "total" else np.sign(x)
+    elected = np.where(votes.sum(axis=0) >= 0, 1, -1)
+    agree = np.sign(x) == elected
+    return (weighted * agree).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)
+
+
+def _sparse(x: Array, options: Combination, rng: np.random.Generator) -> Array:
+    if options.density is None:
+        return x
+    if options.method in _DROPPING:
+        return x * (rng.random(x.shape) < options.density) / options.density
+    return _trimmed(x, options.density)
+
+
+def _trimmed(x: Array, density: float) -> Array:
+    sizes = np.abs(x).reshape(len(x), -1)  # (shared, m * n)
+    count = max(1, int(density * sizes.shape[1]))
+    largest = np.argsort(-sizes, axis=1, kind="stable")[:, :count]
+    kept = np.zeros(sizes.shape, bool)
+    np.put_along_axis(kept, largest, True, axis=1)
+    return x * kept.reshape(x.shape)
+
+
+def _rounding(r_a: Array, r_b: Array) -> Array:
+    """The size of the rounding error of `R_a R_b^T`, of shape `(shared, 1)`."""
+    norm_a, norm_b = (np.linalg.norm(r, axis=(1, 2)) for r in (r_a, r_b))
+    return (np.finfo(np.float64).eps * norm_a * norm_b)[:, None]
+
+
+def _checked(a: Array, b: Array) -> tuple[Array, Array]:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 3 or b.ndim != 3 or (a.shape[0], a.shape[2]) != b.shape[:2]:
+        expected = "`a` of shape (shared, d, r) and `b` of shape (shared, r, k)"
+        fix = "for an ordinary Dense add the shared axis: a[None], b[None]"
+        raise invalid("factors", expected, (a.shape, b.shape), fix)
+    wrong = sum(int((~np.isfinite(x)).sum()) for x in (a, b))
+    if wrong:
+        received = f"{wrong} values that are NaN or infinite"
+        raise invalid("factors", "finite values", received, "train or load this adapter again")
+    return a, b
+
+
+def _check_terms(terms: Sequence[Term], method: str) -> None:
+    if not terms:
+        raise invalid("terms", "one adapter at least", list(terms), "name the adapters to combine")
+    shapes = [term.shape for term in terms]
+    if len(set(shapes)) > 1:
+        expected = "adapters of one layer, of equal (shared, d, k)"
+        raise invalid("terms", expected, shapes, "combine the adapters layer by layer")
+    ranks = [term.rank for term in terms]
+    if len(set(ranks)) > 1 and method not in _OF_ANY_RANKS:
+        fix = "use method='cat' or method='svd', which take any ranks"
+        raise invalid("ranks", f"equal ranks for method={method!r}", ranks, fix)
+
+
+def _is(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -1,0 +1,387 @@
+"""What acts during training: `AdapterCheckpoint`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora.checks import AdapterFileError, invalid, warn
+from keras_lora.files.adapter_files import (
+    TENSORS_FILE,
+    PathLike,
+    read_adapter_files,
+    write_adapter_files,
+)
+from keras_lora.files.keys import variable_keys
+from keras_lora.files.saving import save_adapter
+from keras_lora.inject import active_names, check_names
+from keras_lora.layers import DEFAULT_ADAPTER, all_owned
+from keras_lora.training.fitting import improves_upwards, skip_batches, start_fit_at, stop_skipping
+from keras_lora.walker import lora_layers
+
+STATE_DIRECTORY = "training_state"
+_METRICS = "metrics/"
+_MODES = ("auto", "min", "max")
+
+
+class AdapterCheckpoint(keras.callbacks.Callback):
+    """Saves an adapter while it trains, and lets a run that was killed go on.
+
+    Two things are written, both small however large the base is, and each whole at any moment:
+
+    - in `directory` the adapter, as `save_adapter` writes it. With `save_best_only` it is the best
+      one so far;
+    - in `directory/training_state` what it takes to go on: every value that trains, the optimizer,
+      the seeds of dropout, the metrics, the epoch and the batch, and the best value so far. It is
+      written when training begins, at every save and when training ends.
+
+    When `fit` begins and such a state is there, the run goes on from it: an epoch that was done is
+    not trained again, and in a broken epoch the batches that were done are read and passed over.
+    What was lost is the work since the last save. The weights at the end are those of an unbroken
+    run, given that the data of an epoch come in the same order again: `shuffle=False`, or a
+    dataset whose order does not depend on the epochs before. Of a run that has ended only the
+    weights are loaded, with a warning, unless `fit` is asked for more epochs now.
+
+    Not part of the state: other callbacks (the patience of `EarlyStopping`), and variables that
+    change though they are frozen. One directory belongs to one call of `fit`.
+
+    Args:
+        directory: Where to.
+        name: The adapter that is saved. It must act and train.
+        monitor: The name in the logs that tells the best, such as `"val_loss"`.
+        verbose: 1 prints a line for each save.
+        save_best_only: Replace the adapter only where `monitor` improved.
+        mode: `"min"`, `"max"`, or `"auto"`: what Keras knows of the metric of that name.
+        save_freq: `"epoch"`, or a number of batches.
+        initial_value_threshold: The value that the first best has to beat.
+        overwrite: Start anew where another run has ended, and replace its adapter.
+
+    Raises:
+        ValueError: an invalid argument; in `fit`, no adapter of that name, or one that does not
+            train; data that end before the batches that were done.
+        AdapterFileError: in `fit`, another run's adapter in the directory, a state of another
+            model or optimizer, or damaged files. Nothing is changed then.
+
+    Example:
+
+    >>> import tempfile, keras, numpy as np, keras_lora as kl
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
+    >>> model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=2))
+    >>> model.compile("adam", "mse")
+    >>> directory = tempfile.mkdtemp()
+    >>> checkpoint = kl.AdapterCheckpoint(directory, monitor="loss", save_best_only=True)
+    >>> _ = model.fit(np.ones((7, 3)), np.ones((7, 5)), callbacks=[checkpoint], verbose=0)
+    >>> kl.read_adapter_config(directory)["spec"]["rank"]
+    2
+    """
+
+    def __init__(
+        self,
+        directory: PathLike,
+        name: str = DEFAULT_ADAPTER,
+        *,
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        save_best_only: bool = False,
+        mode: str = "auto",
+        save_freq: str | int = "epoch",
+        initial_value_threshold: float | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__()
+        self.directory = Path(directory)
+        self.name = name
+        self.monitor = monitor
+        self.verbose = verbose
+        self.save_best_only = save_best_only
+        self.mode = mode
+        self.save_freq = save_freq
+        self.best = initial_value_threshold
+        self.overwrite = overwrite
+        self._own = False  # whether the adapter in the directory is of this run
+        self._epoch: int | None = None
+        self._unsaved_batches = 0
+        self._last_batch = -1
+        self._skipped = 0  # batches of this epoch that an earlier process has done
+        self._resumed: _State | None = None
+        self._check_arguments()
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+        model = self.model
+        stop_skipping(model)  # of a `fit` that was interrupted while it skipped
+        self._check_model(model)
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        self._epoch = None
+        state = self._found_state()
+        if state is not None:
+            self._resume(model, state)
+        else:
+            self._write_state(epoch=0, batches=0)
+        self._own = True
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+        start_fit_at(self.model, None)  # it counts for this `fit` alone
+        self._epoch, self._last_batch = epoch, -1
+        resumed, self._resumed = self._resumed, None
+        self._skipped = 0 if resumed is None else resumed.batches
+        if resumed is not None and self._skipped:
+            model = self.model
+            skip_batches(model, self._skipped, lambda: resumed.assign_metrics(model))
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        done, self._last_batch = batch - self._last_batch, batch
+        if self.save_freq == "epoch" or batch < self._skipped:
+            return
+        self._unsaved_batches += done
+        if self._unsaved_batches >= int(self.save_freq):
+            self._save(logs, self._epoch or 0, batch + 1)
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        if self._last_batch + 1 < self._skipped:
+            stop_skipping(self.model)
+            raise ValueError(
+                f"Expected the data of the run whose state is in {str(self._state_directory)!r}. "
+                f"Received: data that ended in epoch {epoch} before the batches that were done. "
+                "Give the same data, or remove that directory to start anew."
+            )
+        if self.save_freq == "epoch":
+            self._save(logs, epoch + 1, 0)
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+        start_fit_at(self.model, None)
+        if self._epoch is not None:
+            self._write_state(self._epoch + 1, 0, ended=self.params["epochs"])
+
+    @property
+    def _state_directory(self) -> Path:
+        return self.directory / STATE_DIRECTORY
+
+    def _check_arguments(self) -> None:
+        if "{" in os.fspath(self.directory):
+            raise invalid(
+                "directory",
+                "a plain path: there is one adapter, which is replaced",
+                self.directory,
+                "give each run a directory of its own",
+            )
+        if self.mode not in _MODES:
+            raise invalid("mode", f"one of {_MODES}", self.mode)
+        number = isinstance(self.save_freq, int) and not isinstance(self.save_freq, bool)
+        if self.save_freq != "epoch" and not (number and int(self.save_freq) > 0):
+            raise invalid("save_freq", "'epoch' or a number of batches", self.save_freq)
+
+    def _check_model(self, model: keras.Model) -> None:
+        check_names(model, [self.name])
+        layers = lora_layers(model)
+        trains = [x for x in layers.values() if self.name in x.active_adapters]
+        if not any(layer.trains_adapters for layer in trains):
+            raise ValueError(
+                f"Expected an adapter that trains. Received: name={self.name!r}, while "
+                f"{active_names(layers)} act. Call set_adapter(model, {self.name!r}) first."
+            )
+
+    def _found_state(self) -> _State | None:
+        """The state to go on from, or None to start anew."""
+        if (self._state_directory / TENSORS_FILE).exists():
+            state = _State.read(self._state_directory)
+            anew = state.ended is not None and (self.overwrite or self._own)
+            return None if anew else state
+        if (self.directory / TENSORS_FILE).exists() and not (self.overwrite or self._own):
+            raise AdapterFileError(
+                f"Invalid {str(self.directory)!r}: expected no adapter there, or one with the "
+                "state of its training. Received: an adapter without; choose another directory, "
+                "or pass overwrite=True to replace it."
+            )
+        return None
+
+    def _resume(self, model: keras.Model, state: _State) -> None:
+        state.check(model, self._state_directory)
+        if state.batches % model.steps_per_execution:
+            raise invalid(
+                "steps_per_execution",
+                f"a divisor of the {state.batches} batches of the epoch that are done",
+                model.steps_per_execution,
+                "compile the model as in the run that was broken",
+            )
+        state.assign(model)
+        self.best, self._unsaved_batches, self._resumed = state.best, 0, state
+        if state.ended is not None and self.params["epochs"] <= state.ended:
+            start_fit_at(model, self.params["epochs"])
+            warn(
+                f"The run of {str(self.directory)!r} has ended: its weights are loaded, and "
+                "nothing is trained. To train anew give another directory, or overwrite=True."
+            )
+        else:
+            start_fit_at(model, state.epoch)
+            print(f"{self.directory}: goes on after {state.epoch} epochs, {state.batches} batches")
+
+    def _save(self, logs: Mapping[str, Any] | None, epoch: int, batches: int) -> None:
+        """First the adapter: were the state first, a kill between them would lose this adapter."""
+        self._unsaved_batches = 0
+        if not self.save_best_only or self._improved(logs or {}):
+            save_adapter(self.model, self.directory, self.name, overwrite=True)
+            if self.verbose:
+                print(f"\nSaved {self.directory} after {epoch} epochs, {batches} batches")
+        self._write_state(epoch, batches)
+
+    def _write_state(self, epoch: int, batches: int, ended: int | None = None) -> None:
+        state = _State.of(self.model, epoch, batches, self.best, ended)
+        state.write(self._state_directory)
+
+    def _improved(self, logs: Mapping[str, Any]) -> bool:
+        if self.monitor not in logs:
+            warn(
+                f"The adapter is saved, best or not: monitor={self.monitor!r} is not among "
+                f"{sorted(logs)}."
+            )
+            return True
+        value = float(logs[self.monitor])
+        better = self._is_better(value)
+        if better:
+            self.best = value
+        return better
+
+    def _is_better(self, value: float) -> bool:
+        if math.isnan(value):
+            return False
+        if self.best is None:
+            return True
+        return value > self.best if self._upwards() else value < self.best
+
+    def _upwards(self) -> bool:
+        if self.mode != "auto":
+            return self.mode == "max"
+        upwards = improves_upwards(self.model, self.monitor.removeprefix("val_"))
+        if upwards is None:
+            raise invalid("mode", f"'min' or 'max' for monitor={self.monitor!r}", self.mode)
+        return upwards
+
+
+@dataclass(frozen=True)
+class _State:
+    """All that training changes, and how far it has come."""
+
+    epoch: int
+    batches: int
+    best: float | None
+    ended: int | None  # once the run has ended: the number of epochs that it was asked for
+    optimizer: str
+    trained: Sequence[str]  # in the order in which the optimizer has them
+    values: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(
+        cls,
+        model: keras.Model,
+        epoch: int,
+        batches: int,
+        best: float | None,
+        ended: int | None,
+    ) -> _State:
+        variables = _variables(model) | _metrics(model)
+        return cls(
+            epoch,
+            batches,
+            best,
+            ended,
+            type(model.optimizer).__name__,
+            _trained(model),
+            {key: _array(variable) for key, variable in variables.items()},
+        )
+
+    @classmethod
+    def read(cls, directory: Path) -> _State:
+        files = read_adapter_files(directory, finite=False)
+        names = {field.name for field in dataclasses.fields(cls)} - {"values"}
+        if set(files.config) != names:
+            raise _mismatch(directory, [f"the fields {sorted(files.config)}"])
+        return cls(**files.config, values=files.tensors)
+
+    def write(self, directory: Path) -> None:
+        config = {name: value for name, value in vars(self).items() if name != "values"}
+        write_adapter_files(directory, config, self.values, overwrite=True, finite=False)
+
+    def check(self, model: keras.Model, directory: Path) -> None:
+        """
+        Raises:
+            AdapterFileError: the state is of another run; everything that differs is listed.
+        """
+        expected = {key: tuple(v.shape) for key, v in _variables(model).items()}
+        saved = {k: x.shape for k, x in self.values.items() if not k.startswith(_METRICS)}
+        wrong = [
+            f"{key}: {saved.get(key, 'nothing')}, expected {expected.get(key, 'nothing')}"
+            for key in sorted(saved.keys() | expected.keys())
+            if saved.get(key) != expected.get(key)
+        ]
+        if self.optimizer != type(model.optimizer).__name__:
+            wrong.append(f"{self.optimizer}, expected {type(model.optimizer).__name__}")
+        if not wrong and list(self.trained) != _trained(model):
+            wrong.append("the variables that train in another order")
+        if wrong:
+            raise _mismatch(directory, wrong)
+
+    def assign(self, model: keras.Model) -> None:
+        for key, variable in _variables(model).items():
+            variable.assign(self.values[key].astype(variable.dtype))
+
+    def assign_metrics(self, model: keras.Model) -> None:
+        metrics = _metrics(model)
+        saved = {key for key in self.values if key.startswith(_METRICS)}
+        if saved != set(metrics):
+            warn(
+                "The logs of the epoch that was broken leave out its first part: the metrics are "
+                "not those of the run that is resumed."
+            )
+            return
+        for key, variable in metrics.items():
+            variable.assign(self.values[key].astype(variable.dtype))
+
+
+def _variables(model: keras.Model) -> dict[str, keras.Variable]:
+    """The variables that training changes, by key."""
+    keys = variable_keys(model)
+    owned = [item.variable for item in all_owned(model.variables)]
+    trained = {keys[id(v)]: v for v in [*model.trainable_variables, *owned]}
+    return (
+        {f"values/{key}": variable for key, variable in trained.items()}
+        | _numbered("optimizer/", model.optimizer.variables)
+        # All that has state and is no weight: the seeds of dropout, the base's too.
+        | _numbered("seeds/", [v for v in model.variables if id(v) not in keys])
+    )
+
+
+def _metrics(model: keras.Model) -> dict[str, keras.Variable]:
+    return _numbered(_METRICS, model.metrics_variables)
+
+
+def _trained(model: keras.Model) -> list[str]:
+    keys = variable_keys(model)
+    return [keys[id(v)] for v in model.trainable_variables]
+
+
+def _numbered(prefix: str, variables: Sequence[keras.Variable]) -> dict[str, keras.Variable]:
+    return {f"{prefix}{index}": variable for index, variable in enumerate(variables)}
+
+
+def _array(variable: keras.Variable) -> np.ndarray:
+    """A copy. Whole numbers become float64, which has them exactly up to 2**53."""
+    array = np.array(ops.convert_to_numpy(variable), copy=True)
+    return array.astype("float64") if array.dtype.kind in "iub" else array
+
+
+def _mismatch(directory: Path, wrong: Sequence[str]) -> AdapterFileError:
+    return AdapterFileError(
+        f"Invalid {str(directory)!r}: expected the state of a run of this model. Received: "
+        f"{'; '.join(wrong)}. Build, adapt and compile the model as in the run that was broken, "
+        "or remove that directory to start anew."
+    )

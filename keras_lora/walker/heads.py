@@ -1,0 +1,82 @@
+"""Which layers make a model's outputs, and which model is a KerasHub backbone.
+
+Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
+    `_flatten_layers`: the only way to the sublayers of a layer that is not a model.
+    `_keras_history`, `_inbound_nodes`: the only way from a model's outputs back to the layer
+        that made them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_lora.checks import invalid
+from keras_lora.layers import is_table, plain_class, supported_base
+from keras_lora.walker.tree import Layer, walk
+
+
+def output_heads(model: Layer) -> set[int]:
+    """The ids of the linear layers that make a model's outputs; see `find_targets`."""
+    if is_backbone(model):
+        return set()
+    if isinstance(model, keras.Sequential) or not _is_functional(model):
+        children = model._flatten_layers(include_self=False, recursive=False)
+        weighted = [layer for layer in children if layer.weights]
+        return _heads_at(weighted[-1]) if weighted else set()
+    outputs = keras.tree.flatten(model.outputs)
+    makers = [maker for output in outputs if (maker := _maker(output)) is not None]
+    return {head for maker in makers for head in _heads_at(maker)}
+
+
+def _heads_at(layer: Layer) -> set[int]:
+    if supported_base(plain_class(layer)) is not None:
+        return set() if is_table(layer) else {id(layer)}
+    if isinstance(layer, keras.layers.Wrapper):
+        return _heads_at(layer.layer)
+    return output_heads(layer) if isinstance(layer, keras.Model) else set()
+
+
+def _maker(tensor: Any) -> Layer | None:
+    """The layer with weights that a tensor comes from, through operations of one input."""
+    while True:
+        history = tensor._keras_history
+        operation = history.operation
+        if isinstance(operation, keras.layers.Layer) and operation.weights:
+            return operation
+        if not operation._inbound_nodes:
+            return None
+        inputs = operation._inbound_nodes[history.node_index].input_tensors
+        if len(inputs) != 1:
+            return None
+        (tensor,) = inputs
+
+
+def _is_functional(model: Layer) -> bool:
+    return isinstance(model, keras.Model) and getattr(model, "outputs", None) is not None
+
+
+def is_backbone(model: Layer) -> bool:
+    """Whether this is a KerasHub backbone, told by name so that KerasHub is not imported."""
+    names = {f"{c.__module__}.{c.__name__}" for c in type(model).__mro__}
+    return "keras_hub.src.models.backbone.Backbone" in names
+
+
+def backbone_of(model: Layer) -> Any:
+    """The KerasHub backbone that a model is or holds; the outermost, where one is in another.
+
+    Raises:
+        ValueError: there is none, or several side by side.
+    """
+    found = [v for v in (model, *(n.layer for n in walk(model))) if is_backbone(v)]
+    inside = {id(node.layer) for backbone in found for node in walk(backbone)}
+    outermost = [backbone for backbone in found if id(backbone) not in inside]
+    if len(outermost) != 1:
+        raise invalid(
+            "model",
+            "a KerasHub backbone, or a model that holds one",
+            [backbone.name for backbone in outermost] or model,
+            "pass the backbone itself",
+        )
+    return outermost[0]

@@ -1,0 +1,226 @@
+"""Which layers `targets` selects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from keras_lora.checks import warn
+from keras_lora.config import Targets
+from keras_lora.layers import (
+    LoRALayer,
+    check_adaptable,
+    is_table,
+    kernel_shape,
+    lora_class_for,
+    plain_class,
+    split_kernel,
+    supported_base,
+)
+from keras_lora.walker.heads import output_heads
+from keras_lora.walker.names import listed, match_names, matches, shortened, unmatched
+from keras_lora.walker.tree import Layer, Node, walk
+
+_KINDS = "Dense, EinsumDense, Embedding or ReversibleEmbedding"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that can be adapted.
+
+    Attributes:
+        path: Its place in the model, the names of the layers joined by `/`. A second sibling of
+            the same name is `name#2`.
+        layer: The layer itself.
+        kind: The Keras class that it is adapted as: `"Dense"`, `"EinsumDense"`, `"Embedding"` or
+            `"ReversibleEmbedding"`, or one of `register_lora_class`.
+        kernel_shape: Shape of its kernel; of an embedding `(vocabulary, dim)`.
+        parent_class: Class name of the layer that holds it.
+    """
+
+    path: str
+    layer: Layer
+    kind: str
+    kernel_shape: tuple[int, ...]
+    parent_class: str
+
+
+def find_targets(
+    model: Layer, targets: Targets = "all-linear", exclude: Sequence[str] = ()
+) -> list[Target]:
+    """The layers that `apply_lora` would adapt; nothing is changed.
+
+    A `Dense`, `EinsumDense` or embedding is found anywhere: in Functional, Sequential and
+    subclassed models, nested models, composite layers, wrappers, lists and dicts of layers. A
+    layer that is reached twice is listed once.
+
+    Args:
+        model: A built model.
+        targets: One of
+
+            - `"all-linear"`: every `Dense` and `EinsumDense` but the output head;
+            - `"attention"`: of these, the query, key, value and output projections: layers
+              held by a layer whose class name contains "attention", or whose own name contains
+              "attention" or "attn";
+            - `"all"`: every layer of a kind that can be adapted, embeddings too, but the output
+              head;
+            - a list of names. A name is a whole path or its end, at a `/` or `.`: `"query"` hits
+              `block_0/attention/query` and never `block_0/subquery`;
+            - `"re:PATTERN"`, a regular expression that the whole path must match;
+            - a function of a `Target` that returns whether to adapt it.
+
+            The output head is the linear layer that makes a model's output. In a Functional
+            model it is found by following each output back through operations of one input and
+            layers without weights; in a Sequential or subclassed model it is the last layer with
+            weights, in the order in which they were assigned. Wrappers and nested models are
+            entered. A KerasHub backbone has none. An embedding that is called in reverse is none.
+        exclude: Names to leave out, written as above (`"re:..."` counts as a name here).
+
+    Returns:
+        The targets, in the order of the walk.
+
+    Raises:
+        ValueError: nothing is built, nothing matches, a name matches nothing, everything that
+            matches is excluded, or a named layer cannot be adapted.
+
+    Example:
+
+    >>> import keras, keras_lora as kl
+    >>> up, head = keras.layers.Dense(5, name="up"), keras.layers.Dense(2, name="head")
+    >>> model = keras.Sequential([keras.Input((3,)), up, head])
+    >>> [(t.path, t.kind, t.kernel_shape) for t in kl.find_targets(model)]
+    [('up', 'Dense', (3, 5))]
+    """
+    nodes = list(walk(model))
+    candidates, left_out = _candidates(model, nodes)
+    if isinstance(targets, str) and not targets.startswith("re:"):
+        selected = _preset(model, targets, candidates, left_out)
+    elif callable(targets):
+        selected = [t for t in candidates if targets(t)]
+    else:
+        patterns = [targets] if isinstance(targets, str) else targets
+        selected = _named(patterns, nodes, candidates, left_out)
+    if not selected:
+        raise _nothing_matched(targets, model, candidates)
+    kept = _without(selected, exclude, nodes)
+    for target in kept:
+        if not isinstance(target.layer, LoRALayer):
+            check_adaptable(target.layer)
+            split_kernel(target.layer)
+    return kept
+
+
+def all_targets(model: Layer) -> list[Target]:
+    """Every layer of a kind that can be adapted, whatever speaks against it in the layer itself."""
+    return _candidates(model, list(walk(model)))[0]
+
+
+def _check_built(model: Layer, nodes: Sequence[Node]) -> None:
+    supported = [n for n in nodes if supported_base(plain_class(n.layer))]
+    if not model.built or (supported and not any(n.layer.built for n in supported)):
+        raise ValueError(
+            f"Expected a built model. Received: {model.name!r} ({type(model).__name__}), in which "
+            "no layer has weights yet. Call the model on a batch, or model.build(input_shape)."
+        )
+
+
+def _candidates(model: Layer, nodes: Sequence[Node]) -> tuple[list[Target], list[Node]]:
+    """What can be adapted; and what cannot, being unbuilt or of a class that computes its own."""
+    _check_built(model, nodes)
+    targets, left_out = [], []
+    for node in nodes:
+        layer_class = plain_class(node.layer)
+        base = supported_base(layer_class)
+        if base is None:
+            continue
+        if not node.layer.built or lora_class_for(layer_class) is None:
+            left_out.append(node)
+            continue
+        parent = type(node.parent).__name__
+        shape = kernel_shape(node.layer)
+        targets.append(Target(node.path, node.layer, base.__name__, shape, parent))
+    return targets, left_out
+
+
+def _preset(
+    model: Layer, preset: str, candidates: Sequence[Target], left_out: Sequence[Node]
+) -> list[Target]:
+    tables = preset == "all"
+    candidates = [t for t in candidates if tables or not is_table(t.layer)]
+    left_out = [node for node in left_out if tables or not is_table(node.layer)]
+    if left_out:
+        reasons = "; ".join(dict.fromkeys(_why_left_out(node) for node in left_out))
+        warn(f"targets={preset!r} leaves out {listed(left_out)}: {reasons}")
+    heads = output_heads(model)
+    selected = [t for t in candidates if id(t.layer) not in heads]
+    if candidates and not selected:
+        raise ValueError(
+            f"targets={preset!r} leaves out the output head, and the head is all there is: "
+            f"{[t.path for t in candidates]}. Name it: targets=[{candidates[0].path!r}]."
+        )
+    return [t for t in selected if _is_attention(t)] if preset == "attention" else selected
+
+
+def _why_left_out(node: Node) -> str:
+    if not node.layer.built:
+        return "not built, call the part of the model that uses it first."
+    return (
+        "its class overrides what the Keras layer computes; say how it is adapted with "
+        "register_lora_class(layer_class, lora_class)."
+    )
+
+
+def _is_attention(target: Target) -> bool:
+    name = target.layer.name.lower()
+    return "attention" in target.parent_class.lower() or "attention" in name or "attn" in name
+
+
+def _named(
+    patterns: Sequence[str],
+    nodes: Sequence[Node],
+    candidates: Sequence[Target],
+    left_out: Sequence[Node],
+) -> list[Target]:
+    for pattern in patterns:
+        hits = [n for n in nodes if matches(pattern, n.path)]
+        if not hits:
+            raise unmatched("targets", [pattern], [t.path for t in candidates])
+        refused = [n for n in hits if n in left_out]
+        if refused:
+            raise ValueError(
+                f"Expected layers that can be adapted. Received: {listed(refused)}, asked for as "
+                f"{pattern!r}: {_why_left_out(refused[0])}"
+            )
+        if not any(matches(pattern, t.path) for t in candidates):
+            raise ValueError(
+                f"Expected a layer of {_KINDS}. Received: {listed(hits)}, asked for as "
+                f"{pattern!r}. To name the layers inside a layer, use a pattern: "
+                f"targets='re:.*{hits[0].layer.name}/.*'."
+            )
+    return [t for t in candidates if any(matches(p, t.path) for p in patterns)]
+
+
+def _without(
+    selected: Sequence[Target], exclude: Sequence[str], nodes: Sequence[Node]
+) -> list[Target]:
+    excluded = {id(node.layer) for node in match_names(exclude, nodes, "exclude")}
+    inside = {id(n.layer) for e in nodes if id(e.layer) in excluded for n in walk(e.layer)}
+    kept = [t for t in selected if id(t.layer) not in excluded | inside]
+    if not kept:
+        raise ValueError(
+            f"Expected at least one target to remain. Received: exclude={list(exclude)}, which "
+            f"leaves out every one of {[t.path for t in selected]}. Narrow `exclude`."
+        )
+    return kept
+
+
+def _nothing_matched(targets: Targets, model: Layer, there: Sequence[Target]) -> ValueError:
+    if not there:
+        return ValueError(
+            f"Expected a model with layers of {_KINDS}. Received: {model.name!r} "
+            f"({type(model).__name__}), which has none."
+        )
+    return ValueError(
+        f"Expected `targets` to match a layer. Received: targets={targets!r}, which matches none. "
+        f"There are: {shortened([t.path for t in there])}."
+    )
