@@ -49,6 +49,7 @@ from keras_lora.layers import (
     is_table,
     kernel_shape,
     output_norms,
+    site_of,
     split_kernel,
 )
 from keras_lora.walker import backbone_of, lora_layers, walk
@@ -266,7 +267,7 @@ def _with_magnitudes(
 
 def _magnitude(layer: keras.layers.Layer, adapter: LayerAdapter | None) -> Array:
     if adapter is None or adapter.magnitude is None:
-        return output_norms(layer, adapter)
+        return output_norms(site_of(layer), adapter)
     return np.array(adapter.magnitude)
 
 

@@ -22,6 +22,7 @@ from keras_lora.layers import (
     lora_class_for,
     output_gain,
     plain_class,
+    site_of,
     split_kernel,
 )
 from keras_lora.walker import walk
@@ -64,7 +65,7 @@ class Use:
         values[b] = np.float32(adapter.scaling) * values[b]
         if self.gain is not None and adapter.spec.use_dora:
             split = split_kernel(self.layer)
-            gain = output_gain(self.layer, adapter)
+            gain = output_gain(site_of(self.layer), adapter)
             values[b] = np.array(split.times_gain(values[b], gain, split.b))
             values[self.gain.key] = gain
             del values[f"{self.path}/{MAGNITUDE}"]
