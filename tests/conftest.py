@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 import pytest
-import servers
+from support import servers
 
 keras.utils.set_random_seed(7)
 

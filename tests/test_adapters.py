@@ -8,8 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from cases import numpy_of
-from models import composite, data, functional, randomize_adapters, state
+from support.cases import numpy_of
+from support.models import composite, data, functional, randomize_adapters, state
 
 import keras_lora as kl
 
@@ -82,8 +82,8 @@ def assert_acts(model: keras.Model, weights: dict[str, float]) -> None:
     expected = kernels_by_hand(model, weights)
     for path, layer in kl.lora_layers(model).items():
         np.testing.assert_allclose(numpy_of(layer.kernel), expected[path], rtol=1e-5, atol=1e-6)
-    plain = functional() if model.name == "mlp" and "norm" in _names(model) else counted()[0]
-    plain.set_weights([numpy_of(v) for v in _base(model)])
+    plain = functional() if model.name == "mlp" and "norm" in layer_names(model) else counted()[0]
+    plain.set_weights([numpy_of(v) for v in base_variables(model)])
     for path, kernel in expected.items():
         plain.get_layer(path).kernel.assign(kernel)
     x, _ = data(model)
@@ -92,11 +92,11 @@ def assert_acts(model: keras.Model, weights: dict[str, float]) -> None:
     )
 
 
-def _names(model: keras.Model) -> list[str]:
+def layer_names(model: keras.Model) -> list[str]:
     return [layer.name for layer in model.layers]
 
 
-def _base(model: keras.Model) -> list[keras.Variable]:
+def base_variables(model: keras.Model) -> list[keras.Variable]:
     ours = {id(v) for layer in kl.lora_layers(model).values() for v in layer.adapter_variables}
     return [v for v in model.weights if id(v) not in ours]
 
@@ -157,14 +157,14 @@ def test_training_moves_the_active_adapter_only() -> None:
     for name in ["fr", "de", "it"]:
         kl.set_adapter(model, name)
         before = {n: factors(model, n) for n in CONFIGS}
-        base = [numpy_of(v) for v in _base(model)]
+        base = [numpy_of(v) for v in base_variables(model)]
         fit(model)
         after = {n: factors(model, n) for n in CONFIGS}
         for other in CONFIGS:
             for path, values in after[other].items():
                 same = [new == old for new, old in zip(values, before[other][path], strict=True)]
                 assert same == [other != name] * 2, (name, other, path)
-        for variable, value in zip(_base(model), base, strict=True):
+        for variable, value in zip(base_variables(model), base, strict=True):
             np.testing.assert_array_equal(numpy_of(variable), value)
 
 

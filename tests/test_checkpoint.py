@@ -11,9 +11,9 @@ from typing import Any
 
 import keras
 import numpy as np
-import processes
 import pytest
-from models import composite, data, functional, state, subclassed
+from support import processes
+from support.models import composite, data, functional, state, subclassed
 
 import keras_lora as kl
 
@@ -395,7 +395,7 @@ RESUMABLE = """
 import json, os, random, signal, sys
 import keras, numpy as np
 import keras_lora as kl
-import models
+from support import models
 
 make, directory, freq, kill_at = sys.argv[1:5]
 keras.utils.set_random_seed(0)

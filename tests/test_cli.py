@@ -19,11 +19,11 @@ from typing import Any
 import keras
 import keras_hub
 import numpy as np
-import processes
 import pytest
 import tensorflow as tf
 import typer.main
-from models import data, functional, randomize_adapters
+from support import processes
+from support.models import data, functional, randomize_adapters
 
 import keras_lora as kl
 import keras_lora_cli
@@ -411,10 +411,10 @@ def test_another_dtype_needs_no_base(ask: Ask, tmp_path: Path, source: str, to: 
 
 @pytest.mark.slow
 def test_a_hugging_face_directory_is_a_base(ask: Ask, tmp_path: Path) -> None:
-    from hub_models import HUB_MODELS  # noqa: PLC0415  (imports torch)
+    from support.hugging_face_models import HUGGING_FACE_MODELS  # noqa: PLC0415  (imports torch)
 
     (tmp_path / "llama").mkdir()
-    HUB_MODELS["llama"](tmp_path / "llama")
+    HUGGING_FACE_MODELS["llama"](tmp_path / "llama")
     base = keras_hub.models.CausalLM.from_preset(str(tmp_path / "llama"), preprocessor=None)
     kl.apply_lora(base, kl.LoRAConfig(rank=2, targets="attention"))
     randomize_adapters(base)

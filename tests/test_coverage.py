@@ -20,9 +20,9 @@ import keras_nlp
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import numpy_of, randomize, snapshot
 from keras import layers, ops
-from kerashub_backbones import BACKBONES
+from support.cases import numpy_of, randomize, snapshot
+from support.keras_hub_backbones import BACKBONES
 
 import keras_lora as kl
 from keras_lora.walker import walk

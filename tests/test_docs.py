@@ -7,10 +7,9 @@ import re
 import shlex
 from pathlib import Path
 
-import guide
-import processes
 import pytest
-from servers import Server
+from support import guide, processes
+from support.servers import Server
 
 import keras_lora_cli
 

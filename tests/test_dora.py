@@ -8,12 +8,13 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from cases import (
+from support.cases import (
     ALPHA,
     CASES,
     LINEAR,
     LINEAR_IDS,
     RANK,
+    ROUNDING,
     TABLES,
     Case,
     adapted,
@@ -24,9 +25,10 @@ from cases import (
     reference_delta,
     reference_dora,
     reference_output,
+    relative,
     snapshot,
 )
-from models import composite, data, functional, randomize_adapters, state
+from support.models import composite, data, functional, randomize_adapters, state
 
 import keras_lora as kl
 
@@ -34,14 +36,7 @@ import keras_lora as kl
 pytestmark = pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")
 linear_cases = pytest.mark.parametrize("case", LINEAR, ids=LINEAR_IDS)
 SCALE = ALPHA / RANK
-ROUNDING = {"mixed_bfloat16": 3e-2, "bfloat16": 3e-2, "mixed_float16": 4e-3, "float16": 4e-3}
 DORA = kl.LoRAConfig(rank=2, alpha=3, use_dora=True)
-
-
-def relative(received: object, expected: object) -> float:
-    received, expected = numpy_of(received), numpy_of(expected)
-    assert received.shape == expected.shape
-    return float(np.abs(received - expected).max() / np.abs(expected).max())
 
 
 def reference_kernel(case: Case, model: keras.Model, w0: np.ndarray) -> np.ndarray:

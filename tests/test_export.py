@@ -9,10 +9,18 @@ from typing import Any
 import keras
 import keras_hub
 import numpy as np
-import processes
 import pytest
 import tensorflow as tf
-from models import Subclassed, composite, data, functional, randomize_adapters, state, subclassed
+from support import processes
+from support.models import (
+    Subclassed,
+    composite,
+    data,
+    functional,
+    randomize_adapters,
+    state,
+    subclassed,
+)
 
 import keras_lora as kl
 

@@ -10,11 +10,11 @@ from typing import Any
 import keras
 import keras_hub
 import numpy as np
-import processes
 import pytest
 import tensorflow as tf
-from models import composite, functional, randomize_adapters, state, subclassed
-from test_export import PythonInside
+from support import processes
+from support.exports import PythonInside
+from support.models import composite, functional, randomize_adapters, state, subclassed
 
 import keras_lora as kl
 from keras_lora.layers import BASE, all_owned

@@ -18,8 +18,8 @@ import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 from keras import layers
-from models import composite, functional, state, subclassed
-from test_export import adapted, classifier, large, predict, sequential, two_inputs
+from support.exports import adapted, classifier, large, predict, sequential, two_inputs
+from support.models import composite, functional, state, subclassed
 
 import keras_lora as kl
 from keras_lora.export.endpoints import serve

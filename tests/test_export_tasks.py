@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hub_tasks
 import keras
 import keras_hub
 import numpy as np
-import processes
 import pytest
 import tensorflow as tf
 from keras_hub import models
-from kerashub_backbones import BACKBONES
-from models import composite, data, functional, randomize_adapters, state, subclassed
+from support import keras_hub_tasks, processes
+from support.keras_hub_backbones import BACKBONES
+from support.models import composite, data, functional, randomize_adapters, state, subclassed
 
 import keras_lora as kl
 from keras_lora.export.kerashub.generation import Generation, stop_tokens
@@ -141,9 +140,9 @@ def test_arguments_that_are_not_for_the_model(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(hub_tasks.CLASSIFIERS))
+@pytest.mark.parametrize("name", list(keras_hub_tasks.CLASSIFIERS))
 def test_strings_to_probabilities_and_labels(name: str, service: Service, tmp_path: Path) -> None:
-    model = hub_tasks.CLASSIFIERS[name]()
+    model = keras_hub_tasks.CLASSIFIERS[name]()
     model.preprocessor(TEXTS)  # makes a layer, which is not to come in later
     adapted(model)
     expected = np.array(keras.ops.softmax(model.predict(TEXTS, verbose=0)))
@@ -159,7 +158,7 @@ def test_strings_to_probabilities_and_labels(name: str, service: Service, tmp_pa
 
 
 def test_pairs_of_segments(service: Service, tmp_path: Path) -> None:
-    model = adapted(hub_tasks.CLASSIFIERS["Bert"]())
+    model = adapted(keras_hub_tasks.CLASSIFIERS["Bert"]())
     kl.export_saved_model(model, tmp_path / "1", preprocessing=("premise", "hypothesis"))
     answers = service.answer(tmp_path / "1", {"premise": TEXTS, "hypothesis": TEXTS[::-1]})
     expected = keras.ops.softmax(model.predict((TEXTS, TEXTS[::-1]), verbose=0))
@@ -198,8 +197,8 @@ def test_raw_images_to_probabilities(resized: bool, service: Service, tmp_path: 
 def test_probabilities_follow_the_activation_and_the_loss(
     classes: int, activation: Any, loss: Any, expected: Any
 ) -> None:
-    tokenizer = models.BertTokenizer(hub_tasks.word_pieces())
-    model = hub_tasks.classifier("Bert", tokenizer, classes, activation=activation)
+    tokenizer = models.BertTokenizer(keras_hub_tasks.word_pieces())
+    model = keras_hub_tasks.classifier("Bert", tokenizer, classes, activation=activation)
     model.compile(loss=loss)
     outputs = model.predict(TEXTS, verbose=0)
     answers = classify(model, True).call({"text": tf.constant(TEXTS)})
@@ -207,14 +206,14 @@ def test_probabilities_follow_the_activation_and_the_loss(
 
 
 def without_preprocessor() -> keras.Model:
-    model = hub_tasks.CLASSIFIERS["Bert"]()
+    model = keras_hub_tasks.CLASSIFIERS["Bert"]()
     model.preprocessor = None
     return model
 
 
 def squashed() -> keras.Model:
-    tokenizer = models.BertTokenizer(hub_tasks.word_pieces())
-    return hub_tasks.classifier("Bert", tokenizer, activation="tanh")
+    tokenizer = models.BertTokenizer(keras_hub_tasks.word_pieces())
+    return keras_hub_tasks.classifier("Bert", tokenizer, activation="tanh")
 
 
 @pytest.mark.parametrize(
@@ -222,8 +221,8 @@ def squashed() -> keras.Model:
     [
         (without_preprocessor, True, "a model without a preprocessor"),
         (squashed, True, "whose activation is None"),
-        (hub_tasks.CLASSIFIERS["Bert"], "text", "distinct names of segments"),
-        (hub_tasks.CLASSIFIERS["Bert"], ["a", "a"], "distinct names of segments"),
+        (keras_hub_tasks.CLASSIFIERS["Bert"], "text", "distinct names of segments"),
+        (keras_hub_tasks.CLASSIFIERS["Bert"], ["a", "a"], "distinct names of segments"),
         (lambda: image_classifier(None), ("a", "b"), "True for a classifier of images"),
     ],
 )
@@ -237,7 +236,7 @@ def test_preprocessing_that_is_not_for_the_task(
 
 def test_words_of_the_training_data_are_not_exported(tmp_path: Path) -> None:
     """KerasHub's byte-pair tokenizers remember the pieces of each word, joined by blanks."""
-    model = hub_tasks.CLASSIFIERS["Roberta"]()
+    model = keras_hub_tasks.CLASSIFIERS["Roberta"]()
     words = tf.data.Dataset.from_tensors(["zqjxk"]).map(model.preprocessor.tokenizer)
     assert [len(tokens) for batch in words for tokens in batch] == [5]
     kl.export_saved_model(model, tmp_path / "1", preprocessing=True)
@@ -254,13 +253,13 @@ NOT_MADE = {"BLIP2Seq2SeqLM", "Gemma4AssistantCausalLM", "PARSeqCausalLM"}
 FIXED_SIZE = {"Qwen3_5CausalLM", "Qwen3_5MoeCausalLM", "Gemma4CausalLM"}
 REFUSED = {"RWKV7CausalLM": "RWKV7TimeMix", "T5Seq2SeqLM": "Cannot squeeze axis=1.*generate=False"}
 WARNS_WHEN_MADE = pytest.mark.filterwarnings(r"ignore::UserWarning:keras(_hub)?\.src")
-WRITERS = sorted(hub_tasks.task_classes().keys() - NOT_MADE - REFUSED.keys())
+WRITERS = sorted(keras_hub_tasks.task_classes().keys() - NOT_MADE - REFUSED.keys())
 STOP = [5]
 
 
 def writer(name: str) -> tuple[keras.Model, Arrays]:
     """A language model, and prompts of three and two tokens."""
-    task: Any = hub_tasks.task_classes()[name]
+    task: Any = keras_hub_tasks.task_classes()[name]
     network, given = BACKBONES[task.backbone_cls.__name__]()
     model = task(backbone=network, preprocessor=None)
     model.compile(sampler="greedy", run_eagerly=True)
@@ -301,7 +300,7 @@ def test_tokens_are_those_of_generate(name: str, service: Service, tmp_path: Pat
 
 def test_every_language_model_of_kerashub_is_accounted_for() -> None:
     assert len(WRITERS) == 29
-    assert NOT_MADE | REFUSED.keys() <= hub_tasks.task_classes().keys()
+    assert NOT_MADE | REFUSED.keys() <= keras_hub_tasks.task_classes().keys()
 
 
 @WARNS_WHEN_MADE
@@ -329,9 +328,9 @@ def test_logits_alone(service: Service, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(hub_tasks.LANGUAGE_MODELS))
+@pytest.mark.parametrize("name", list(keras_hub_tasks.LANGUAGE_MODELS))
 def test_text_is_that_of_generate(name: str, service: Service, tmp_path: Path) -> None:
-    model = adapted(hub_tasks.LANGUAGE_MODELS[name]())
+    model = adapted(keras_hub_tasks.LANGUAGE_MODELS[name]())
     prompts = ["the good film", "a bad", "čaj"]
     expected = model.generate(list(prompts), max_length=11)
     report = kl.export_saved_model(model, tmp_path / "1", preprocessing=True, max_length=11)
@@ -345,7 +344,7 @@ def test_text_is_that_of_generate(name: str, service: Service, tmp_path: Path) -
 
 
 def gpt2(sampler: Any = "greedy") -> keras.Model:
-    model = hub_tasks.LANGUAGE_MODELS["GPT2"]()
+    model = keras_hub_tasks.LANGUAGE_MODELS["GPT2"]()
     model.compile(sampler=sampler, run_eagerly=True)
     return model
 
@@ -402,7 +401,7 @@ def test_prompts_are_padded_and_answers_stop(stop: Any, service: Service, tmp_pa
 
 
 def test_llama3_has_two_ends() -> None:
-    model = hub_tasks.LANGUAGE_MODELS["Llama3"]()
+    model = keras_hub_tasks.LANGUAGE_MODELS["Llama3"]()
     vocabulary = model.preprocessor.tokenizer.vocabulary
     ends = [vocabulary["<|end_of_text|>"], vocabulary["<|eot_id|>"]]
     assert stop_tokens(model, Generation()) == ends

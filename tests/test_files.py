@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
-import mutations
 import numpy as np
-import processes
 import pytest
-import writers
 from hypothesis import given, settings
-from mutations import CONFIG_FILE, TENSORS_FILE
 from safetensors.numpy import save
+from support import mutations, processes, writers
+from support.mutations import CONFIG_FILE, TENSORS_FILE
 
 from keras_lora.checks import AdapterFileError
 from keras_lora.files.adapter_files import (
@@ -349,11 +347,15 @@ def read_traced(directory: Path) -> tuple[AdapterFiles | AdapterFileError, int]:
     return result, peak
 
 
+WRITERS = "import sys; from support import without_package, writers\n"
+
+
 @pytest.mark.slow
 def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
     directory = tmp_path / "adapter"
-    script = "import sys, warnings, without_package, writers; warnings.simplefilter('ignore')\n"
-    output = processes.run(script + "writers.die_at_every_step(sys.argv[1])", directory)
+    quiet = "import warnings; warnings.simplefilter('ignore')\n"
+    script = f"{WRITERS}writers.die_at_every_step(sys.argv[1])"
+    output = processes.run(quiet + script, directory)
     lines = [line.split() for line in output.splitlines()]
     found: dict[str, list[str]] = {"old": [], "new": []}
     for name, status, now in lines:
@@ -372,10 +374,7 @@ def test_a_save_killed_at_any_moment_leaves_the_old_adapter_or_the_new_one(tmp_p
     moments = random.Random(0)
     found = []
     for _ in range(50):
-        process = processes.start(
-            "import sys, without_package, writers; writers.write_until_killed(sys.argv[1])",
-            tmp_path,
-        )
+        process = processes.start(f"{WRITERS}writers.write_until_killed(sys.argv[1])", tmp_path)
         assert process.stdout
         assert process.stdout.readline() == "started\n"
         time.sleep(moments.uniform(0, 0.03))

@@ -11,9 +11,9 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from hub_models import HIDDEN, HUB_MODELS, UNREADABLE
 from keras_hub.src.utils.transformers.safetensor_utils import SafetensorLoader
-from kerashub_backbones import BACKBONES
+from support.hugging_face_models import HIDDEN, HUGGING_FACE_MODELS, NEEDS_CONFIG, UNREADABLE
+from support.keras_hub_backbones import BACKBONES
 
 import keras_lora as kl
 from keras_lora.exchange.converters import Block, HubWeights, MissingFieldError, hub_blocks
@@ -48,8 +48,6 @@ WITHOUT_ORIGIN = {
 }
 # transformers 5 writes them one by one, and computes with all in one; the converter reads both.
 UNFUSED = {"qwen3_5_moe": ("experts.gate_up_proj", "experts.down_proj")}
-# KerasHub's converter reads there which language model it has.
-NEEDS_CONFIG = {"blip-2": {"text_config": {"model_type": "opt"}}}
 # `from_preset` of transformers' files that KerasHub 0.32 cannot read.
 ERRORS = {
     "albert without pooler": "albert.pooler.weight",
@@ -67,7 +65,7 @@ ERRORS = {
 pytestmark = pytest.mark.filterwarnings("ignore:Layer 'attn':UserWarning")
 
 
-@pytest.fixture(params=HUB_MODELS, scope="module")
+@pytest.fixture(params=HUGGING_FACE_MODELS, scope="module")
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -75,7 +73,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def directory(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    HUB_MODELS[name](path)
+    HUGGING_FACE_MODELS[name](path)
     return path
 
 

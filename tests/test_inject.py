@@ -8,11 +8,15 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import (
+from support.cases import numpy_of
+from support.models import (
+    CONFIG,
     Subclassed,
     composite,
     data,
+    every_model,
     functional,
+    names,
     randomize_adapters,
     state,
     subclassed,
@@ -20,18 +24,6 @@ from models import (
 
 import keras_lora as kl
 from keras_lora.layers.lora_layer import LoRALayer
-
-CONFIG = kl.LoRAConfig(rank=2, alpha=3)
-MODELS = [functional, composite, subclassed]
-every_model = pytest.mark.parametrize("make", MODELS)
-
-
-def numpy_of(value: Any) -> np.ndarray:
-    return np.array(keras.ops.convert_to_numpy(value))
-
-
-def names(variables: Any) -> list[str]:
-    return sorted({v.name for v in variables})
 
 
 @every_model

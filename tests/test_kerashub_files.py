@@ -13,8 +13,8 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from cases import CASES, Case, einsum, numpy_of, reference_delta
-from kerashub_backbones import BACKBONES
+from support.cases import CASES, Case, einsum, numpy_of, reference_delta
+from support.keras_hub_backbones import BACKBONES
 
 import keras_lora as kl
 from keras_lora.checks import AdapterFileError

@@ -18,9 +18,9 @@ import peft
 import pytest
 import torch
 import transformers
-from hub_models import HUB_MODELS, VOCAB
-from models import randomize_adapters, state
 from safetensors.numpy import load_file
+from support.hugging_face_models import HUGGING_FACE_MODELS, VOCAB
+from support.models import randomize_adapters, state
 
 import keras_lora as kl
 from keras_lora.exchange.converters import Block
@@ -127,7 +127,7 @@ every_architecture = pytest.mark.parametrize("name", CASES)
 def base(name: str, tmp_path: Path) -> Path:
     """The directory of a tiny model."""
     directory = tmp_path / "base"
-    HUB_MODELS[name](directory)
+    HUGGING_FACE_MODELS[name](directory)
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | CONFIG_EDITS.get(name, {})))
     return directory

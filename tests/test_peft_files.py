@@ -16,7 +16,6 @@ from typing import Any
 
 import huggingface_hub
 import ml_dtypes
-import mutations
 import numpy as np
 import peft
 import pytest
@@ -28,6 +27,7 @@ from hypothesis import given, settings
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
+from support import mutations
 
 from keras_lora.checks import AdapterFileError
 from keras_lora.exchange.peft_files import (

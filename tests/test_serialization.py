@@ -12,19 +12,24 @@ from typing import Any
 
 import keras
 import numpy as np
-import processes
 import pytest
-from cases import numpy_of
 from hypothesis import given, settings
-from models import composite, data, functional, randomize_adapters, state, subclassed
-from mutations import mutations
 from safetensors.numpy import load_file
-from test_adapters import CONFIGS, Counter, counted, factors, fit
+from support import processes
+from support.adapters import CONFIGS, Counter, counted, factors, fit
+from support.cases import numpy_of
+from support.models import (
+    composite,
+    data,
+    every_model,
+    functional,
+    randomize_adapters,
+    state,
+)
+from support.mutations import mutations
 
 import keras_lora as kl
 
-MODELS = [functional, composite, subclassed]
-every_model = pytest.mark.parametrize("make", MODELS)
 CONFIG = kl.LoRAConfig(
     rank=3, alpha=5, dropout=0.1, use_rslora=True, bias="lora_only", layers_to_save=["head"]
 )

@@ -18,6 +18,8 @@ import keras_lora as kl
 from keras_lora.layers import LayerAdapter
 
 RANK, ALPHA = 2, 5.0
+# Relative rounding of a low-precision result against float64, a few units in the last place.
+ROUNDING = {"mixed_bfloat16": 3e-2, "bfloat16": 3e-2, "mixed_float16": 4e-3, "float16": 4e-3}
 VOCABULARY, DIM = 13, 5
 
 
@@ -161,6 +163,13 @@ def randomize(variables: Any) -> None:
 def numpy_of(value: Any) -> np.ndarray:
     """A copy in float64."""
     return np.array(keras.ops.convert_to_numpy(value)).astype("float64")
+
+
+def relative(received: object, expected: object) -> float:
+    """The largest difference, over the largest magnitude of what is expected."""
+    received, expected = numpy_of(received), numpy_of(expected)
+    assert received.shape == expected.shape
+    return float(np.abs(received - expected).max() / np.abs(expected).max())
 
 
 def snapshot(variables: Any) -> list[bytes]:

@@ -9,7 +9,7 @@ import numpy as np
 from run_saved_model import DTYPES, NUMBERS
 from tensorflow.core.framework.tensor_pb2 import TensorProto
 
-from serving_standin.failures import invalid_argument
+from support.serving_standin.failures import invalid_argument
 
 # The field of a message that holds values of each kind, as `Tensor::AsProtoField` writes them.
 _FIELDS: dict[Any, str] = {

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # An import blocker fails in `create_module`: TensorFlow itself asks `find_spec("keras")`.
 BLOCK = """

@@ -16,9 +16,9 @@ from tensorflow_serving.apis.get_model_status_pb2 import (
 )
 from tensorflow_serving.apis.predict_pb2 import PredictRequest, PredictResponse
 
-from serving_standin.failures import RequestError, invalid_argument, of_model
-from serving_standin.tensors import to_array, to_message
-from serving_standin.versions import Catalog
+from support.serving_standin.failures import RequestError, invalid_argument, of_model
+from support.serving_standin.tensors import to_array, to_message
+from support.serving_standin.versions import Catalog
 
 DEFAULT_SIGNATURE = "serving_default"
 

@@ -17,10 +17,10 @@ from tensorflow_serving.apis.get_model_status_pb2 import GetModelStatusRequest
 from tensorflow_serving.apis.model_pb2 import ModelSpec
 from tensorflow_serving.apis.predict_pb2 import PredictRequest
 
-from serving_standin import answers, json_tensors
-from serving_standin.failures import RequestError, invalid_argument
-from serving_standin.tensors import to_array, to_message
-from serving_standin.versions import Catalog
+from support.serving_standin import answers, json_tensors
+from support.serving_standin.failures import RequestError, invalid_argument
+from support.serving_standin.tensors import to_array, to_message
+from support.serving_standin.versions import Catalog
 
 _MODEL = r"(?i)/v1/models/(?P<name>[^/:]+)(?:/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
 _POST = re.compile(_MODEL + r":(?P<method>classify|regress|predict)")

@@ -7,5 +7,5 @@ import types
 from pathlib import Path
 
 package = types.ModuleType("keras_lora")
-package.__path__ = [str(Path(__file__).parent.parent / "keras_lora")]
+package.__path__ = [str(Path(__file__).parents[2] / "keras_lora")]
 sys.modules["keras_lora"] = package

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import hub_tasks
 import keras
 import numpy as np
 import tensorflow as tf
-import test_export
-from models import composite, data, randomize_adapters
 
 import keras_lora as kl
+from support import exports, keras_hub_tasks
+from support.models import composite, data, randomize_adapters
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,14 @@ def kinds(path: Path) -> list[Call]:
 
 
 def exported(name: str) -> Write:
-    """A row of `test_export.EXPORTS`, and another batch than the model was made with."""
+    """A row of `exports.EXPORTS`, and another batch than the model was made with."""
 
     def write(path: Path) -> list[Call]:
-        make, feed, outputs = test_export.EXPORTS[name]
-        model = test_export.adapted(make)
+        make, feed, outputs = exports.EXPORTS[name]
+        model = exports.adapted(make)
         kl.export_saved_model(model, path)
         feeds = feed(model)
-        values = test_export.predict(model, feeds)
+        values = exports.predict(model, feeds)
         expected = dict(zip(outputs, values, strict=True))
         first = {k: v[:1] for k, v in feeds.items()}, {k: v[:1] for k, v in expected.items()}
         return [Call(feeds, expected), Call(*first)]
@@ -102,7 +101,7 @@ FILMS = np.array(["the good film!", "a bad film", "films", ""], object)
 
 def text_classifier(path: Path) -> list[Call]:
     """Strings in, probabilities and the name of a class out."""
-    model = test_export.adapted(hub_tasks.CLASSIFIERS["Bert"])
+    model = exports.adapted(keras_hub_tasks.CLASSIFIERS["Bert"])
     kl.export_saved_model(model, path, preprocessing=True, class_names=CLASSES)
     exponentials = np.exp(model.predict(FILMS, verbose=0))
     probabilities = exponentials / exponentials.sum(-1, keepdims=True)
@@ -111,7 +110,7 @@ def text_classifier(path: Path) -> list[Call]:
 
 
 def tokens_to_tokens(path: Path) -> list[Call]:
-    model = test_export.adapted(hub_tasks.LANGUAGE_MODELS["GPT2"])
+    model = exports.adapted(keras_hub_tasks.LANGUAGE_MODELS["GPT2"])
     feeds = model.preprocessor.generate_preprocess(["the good", "a film"])
     feeds = {name: np.array(value).astype("int32") for name, value in feeds.items()}
     model.preprocessor = None
@@ -124,7 +123,7 @@ def tokens_to_tokens(path: Path) -> list[Call]:
 
 def text_to_text(path: Path) -> list[Call]:
     prompts = ["the good", "a film"]
-    model = test_export.adapted(hub_tasks.LANGUAGE_MODELS["GPT2"])
+    model = exports.adapted(keras_hub_tasks.LANGUAGE_MODELS["GPT2"])
     kl.export_saved_model(model, path, preprocessing=True)
     written = np.array([text.encode() for text in model.generate(prompts)], object)
     return [Call({"text": np.array(prompts, object)}, {"text": written}, "generate")]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from servers import Server
+from support.servers import Server
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ import numpy as np
 from run_saved_model import DTYPES
 from tensorflow.core.framework.types_pb2 import DataType
 
-from serving_standin.failures import invalid_argument
+from support.serving_standin.failures import invalid_argument
 
 Tensors = dict[str, np.ndarray]
 Types = Mapping[str, int]  # TF_DataType by input

@@ -1,6 +1,6 @@
 """Tiny random models of Hugging Face's transformers, for all that KerasHub has converters for.
 
-`HUB_MODELS` maps a name to a function that saves a model in a directory, `config.json` and
+`HUGGING_FACE_MODELS` maps a name to a function that saves a model in a directory, `config.json` and
 `model.safetensors`, for `keras_hub.models.Backbone.from_preset(directory)`. The classes have a
 head where the converters expect the prefix of its keys. Sizes differ wherever the architecture
 lets them, so that a transposed matrix has the wrong shape; but a query of three heads of eight is
@@ -152,7 +152,7 @@ _BART = _saved(
     max_position_embeddings=32,
 )
 
-HUB_MODELS: dict[str, Save] = {
+HUGGING_FACE_MODELS: dict[str, Save] = {
     # Text decoders.
     "llama": _saved("LlamaForCausalLM", "LlamaConfig", **DECODER),
     "llama tied": _saved(
@@ -345,3 +345,5 @@ UNREADABLE: dict[str, Save] = {
         image_token_index=3,
     ),
 }
+# KerasHub's converter reads there which language model it has.
+NEEDS_CONFIG = {"blip-2": {"text_config": {"model_type": "opt"}}}

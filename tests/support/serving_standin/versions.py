@@ -12,7 +12,7 @@ from run_saved_model import ModelError, SavedModel
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 from tensorflow_serving.apis.model_pb2 import ModelSpec
 
-from serving_standin.failures import RequestError, invalid_argument, number, of_model
+from support.serving_standin.failures import RequestError, invalid_argument, number, of_model
 
 
 @dataclass(frozen=True)

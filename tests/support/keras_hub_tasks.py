@@ -8,12 +8,13 @@ from functools import cache
 from typing import Any
 
 import keras
-import kerashub_backbones
 import numpy as np
 import pytest
 import sentencepiece
 from keras_hub import models
 from tokenizers.pre_tokenizers import ByteLevel
+
+from support.keras_hub_backbones import BACKBONES, sizes
 
 SENTENCES = ["the good film", "a bad film", "good films are good", "the bad are bad"]
 SPECIAL = ["[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]", "<pad>", "<bos>", "<eos>"]
@@ -60,9 +61,9 @@ def sentence_pieces() -> bytes:
 def backbone(name: str, vocabulary: int) -> Any:
     """The tiny backbone of this name, for a vocabulary that the tokenizer has."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kerashub_backbones, "VOCAB", vocabulary)
-        patch.setattr(kerashub_backbones, "LENGTH", LENGTH)
-        return kerashub_backbones.BACKBONES[f"{name}Backbone"]()[0]
+        patch.setattr(sizes, "VOCAB", vocabulary)
+        patch.setattr(sizes, "LENGTH", LENGTH)
+        return BACKBONES[f"{name}Backbone"]()[0]
 
 
 def classifier(name: str, tokenizer: Any, classes: int = 3, **options: Any) -> keras.Model:

@@ -12,9 +12,9 @@ from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_p
 from tensorflow_serving.apis.model_management_pb2 import ReloadConfigResponse
 from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
 
-from serving_standin import answers
-from serving_standin.failures import RequestError, invalid_argument
-from serving_standin.versions import Catalog
+from support.serving_standin import answers
+from support.serving_standin.failures import RequestError, invalid_argument
+from support.serving_standin.versions import Catalog
 
 MESSAGE_LIMIT = 1024
 

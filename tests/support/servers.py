@@ -29,7 +29,6 @@ import numpy as np
 import pytest
 import requests
 import tensorflow as tf
-from processes import ROOT
 from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
 from tensorflow_serving.apis.get_model_metadata_pb2 import (
     GetModelMetadataRequest,
@@ -39,6 +38,8 @@ from tensorflow_serving.apis.get_model_metadata_pb2 import (
 from tensorflow_serving.apis.get_model_status_pb2 import GetModelStatusRequest
 from tensorflow_serving.apis.model_management_pb2 import ReloadConfigRequest
 from tensorflow_serving.apis.predict_pb2 import PredictRequest
+
+from support.processes import ROOT
 
 STANDIN, REAL = "stand-in", "TensorFlow Serving"
 TIMEOUT = 60.0  # seconds, of one request
@@ -77,7 +78,8 @@ def started(kind: str, models: Path) -> Iterator[Server]:
     given = [os.environ[name] for name in names if name in os.environ]
     binary = shutil.which("tensorflow_model_server")
     if kind == STANDIN:
-        with run([sys.executable, str(ROOT / "tests/standin.py")], ("0", "0"), models) as server:
+        program = [sys.executable, str(ROOT / "tests/support/standin.py")]
+        with run(program, ("0", "0"), models) as server:
             yield server
     elif len(given) == len(names):
         yield Server(given[0], given[1], Path(given[2]))

@@ -1,7 +1,7 @@
 """Start the stand-in for TensorFlow Serving, with the flags of `tensorflow_model_server`.
 
-    python tests/standin.py --model_name=classifier --model_base_path=$PWD/models/classifier \\
-        --port=8500 --rest_api_port=8501
+    python tests/support/standin.py --model_name=classifier \\
+        --model_base_path=$PWD/models/classifier --port=8500 --rest_api_port=8501
 
 `serving_standin/__init__.py` says what it is and what it is not.
 """
@@ -14,12 +14,13 @@ import threading
 from pathlib import Path
 
 from google.protobuf import text_format
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-from serving_standin import rest, rpc
-from serving_standin.versions import Catalog
 from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.serving_standin import rest, rpc
+from support.serving_standin.versions import Catalog
 
 
 def flags() -> argparse.Namespace:

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 
 import keras_lora as kl
 
@@ -100,3 +101,12 @@ def state(model: keras.Model) -> Any:
         [(id(v), v.trainable, np.array(v).tobytes()) for v in model.variables],
         sorted(name for layer in layers for name in vars(layer) if "lora" in name),
     )
+
+
+CONFIG = kl.LoRAConfig(rank=2, alpha=3)
+MODELS = [functional, composite, subclassed]
+every_model = pytest.mark.parametrize("make", MODELS)
+
+
+def names(variables: Any) -> list[str]:
+    return sorted({v.name for v in variables})
