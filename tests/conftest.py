@@ -17,6 +17,8 @@ import pytest
 from support import servers
 
 keras.utils.set_random_seed(7)
+# No tests and no doctests, and to import some of its modules takes what tests do without.
+collect_ignore = ["support"]
 
 
 @pytest.fixture(autouse=True)

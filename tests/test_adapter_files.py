@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
-import signal
 import stat
-import tempfile
-import time
-import tracemalloc
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from safetensors.numpy import save
-from support import mutations, processes, writers
+from support import mutations
+from support.adapter_arrays import (
+    CONFIG,
+    DIFFERENT,
+    DTYPES,
+    SMALL,
+    arrays,
+    assert_same,
+    names,
+    read_traced,
+    size_of,
+)
 from support.mutations import CONFIG_FILE, TENSORS_FILE
 
 from keras_lora.checks import AdapterFileError
@@ -32,42 +34,7 @@ from keras_lora.files.adapter_files import (
     write_adapter_files,
 )
 
-DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
-SHAPES: tuple[tuple[int, ...], ...] = ((), (7,), (3, 5, 2), (0,), (2, 0, 3))
-CONFIG = {"rank": 2, "alpha": 0.1, "targets": ["käse", "b"], "none": None, "deep": {"z": 1, "a": 2}}
-DIFFERENT = "save was interrupted or the JSON was edited"
-documented_warning = pytest.mark.filterwarnings(f"ignore:.*{DIFFERENT}:UserWarning")
-
-
-def arrays() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {
-        f"{np.dtype(dtype).name}/{len(shape)}.{int(np.prod(shape))}": np.asarray(
-            rng.normal(size=shape)
-        ).astype(dtype)
-        for dtype in DTYPES
-        for shape in SHAPES
-    }
-
-
-def assert_same(loaded: AdapterFiles, config: object, tensors: dict[str, np.ndarray]) -> None:
-    assert loaded.config == config
-    assert list(loaded.tensors) == sorted(tensors)
-    for key, array in tensors.items():
-        found = loaded.tensors[key]
-        assert (found.dtype, found.shape) == (array.dtype, array.shape), key
-        assert found.tobytes() == array.tobytes(), key
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(file.name for file in directory.iterdir())
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    directory = tmp_path / "adapter"
-    write_adapter_files(directory, CONFIG, arrays(), overwrite=False)
-    return directory
+pytest_plugins = ["support.adapter_arrays"]
 
 
 def test_round_trip(saved: Path) -> None:
@@ -272,39 +239,6 @@ def test_no_permission_to_read(saved: Path, name: str, monkeypatch: pytest.Monke
         read_adapter_files(saved)
 
 
-@pytest.mark.parametrize("name", ["fsync", "replace", "close"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", [1, 2, 3])
-@documented_warning
-def test_a_failed_save_leaves_no_temporary_file(
-    saved: Path, name: str, error: BaseException, call: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = iter(range(1, 99))
-    module: Any = Path if name == "replace" else os
-    function = getattr(module, name)
-
-    def failing(*args: Any) -> Any:
-        if next(calls) == call:
-            raise error
-        return function(*args)
-
-    monkeypatch.setattr(module, name, failing)
-    with contextlib.suppress(AdapterFileError, KeyboardInterrupt):
-        write_adapter_files(saved, {"new": 1}, {"x": np.ones(2)}, overwrite=True)
-    monkeypatch.undo()
-    assert names(saved) == [TENSORS_FILE, CONFIG_FILE]
-    assert read_adapter_files(saved).config in (CONFIG, {"new": 1})
-
-
-def test_left_over_temporary_files_go_and_others_stay(saved: Path) -> None:
-    left = [f".{name}.{'0a' * 16}.tmp" for name in (TENSORS_FILE, CONFIG_FILE)]
-    others = [f".{TENSORS_FILE}.0a.tmp", f".{TENSORS_FILE}.{'0A' * 16}.tmp", ".adapter.tmp"]
-    for name in [*left, *others]:
-        (saved / name).touch()
-    write_adapter_files(saved, {}, {}, overwrite=True)
-    assert names(saved) == sorted([TENSORS_FILE, CONFIG_FILE, *others])
-
-
 def test_the_mode_of_the_files_follows_the_umask(tmp_path: Path) -> None:
     mask = os.umask(0o027)
     try:
@@ -322,89 +256,3 @@ def test_memory_of_reading_stays_under_twice_the_file(tmp_path: Path, dtype: typ
     }
     write_adapter_files(tmp_path, {"rank": 1}, tensors, overwrite=False)
     assert read_traced(tmp_path)[1] <= 2 * size_of(tmp_path) + SMALL
-
-
-# Bytes: a few tensors' objects, and nested lists down to where Python's parser of JSON gives up.
-SMALL = 128 * 1024
-
-
-def size_of(path: Path) -> int:
-    found = [path] if path.is_file() else [f for f in path.glob("*") if f.is_file()]
-    return sum(f.stat().st_size for f in found)
-
-
-def read_traced(directory: Path) -> tuple[AdapterFiles | AdapterFileError, int]:
-    """What reading gives or why it refuses, and the peak of memory that it took, in bytes."""
-    result: AdapterFiles | AdapterFileError
-    tracemalloc.start()
-    try:
-        result = read_adapter_files(directory)
-    except AdapterFileError as error:
-        result = error
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    return result, peak
-
-
-WRITERS = "import sys; from support import without_package, writers\n"
-
-
-@pytest.mark.slow
-def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
-    directory = tmp_path / "adapter"
-    quiet = "import warnings; warnings.simplefilter('ignore')\n"
-    script = f"{WRITERS}writers.die_at_every_step(sys.argv[1])"
-    output = processes.run(quiet + script, directory)
-    lines = [line.split() for line in output.splitlines()]
-    found: dict[str, list[str]] = {"old": [], "new": []}
-    for name, status, now in lines:
-        assert status in ("killed", "0")
-        found[name].append(now)
-    for name, before in (("old", "None"), ("new", "old")):
-        count = found[name].count(before)
-        assert found[name] == [before] * count + [name] * (len(found[name]) - count)
-        assert min(count, len(found[name]) - count) > 1
-    assert names(directory) == [TENSORS_FILE, CONFIG_FILE]
-
-
-@pytest.mark.slow
-@documented_warning
-def test_a_save_killed_at_any_moment_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
-    moments = random.Random(0)
-    found = []
-    for _ in range(50):
-        process = processes.start(f"{WRITERS}writers.write_until_killed(sys.argv[1])", tmp_path)
-        assert process.stdout
-        assert process.stdout.readline() == "started\n"
-        time.sleep(moments.uniform(0, 0.03))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        found.append(writers.read(str(tmp_path)))
-    assert set(found) - {None} == {"old", "new"}
-    assert None not in found[found.index("old") :]
-    write_adapter_files(tmp_path, {}, {}, overwrite=True)
-    assert names(tmp_path) == [TENSORS_FILE, CONFIG_FILE]
-
-
-@settings(max_examples=2000, derandomize=True, deadline=None, database=None)
-@given(mutation=mutations.mutations())
-def test_a_damaged_adapter_is_read_as_it_was_saved_or_refused(
-    mutation: mutations.Mutation,
-) -> None:
-    with tempfile.TemporaryDirectory() as parent:
-        directory = Path(parent, "adapter")
-        write_adapter_files(directory, CONFIG, arrays(), overwrite=False)
-        mutation(directory)
-        limit = 2 * size_of(directory) + SMALL
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            loaded, peak = read_traced(directory)
-    assert peak <= limit
-    assert all(DIFFERENT in str(warning.message) for warning in caught)
-    if isinstance(loaded, AdapterFiles):
-        assert_same(loaded, CONFIG, arrays())
-    else:
-        assert not caught
-        assert str(directory) in str(loaded)
