@@ -13,6 +13,8 @@ from support.servers import Server
 
 import keras_lora_cli
 
+pytest_plugins = ["support.servers"]
+
 ROOT = Path(__file__).parent.parent
 SERVING = ROOT / "docs" / "serving.md"
 PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {SERVING})]

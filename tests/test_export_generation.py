@@ -16,8 +16,8 @@ from support.models import state
 from support.tasks import NAMES, Arrays, Service, adapted
 
 import keras_lora as kl
-from keras_lora.export.kerashub.generation import Generation, stop_tokens
-from keras_lora.export.kerashub.operations import server_operations, slice_update
+from keras_lora.export.keras_hub.generation import Generation, stop_tokens
+from keras_lora.export.keras_hub.operations import server_operations, slice_update
 
 pytest_plugins = ["support.tasks"]
 

@@ -18,7 +18,7 @@ from support.models import composite, data, functional, state, subclassed
 from support.tasks import NAMES, TEXTS, Service, adapted, bytes_of
 
 import keras_lora as kl
-from keras_lora.export.kerashub.preprocessing import classify
+from keras_lora.export.keras_hub.preprocessing import classify
 
 pytest_plugins = ["support.tasks"]
 

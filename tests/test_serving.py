@@ -20,6 +20,8 @@ from support.served_models import EXPORTS, Call
 from support.servers import GrpcClient, RestClient, Server
 from tensorflow.core.framework.types_pb2 import DataType
 
+pytest_plugins = ["support.servers"]
+
 AVAILABLE, END = 30, 50  # of ModelVersionStatus.State
 Served = Callable[[str], list[Call]]
 

@@ -27,6 +27,8 @@ from support.servers import GrpcClient, RestClient, Server
 
 import keras_lora as kl
 
+pytest_plugins = ["support.servers"]
+
 MODEL = "many"
 SECONDS = 30.0
 LIMIT = 300.0  # seconds until all has been seen that must be

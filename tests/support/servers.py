@@ -234,3 +234,11 @@ def _plain(value: Any) -> Any:
         decoded = [v.decode() if isinstance(v, bytes) else v for v in array.ravel()]
         return np.array(decoded, object).reshape(array.shape).tolist()
     return array.tolist()
+
+
+@pytest.fixture(scope="session", params=[STANDIN, REAL])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    with started(request.param, tmp_path_factory.mktemp("models")) as running:
+        yield running
