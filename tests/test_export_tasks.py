@@ -19,9 +19,10 @@ from kerashub_backbones import BACKBONES
 from models import composite, data, functional, randomize_adapters, state, subclassed
 
 import keras_lora as kl
-from keras_lora.export.keras_hub.generation import Generation, stop_tokens
+from keras_lora.export.keras_hub.generation import stop_tokens
 from keras_lora.export.keras_hub.operations import server_operations, slice_update
 from keras_lora.export.keras_hub.preprocessing import classify
+from keras_lora.export.serving import Serving
 
 TEXTS = ["the good film!", "A bad FILMS", "", "good " * 20, "žluťoučký kůň"]
 NAMES = ["poor", "fair", "good"]
@@ -405,7 +406,7 @@ def test_llama3_has_two_ends() -> None:
     model = hub_tasks.LANGUAGE_MODELS["Llama3"]()
     vocabulary = model.preprocessor.tokenizer.vocabulary
     ends = [vocabulary["<|end_of_text|>"], vocabulary["<|eot_id|>"]]
-    assert stop_tokens(model, Generation()) == ends
+    assert stop_tokens(model, Serving()) == ends
 
 
 @pytest.mark.parametrize(

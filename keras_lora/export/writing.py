@@ -1,4 +1,4 @@
-"""What every export begins and ends with: a model that can be exported, files written whole."""
+"""The steps that every export has: checking the model, and writing whole files."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from keras_lora.walker import lora_layers
 
 
 def check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
+    """Refuse another backend than TensorFlow, an unbuilt model, and a path that exists.
+
+    Raises:
+        ValueError: one of these.
+    """
     if keras.backend.backend() != "tensorflow":
         raise invalid(
             "backend",
@@ -31,7 +36,7 @@ def check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A path to write, in a directory that goes; it becomes `target` if nothing is raised."""
+    """A path in a temporary directory; it is renamed to `target` if nothing is raised."""
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as workspace:
@@ -43,6 +48,6 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 def write_merged(model: keras.Model, endpoints: Sequence[Endpoint], path: Path) -> None:
-    """A SavedModel of the endpoints, with the active adapters of the model merged meanwhile."""
+    """Write a SavedModel of the endpoints; the model is merged until it is written."""
     with merged(model) if lora_layers(model) else contextlib.nullcontext():
         write_endpoints(endpoints, path)
