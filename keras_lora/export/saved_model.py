@@ -16,8 +16,9 @@ from keras_lora.export.kerashub.generation import Generation, generate_text, gen
 from keras_lora.export.kerashub.preprocessing import classify
 from keras_lora.export.kerashub.tasks import is_task
 from keras_lora.export.many.endpoint import AdapterIds, RowAdapters, check_adapter_ids, write_rows
-from keras_lora.export.writing import check_export, write_merged, written_whole
+from keras_lora.export.writing import check_export, write_merged
 from keras_lora.files.adapter_files import PathLike
+from keras_lora.files.atomic import replaced
 
 
 def export_saved_model(
@@ -127,7 +128,7 @@ def export_saved_model(
     rows = None if adapters is None else RowAdapters.of(model, adapters)
     generation = Generation(generate, max_length, stop_token_ids)
     endpoints = _endpoints(model, input_signature, class_names, preprocessing, generation)
-    with written_whole(target) as written:
+    with replaced(target) as written:
         if rows is None:
             write_merged(model, endpoints, written)
         else:

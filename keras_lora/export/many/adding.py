@@ -17,13 +17,13 @@ from keras_lora.export.many.endpoint import DESCRIPTION, FORMAT_VERSION
 from keras_lora.export.many.served_layers import MAGNITUDE
 from keras_lora.export.many.stored import DATA, INDEX, read_tensors, write_tensors
 from keras_lora.export.many.tables import Array, Piece, Tables
-from keras_lora.export.writing import written_whole
 from keras_lora.files.adapter_files import (
     TENSORS_FILE,
     AdapterFiles,
     PathLike,
     read_adapter_files,
 )
+from keras_lora.files.atomic import replaced
 from keras_lora.files.matching import check_fields, misfit, spec_of_layer
 from keras_lora.layers import check_adapter_name
 
@@ -80,7 +80,7 @@ def add_adapter_to_saved_model(
     if check_adapter_name(name) in tables.names:
         raise invalid("name", f"a name that is not among {tables.names[1:]}", name)
     tables.add(name, values)
-    with written_whole(goal) as written:
+    with replaced(goal) as written:
         _link_all_but_adapters(source, written)
         write_tensors(tables.tensors(), written / _ASSETS)
     return goal
