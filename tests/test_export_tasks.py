@@ -19,9 +19,9 @@ from kerashub_backbones import BACKBONES
 from models import composite, data, functional, randomize_adapters, state, subclassed
 
 import keras_lora as kl
-from keras_lora.export.kerashub.generation import Generation, stop_tokens
-from keras_lora.export.kerashub.operations import server_operations, slice_update
-from keras_lora.export.kerashub.preprocessing import classify
+from keras_lora.export.keras_hub.generation import Generation, stop_tokens
+from keras_lora.export.keras_hub.operations import server_operations, slice_update
+from keras_lora.export.keras_hub.preprocessing import classify
 
 TEXTS = ["the good film!", "A bad FILMS", "", "good " * 20, "žluťoučký kůň"]
 NAMES = ["poor", "fair", "good"]

@@ -13,7 +13,7 @@ import tensorflow as tf
 from models import composite, data, functional, subclassed
 
 import keras_lora as kl
-from keras_lora.export.kerashub.operations import server_operations
+from keras_lora.export.keras_hub.operations import server_operations
 
 
 @pytest.mark.parametrize("layer_class", [keras.layers.Dense, keras.layers.EinsumDense])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
+from keras_lora.export.reports import GraphReport
 from keras_lora.files.adapter_files import PathLike
 
 # What json_tensor.cc of TensorFlow Serving reads and writes.
@@ -59,21 +59,6 @@ _TEXT_OPS = {
     "WhitespaceTokenizeWithOffsets",
     "WordpieceTokenizeWithOffsets",
 }
-
-
-@dataclass(frozen=True)
-class GraphReport:
-    """What `check_saved_model` found.
-
-    Attributes:
-        operations: Number of operations, functions included.
-        problems: What a server cannot run, why, and what to do; empty where all is well.
-        text_operations: Operations of tensorflow-text, which a server must have linked in.
-    """
-
-    operations: int
-    problems: Sequence[str]
-    text_operations: Sequence[str]
 
 
 def check_saved_model(path: PathLike) -> GraphReport:

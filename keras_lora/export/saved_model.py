@@ -9,13 +9,14 @@ from typing import Any
 import keras
 
 from keras_lora.checks import invalid
-from keras_lora.export.checking import GraphReport, check_saved_model
+from keras_lora.export.checking import check_saved_model
 from keras_lora.export.classes import labelled
 from keras_lora.export.endpoints import Endpoint, serve
-from keras_lora.export.kerashub.generation import Generation, generate_text, generate_tokens
-from keras_lora.export.kerashub.preprocessing import classify
-from keras_lora.export.kerashub.tasks import is_task
+from keras_lora.export.keras_hub.generation import Generation, generate_text, generate_tokens
+from keras_lora.export.keras_hub.preprocessing import classify
+from keras_lora.export.keras_hub.tasks import is_task
 from keras_lora.export.many.endpoint import AdapterIds, RowAdapters, check_adapter_ids, write_rows
+from keras_lora.export.reports import GraphReport
 from keras_lora.export.writing import check_export, write_merged
 from keras_lora.files.adapter_files import PathLike
 from keras_lora.files.atomic import replaced

@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from keras_lora.checks import invalid
 from keras_lora.export.endpoints import Endpoint
-from keras_lora.export.kerashub.operations import server_operations
-from keras_lora.export.kerashub.preprocessing import string_spec
-from keras_lora.export.kerashub.tasks import preprocessor_of, tables_of
+from keras_lora.export.keras_hub.operations import server_operations
+from keras_lora.export.keras_hub.preprocessing import string_spec
+from keras_lora.export.keras_hub.tasks import preprocessor_of, tables_of
 from keras_lora.export.signatures import input_specs
 
 Tokens = Mapping[str, tf.Tensor]

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_lora.checks import invalid
 from keras_lora.export.endpoints import Endpoint
-from keras_lora.export.kerashub.tasks import is_task, preprocessor_of, tables_of
+from keras_lora.export.keras_hub.tasks import is_task, preprocessor_of, tables_of
 
 _BINARY = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
 
