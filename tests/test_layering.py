@@ -48,6 +48,8 @@ ORDER = [
     "inject.merge",
     "inject",
     "adapters",
+    "files.atomic",
+    "files.reading",
     "files.adapter_files",
     "files.keys",
     "files.matching",

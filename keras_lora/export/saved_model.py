@@ -19,8 +19,9 @@ from keras_lora.export.keras_hub.tasks import is_task
 from keras_lora.export.many.endpoint import ServedAdapters, write_mixed
 from keras_lora.export.reports import GraphReport
 from keras_lora.export.serving import AdapterIds, Serving
-from keras_lora.export.writing import check_export, write_merged, written_whole
+from keras_lora.export.writing import check_export, write_merged
 from keras_lora.files.adapter_files import PathLike
+from keras_lora.files.atomic import replaced
 
 
 def export_saved_model(
@@ -151,7 +152,7 @@ def write_saved_model(
     check_export(model, target, overwrite)
     served = None if serving.adapters is None else ServedAdapters.of(model, serving.adapters)
     endpoints = _endpoints(model, serving)
-    with written_whole(target) as written:
+    with replaced(target) as written:
         if served is None:
             write_merged(model, endpoints, written)
         else:

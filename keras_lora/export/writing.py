@@ -1,10 +1,9 @@
-"""The steps that every export has: checking the model, and writing whole files."""
+"""The steps that every export has: checking the model, and writing it merged."""
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
@@ -32,19 +31,6 @@ def check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
         raise invalid("model", "a built keras.Model", model, "call it on a batch first")
     if target.exists() and not overwrite:
         raise invalid("path", "a path that does not exist", str(target), "pass overwrite=True")
-
-
-@contextlib.contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A path in a temporary directory; it is renamed to `target` if nothing is raised."""
-    parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as workspace:
-        written = Path(workspace, "written")
-        yield written
-        if target.exists():
-            target.rename(Path(workspace, "replaced"))
-        written.rename(target)
 
 
 def write_merged(model: keras.Model, endpoints: Sequence[Endpoint], path: Path) -> None:

@@ -17,13 +17,13 @@ from keras_lora.export.many.endpoint import DESCRIPTION, FORMAT_VERSION
 from keras_lora.export.many.served_layers import MAGNITUDE
 from keras_lora.export.many.stacks import AdapterStacks, AdapterTensor, Array
 from keras_lora.export.many.stored import DATA, INDEX, read_stacks, write_stacks
-from keras_lora.export.writing import written_whole
 from keras_lora.files.adapter_files import (
     TENSORS_FILE,
     AdapterFiles,
     PathLike,
     read_adapter_files,
 )
+from keras_lora.files.atomic import replaced
 from keras_lora.files.matching import check_fields, misfit, spec_of_layer
 from keras_lora.layers import check_adapter_name
 
@@ -85,7 +85,7 @@ def add_adapter_to_saved_model(
     if check_adapter_name(name) in stacks.names:
         raise invalid("name", f"a name that is not among {stacks.names[1:]}", name)
     stacks.add(name, values)
-    with written_whole(goal) as written:
+    with replaced(goal) as written:
         _link_all_but_adapters(source, written)
         write_stacks(stacks.stored(), written / _ASSETS)
     return goal

@@ -215,7 +215,7 @@ def write_mixed(
     Raises:
         ValueError: the first axis of a layer's input is not the batch.
     """
-    folder = path.with_name("stacks")
+    folder = path.with_name(f"{path.name}.stacks")
     stored = StoredStacks(served.tensors, folder)
     description = json.dumps(served.description())
     with served.ready():
