@@ -16,8 +16,9 @@ from support.models import state
 from support.tasks import NAMES, Arrays, Service, adapted
 
 import keras_lora as kl
-from keras_lora.export.keras_hub.generation import Generation, stop_tokens
+from keras_lora.export.keras_hub.generation import stop_tokens
 from keras_lora.export.keras_hub.operations import server_operations, slice_update
+from keras_lora.export.serving import Serving
 
 pytest_plugins = ["support.tasks"]
 
@@ -181,7 +182,7 @@ def test_llama3_has_two_ends() -> None:
     model = keras_hub_tasks.LANGUAGE_MODELS["Llama3"]()
     vocabulary = model.preprocessor.tokenizer.vocabulary
     ends = [vocabulary["<|end_of_text|>"], vocabulary["<|eot_id|>"]]
-    assert stop_tokens(model, Generation()) == ends
+    assert stop_tokens(model, Serving()) == ends
 
 
 @pytest.mark.parametrize(

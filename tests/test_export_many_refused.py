@@ -82,7 +82,7 @@ REFUSED: dict[str, tuple[Callable[[], keras.Model], kl.LoRAConfig, str]] = {
     "embedding": (
         tokens_in,
         config(2, ["table"]),
-        "'table': a layer of the kind Embedding has no adapters by row",
+        "'table': the adapters of Embedding cannot differ from row to row",
     ),
     "norm": (
         functional,
