@@ -20,7 +20,8 @@ import tensorflow as tf
 from keras_lora.checks import invalid
 from keras_lora.export.endpoints import Endpoint
 from keras_lora.export.reports import RuntimeReport, Shape
-from keras_lora.export.writing import write_merged, written_whole
+from keras_lora.export.writing import write_merged
+from keras_lora.files.atomic import replaced
 from keras_lora.walker import walk
 
 Arrays: TypeAlias = Mapping[str, np.ndarray]
@@ -63,8 +64,8 @@ def write_converted(
     with _in_float32(model):
         batches = _batches(endpoint, sample)
         expected = [_answers(endpoint, batch) for batch in batches]
-        with written_whole(target) as written:
-            saved_model = written.with_name("saved_model")
+        with replaced(target) as written:
+            saved_model = written.with_name(f"{written.name}.saved_model")
             write_merged(model, [endpoint], saved_model)
             data = _tried(runtime, runtime.convert, saved_model)
             program = _tried(runtime, runtime.load, data)
