@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_lora.export.many.tables import Array, Piece
-from keras_lora.files.keys import stable_layers, variable_keys
+from keras_lora.files.keys import stable_layers
 from keras_lora.layers import (
     BASE,
     LoRALayer,
@@ -24,7 +24,7 @@ from keras_lora.layers import (
     plain_class,
     split_kernel,
 )
-from keras_lora.walker import walk
+from keras_lora.walker import Tree, walk
 
 MAGNITUDE = "lora_magnitude"  # of DoRA, in an adapter's files
 
@@ -73,7 +73,7 @@ class Use:
 def adapted_uses(model: keras.Model, names: Sequence[str], refusals: list[str]) -> dict[int, Use]:
     """The layers that these adapters adapt, by identity."""
     uses = {}
-    for path, layer in stable_layers(model).items():
+    for path, layer in stable_layers(Tree.of(model)).items():
         if not set(names) & set(layer.adapters):
             continue
         if _is_linear(layer):
@@ -106,7 +106,7 @@ def add_owned(
     model: keras.Model, names: Sequence[str], uses: dict[int, Use], refusals: list[str]
 ) -> dict[str, OwnedValues]:
     """The values that differ among the adapters, by key, as pieces of their layers."""
-    keys, owners, owned = variable_keys(model), _owners(model), {}
+    keys, owners, owned = Tree.of(model).variable_keys, _owners(model), {}
     for item in all_owned(model.variables):
         if not _differs(item, names):
             continue
@@ -130,7 +130,7 @@ def unplaced(
     """The keys of an adapter that have no piece, and are not values of the base."""
     same = {id(item.variable) for item in all_owned(model.variables) if not _differs(item, [name])}
     known = {piece.key for piece in pieces}
-    known |= {key for identity, key in variable_keys(model).items() if identity in same}
+    known |= {key for identity, key in Tree.of(model).variable_keys.items() if identity in same}
     return [key for key in values if key not in known]
 
 
