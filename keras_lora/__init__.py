@@ -1,4 +1,9 @@
-"""LoRA for Keras 3: adapt, `fit`, merge, serve."""
+"""LoRA for Keras 3: adapt, `fit`, merge, serve.
+
+The exports import TensorFlow, so each of them is loaded on first use (`export/on_first_use.py`).
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from keras_lora.adapters import (
     combine_adapters,
@@ -15,15 +20,8 @@ from keras_lora.exchange.keras_hub.adapter import (
     save_keras_hub_lora,
 )
 from keras_lora.exchange.peft.adapter import load_peft_adapter, save_peft_adapter
-from keras_lora.export import (
-    GraphReport,
-    RuntimeReport,
-    add_adapter_to_saved_model,
-    check_saved_model,
-    export_litert,
-    export_onnx,
-    export_saved_model,
-)
+from keras_lora.export import on_first_use
+from keras_lora.export.reports import GraphReport, RuntimeReport
 from keras_lora.files.adapter_files import read_adapter_config, read_adapter_files
 from keras_lora.files.saving import load_adapter, save_adapter
 from keras_lora.inject import apply_lora, merge_lora, merged, unload_lora
@@ -39,6 +37,13 @@ from keras_lora.summary import LoRASummary, lora_summary
 from keras_lora.training.checkpoint import AdapterCheckpoint
 from keras_lora.version import __version__
 from keras_lora.walker import Target, find_targets, lora_layers
+
+if TYPE_CHECKING:
+    from keras_lora.export.checking import check_saved_model
+    from keras_lora.export.many.adding import add_adapter_to_saved_model
+    from keras_lora.export.runtimes.litert import export_litert
+    from keras_lora.export.runtimes.onnx import export_onnx
+    from keras_lora.export.saved_model import export_saved_model
 
 __all__ = [
     "AdapterCheckpoint",
@@ -83,3 +88,14 @@ __all__ = [
     "set_adapter",
     "unload_lora",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in on_first_use.MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = on_first_use.load(name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

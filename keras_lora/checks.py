@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import sys
 import warnings
 
@@ -12,7 +13,7 @@ _PASSED_OVER = {"keras_lora", "keras_lora_cli", "keras", "keras_hub", "contextli
 
 
 class AdapterFileError(ValueError):
-    """Whatever is wrong with an adapter's files; the message names the file, the key and the fix.
+    """An adapter's files cannot be read, written or used; the message says why, and the fix.
 
     Example:
 
@@ -29,6 +30,14 @@ def invalid(name: str, expected: str, received: object, fix: str = "") -> ValueE
     """The project's one form of message for a bad argument."""
     message = f"Invalid `{name}`: expected {expected}. Received: {name}={received!r}"
     return ValueError(f"{message}; {fix}." if fix else f"{message}.")
+
+
+def invalid_file(
+    path: str | os.PathLike[str], expected: str, received: object, fix: str
+) -> AdapterFileError:
+    """The project's one form of message for a bad file or directory of an adapter."""
+    name = os.fspath(path)
+    return AdapterFileError(f"Invalid {name!r}: expected {expected}. Received: {received}; {fix}.")
 
 
 def check_rank(rank: object) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import keras_lora as kl
 from keras_lora.checks import invalid
 from keras_lora.exchange.peft_files import read_peft_adapter, write_peft_adapter
-from keras_lora.files.adapter_files import CODES, DTYPES, write_adapter_files
+from keras_lora.files.adapter_files import write_adapter_files
+from keras_lora.files.reading import CODES, DTYPES
 from keras_lora.summary import shown_bytes
 from keras_lora_cli.adapters import PeftOptions, load_into, read_adapter
 from keras_lora_cli.bases import Base, load_base

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 import keras_lora as kl
+from keras_lora.files.atomic import replaced
 from keras_lora.inject import active_names
 from keras_lora.summary import shown_bytes
 from keras_lora.walker import Tree
@@ -24,7 +25,6 @@ from keras_lora_cli.paths import (
     check_free,
     check_kind,
     refused,
-    replacing,
     size_of,
 )
 
@@ -96,7 +96,7 @@ def let_act(model: keras.Model, names: Collection[str]) -> None:
 
 
 def _write_keras(model: keras.Model, out: str) -> dict[str, Any]:
-    with replacing(out) as path:
+    with replaced(Path(out)) as path:
         model.save(path)
     return {}
 
@@ -107,7 +107,7 @@ def _write_preset(model: keras.Model, out: str) -> dict[str, Any]:
         received = type(model).__name__
         fix = "use --format keras or saved-model"
         raise refused(out, f"a model of KerasHub for {NAMES[Kind.PRESET]}", received, fix)
-    with replacing(out) as path:
+    with replaced(Path(out)) as path:
         model.save_to_preset(str(path))
     return {}
 

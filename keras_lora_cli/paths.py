@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -89,21 +87,6 @@ def check_free(path: str, kind: Kind, overwrite: bool) -> None:
         raise refused(path, f"{NAMES[kind]} or nothing", there_name, "remove it or write elsewhere")
     if not overwrite:
         raise refused(path, "nothing there", NAMES[kind], "pass --overwrite to replace it")
-
-
-@contextlib.contextmanager
-def replacing(path: str) -> Iterator[Path]:
-    """A path to write at, beside `path`, that takes its place if all went well."""
-    target = Path(path).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as workspace:
-        # Of the same name: Keras looks at the ending.
-        written = Path(workspace, "new", target.name)
-        written.parent.mkdir()
-        yield written
-        if target.is_dir():
-            target.rename(Path(workspace, "old"))
-        written.replace(target)
 
 
 def size_of(path: str) -> int:

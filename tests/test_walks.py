@@ -9,8 +9,8 @@ from typing import Any
 
 import keras
 import pytest
-from models import functional
 from rich.console import Console
+from support.models import functional
 
 import keras_lora as kl
 

@@ -1,10 +1,9 @@
-"""What every export begins and ends with: a model that can be exported, files written whole."""
+"""The steps that every export has: checking the model, and writing it merged."""
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
@@ -16,6 +15,11 @@ from keras_lora.walker import lora_layers
 
 
 def check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
+    """Refuse another backend than TensorFlow, an unbuilt model, and a path that exists.
+
+    Raises:
+        ValueError: one of these.
+    """
     if keras.backend.backend() != "tensorflow":
         raise invalid(
             "backend",
@@ -29,20 +33,7 @@ def check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
         raise invalid("path", "a path that does not exist", str(target), "pass overwrite=True")
 
 
-@contextlib.contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A path to write, in a directory that goes; it becomes `target` if nothing is raised."""
-    parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as workspace:
-        written = Path(workspace, "written")
-        yield written
-        if target.exists():
-            target.rename(Path(workspace, "replaced"))
-        written.rename(target)
-
-
 def write_merged(model: keras.Model, endpoints: Sequence[Endpoint], path: Path) -> None:
-    """A SavedModel of the endpoints, with the active adapters of the model merged meanwhile."""
+    """Write a SavedModel of the endpoints; the model is merged until it is written."""
     with merged(model) if lora_layers(model) else contextlib.nullcontext():
         write_endpoints(endpoints, path)

@@ -12,8 +12,7 @@ always takes `alpha = r`, so that the scale is 1.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 
 from keras_lora.checks import AdapterFileError
 from keras_lora.files.adapter_files import PathLike
+from keras_lora.files.atomic import replaced
 from keras_lora.lowrank.per_axis import Array, Pair
 
 SUFFIX = ".lora.h5"
@@ -73,7 +73,7 @@ def write_keras_hub_arrays(path: PathLike, rank: int, pairs: Mapping[int, Pair])
     """
     target = checked_name(path)
     try:
-        with _replacing(target) as temporary, h5py.File(temporary, "w") as file:
+        with replaced(target, make_parents=False) as written, h5py.File(written, "w") as file:
             file["lora/vars/rank"] = rank
             for i, pair in pairs.items():
                 for key, value in zip(KEYS, pair, strict=True):
@@ -171,16 +171,3 @@ def _values(group: Any, name: str, kinds: str, size: int) -> Array:
     if data.nbytes > size:
         raise ValueError(f"{data.name} claims {data.nbytes} bytes, in a file of {size}")
     return np.asarray(data[()])
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary file beside the target, which takes its name if all went well."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("r+b") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -26,12 +26,10 @@ from keras_lora.exchange.peft_files.tensors import (
     sort_keys,
     widened,
 )
-from keras_lora.files.adapter_files import (
-    CONFIG_FILE,
+from keras_lora.files.adapter_files import CONFIG_FILE, TENSORS_FILE, PathLike
+from keras_lora.files.reading import (
     CONFIG_LIMIT,
     DTYPES,
-    TENSORS_FILE,
-    PathLike,
     as_array,
     check_size,
     opened,

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from keras_lora.exchange.peft_files.config import Settings
-from keras_lora.files.adapter_files import key_problem
+from keras_lora.files.reading import key_problem
 from keras_lora.lowrank.equations import scaling
 
 Array: TypeAlias = "np.ndarray[Any, Any]"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,22 +23,15 @@ from keras_lora.exchange.peft_files.tensors import (
     sort_keys,
     wrapped,
 )
-from keras_lora.files.adapter_files import (
+from keras_lora.files.adapter_files import CONFIG_FILE, TENSORS_FILE, PathLike
+from keras_lora.files.atomic import leftovers, new_files, temporary_path
+from keras_lora.files.reading import (
     CODES,
-    CONFIG_FILE,
     CONFIG_LIMIT,
     DTYPES,
-    TENSORS_FILE,
-    PathLike,
     check_size,
     explained,
     key_problem,
-    sync,
-    write_new,
-)
-
-_TEMPORARY = re.compile(
-    r"\.(adapter_config\.json|adapter_model\.safetensors|README\.md)\.[0-9a-f]{32}\.tmp"
 )
 
 
@@ -105,7 +96,8 @@ def write_peft_adapter(
         if model_card is None and (root / CARD_FILE).exists():
             del contents[CARD_FILE]
         root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
+        for file in leftovers(root, (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)):
+            file.unlink()
         _replace(root, contents)
 
 
@@ -212,29 +204,15 @@ def _check_target(root: Path, overwrite: bool) -> None:
         raise peft_error(root, problems)
 
 
-def _remove_leftovers(root: Path) -> None:
-    for file in root.glob(".*.tmp"):
-        if _TEMPORARY.fullmatch(file.name):
-            file.unlink()
-
-
 def _replace(root: Path, contents: Mapping[str, bytes]) -> None:
-    config, old = root / CONFIG_FILE, _temporary(root, CONFIG_FILE)
-    temporary = {name: _temporary(root, name) for name in contents}
-    try:
-        for name, file in temporary.items():
-            write_new(file, contents[name])
-        if config.exists() and config.read_bytes() != contents[CONFIG_FILE]:
-            config.replace(old)
-        for name, file in temporary.items():
-            file.replace(root / name)
-        sync(root)
-    finally:
-        if old.exists() and temporary[WEIGHTS_FILE].exists():
-            old.replace(config)
-        for file in (*temporary.values(), old):
-            file.unlink(missing_ok=True)
-
-
-def _temporary(root: Path, name: str) -> Path:
-    return root / f".{name}.{secrets.token_hex(16)}.tmp"
+    config, old = root / CONFIG_FILE, temporary_path(root, CONFIG_FILE)
+    with new_files(root, contents) as temporary:
+        try:
+            if config.exists() and config.read_bytes() != contents[CONFIG_FILE]:
+                config.replace(old)
+            for name, file in temporary.items():
+                file.replace(root / name)
+        finally:
+            if old.exists() and temporary[WEIGHTS_FILE].exists():
+                old.replace(config)
+            old.unlink(missing_ok=True)

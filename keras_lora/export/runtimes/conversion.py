@@ -19,11 +19,12 @@ import tensorflow as tf
 
 from keras_lora.checks import invalid
 from keras_lora.export.endpoints import Endpoint
-from keras_lora.export.writing import write_merged, written_whole
+from keras_lora.export.reports import RuntimeReport, Shape
+from keras_lora.export.writing import write_merged
+from keras_lora.files.atomic import replaced
 from keras_lora.walker import walk
 
 Arrays: TypeAlias = Mapping[str, np.ndarray]
-Shape: TypeAlias = tuple[int | None, ...]
 
 TOLERANCE = 1e-4
 # Both kinds of file, and the graph on the way to them, hold 2 GiB at most: less what is no weight.
@@ -31,22 +32,6 @@ WEIGHTS_LIMIT = 2_000_000_000
 _LOW_PRECISION = ("float16", "bfloat16")
 # Of the batches to compare on: batch size, and size of every other axis that is free.
 _SIZES = ((1, 7), (3, 5))
-
-
-@dataclass(frozen=True)
-class RuntimeReport:
-    """What the runtime that ran a file says of it.
-
-    Attributes:
-        inputs: The shape of each input by its name, with None for an axis of any size.
-        outputs: The names of the outputs.
-        difference: The largest difference from the model's own answers, relative to the largest
-            of these where that is above 1.
-    """
-
-    inputs: Mapping[str, Shape]
-    outputs: tuple[str, ...]
-    difference: float
 
 
 @dataclass(frozen=True)
@@ -79,8 +64,8 @@ def write_converted(
     with _in_float32(model):
         batches = _batches(endpoint, sample)
         expected = [_answers(endpoint, batch) for batch in batches]
-        with written_whole(target) as written:
-            saved_model = written.with_name("saved_model")
+        with replaced(target) as written:
+            saved_model = written.with_name(f"{written.name}.saved_model")
             write_merged(model, [endpoint], saved_model)
             data = _tried(runtime, runtime.convert, saved_model)
             program = _tried(runtime, runtime.load, data)

@@ -12,10 +12,10 @@ import tensorflow as tf
 
 from keras_lora.checks import invalid
 from keras_lora.export.endpoints import serve
+from keras_lora.export.reports import RuntimeReport
 from keras_lora.export.runtimes.conversion import (
     Program,
     Runtime,
-    RuntimeReport,
     UnsupportedError,
     package,
     write_converted,

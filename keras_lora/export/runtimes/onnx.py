@@ -18,11 +18,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_lora.export.endpoints import serve
+from keras_lora.export.reports import RuntimeReport
 from keras_lora.export.runtimes.conversion import (
     Arrays,
     Program,
     Runtime,
-    RuntimeReport,
     UnsupportedError,
     package,
     write_converted,

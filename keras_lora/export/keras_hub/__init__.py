@@ -1,0 +1,1 @@
+"""The tasks of KerasHub: preprocessing and generation in the graph."""

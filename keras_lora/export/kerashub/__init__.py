@@ -1,1 +1,0 @@
-"""What the export knows of KerasHub's tasks."""
