@@ -14,7 +14,6 @@ from typing import final
 
 import keras
 
-
 from keras_lora.lowrank.equations import Shape, Tensor
 
 # Called as `initializer(shape, dtype)`, when the factor is first needed.

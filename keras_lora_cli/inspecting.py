@@ -18,7 +18,9 @@ from keras_lora.export.checking import read_graph
 from keras_lora.export.many.endpoint import DESCRIPTION
 from keras_lora.export.many.stacks import NAMES
 from keras_lora.export.many.stored import ADAPTERS as STORED
-from keras_lora.layers import split_kernel
+from keras_lora.layers import (
+    site_of,
+)
 from keras_lora.summary import shown_bytes
 from keras_lora_cli.adapters import Adapter, read_adapter
 from keras_lora_cli.bases import Base, load_base
@@ -152,7 +154,7 @@ def _model(
 
 
 def _target(target: kl.Target, rank: int) -> dict[str, Any]:
-    shapes = split_kernel(target.layer).factor_shapes(target.kernel_shape, rank)
+    shapes = site_of(target.layer).split().factor_shapes(target.kernel_shape, rank)
     return {
         "path": target.path,
         "kind": target.kind,

@@ -16,8 +16,8 @@ from keras_lora.layers import (
     adapter_shapes,
     all_owned,
     bias_of,
-    site_of,
     check_adapter_name,
+    site_of,
     split_kernel,
 )
 from keras_lora.walker import Node, Target, Tree, match_names, matches, select_targets

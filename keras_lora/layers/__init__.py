@@ -87,24 +87,24 @@ __all__ = [
 ]
 
 
-def is_table(l):
-    return family_of(l) == "embedding"
+from typing import Any
 
 
-def base_kernel(l):
-    return site_of(l).matrix
+def base_kernel(layer: Any) -> Any:
+    return site_of(layer).matrix
 
 
-def kernel_shape(l):
-    return site_of(l).shape
+def is_table(layer: Any) -> Any:
+    return family_of(layer) == "embedding"
 
 
-def split_kernel(l):
-    return site_of(l).split()
+def kernel_shape(layer: Any) -> Any:
+    return site_of(layer).shape
 
 
-def bias_of(l):
-    return site_of(l).bias
+def split_kernel(layer: Any) -> Any:
+    return site_of(layer).split()
 
 
-Rows = MixedBatch
+def bias_of(layer: Any) -> Any:
+    return site_of(layer).bias

@@ -70,7 +70,7 @@ class AdapterBank:
         fan_in, _ = self.site.split().matrix_shape(self.site.shape)
         start = (self.site.kind.start or STARTS[spec.init]).started(fan_in, spec.rank)
         # Drawn when it is needed first, so that it is the norm of the matrix at that moment.
-        m = Factor(self.norms, *m_shape) if m_shape else None
+        m = Factor(self.norms, m_shape[0]) if m_shape else None
         factors = Factor(start.a, a_shape), Factor(start.b, b_shape), m
         self._adapters[name] = LayerAdapter(spec, *factors, adapter)
         return self._adapters[name]

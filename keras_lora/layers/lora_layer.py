@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
@@ -18,7 +18,7 @@ from keras import ops
 from keras_lora.checks import invalid, warn
 from keras_lora.config import AdapterSpec
 from keras_lora.layers.adapter import LayerAdapter
-from keras_lora.layers.bank import AdapterBank
+from keras_lora.layers.bank import AdapterBank, layer_adapter
 from keras_lora.layers.checkpoint import (
     BASE_ONLY,
     STATE_PREFIX,
@@ -50,8 +50,8 @@ class LoRALayer(Adapting, keras.layers.Layer):
     `W0` is frozen, `A_i` and `B_i` are float32 whatever the layer's dtype, and the product
     `A_i B_i` is never formed in the forward pass. A final class is also a subclass of the Keras
     layer that it adapts, whose row in `KINDS` says how the kernel acts. One of a class of your own
-    may have a static method `kernel_equation(layer)` instead, which gives the einsum of the
-    layer's input and kernel, such as `"...x,xy->...y"`.
+    may change that row: a static method `kernel_equation(layer)` gives the einsum of the layer's
+    input and kernel, such as `"...x,xy->...y"`, and `takes_dora = False` refuses DoRA.
 
     With `use_dora`, of each output the weights of an adapter have the trainable norm `m_i`:
 
@@ -74,6 +74,8 @@ class LoRALayer(Adapting, keras.layers.Layer):
         ValueError: an invalid spec, a constraint on the kernel, or Keras's own `lora_rank`.
     """
 
+    kernel_equation: ClassVar[Callable[[keras.layers.Layer], str]]
+    takes_dora: ClassVar[bool]
     _lora: LoRAState
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -84,10 +86,13 @@ class LoRALayer(Adapting, keras.layers.Layer):
         """
         super().__init_subclass__(**options)
         cls.__name__ = _adapted_class(cls).__name__
-        equation = vars(cls).get("kernel_equation")
-        if equation is not None:
-            row = only(kinds_of(cls), cls)
-            KINDS[cls] = {"": dataclasses.replace(row, equation=equation.__func__)}
+        changes: dict[str, Any] = {}
+        if "kernel_equation" in vars(cls):
+            changes["equation"] = cls.kernel_equation
+        if "takes_dora" in vars(cls):
+            changes["takes_dora"] = cls.takes_dora
+        if changes:
+            KINDS[cls] = {"": dataclasses.replace(only(kinds_of(cls), cls), **changes)}
 
     def __init__(
         self,
@@ -305,36 +310,38 @@ class LoRALayer(Adapting, keras.layers.Layer):
         """Nothing: `save_assets` writes nothing."""
 
     # TEMPORARY
-    has_dropout = property(lambda self: self.bank.has_dropout)
-    trains_adapters = property(lambda self: self.bank.trains)
+    @property
+    def has_dropout(self) -> bool:
+        return self.bank.has_dropout
 
-    def add_adapter(self, *a):
-        return self.bank.add(*a)
+    @property
+    def trains_adapters(self) -> bool:
+        return self.bank.trains
 
-    def adapter_of(self, *a):
-        from keras_lora.layers.bank import layer_adapter
-
+    def adapter_of(self, *a: Any) -> LayerAdapter:
         return layer_adapter(*a)
 
-    def factor_shapes(self, *a):
+    def add_adapter(self, *a: Any) -> Any:
+        return self.bank.add(*a)
+
+    def factor_shapes(self, *a: Any) -> Any:
         return self.bank.shapes(*a)
 
-    def put_adapter(self, *a):
+    def put_adapter(self, *a: Any) -> Any:
         return self.bank.put(*a)
 
-    def set_scale_factor(self, *a):
+    def set_scale_factor(self, *a: Any) -> Any:
         return self.bank.set_scale_factor(*a)
 
-    def remove_adapter(self, *a):
+    def remove_adapter(self, *a: Any) -> Any:
         return self.bank.remove(*a)
 
-    def fits(self, *a):
+    def fits(self, *a: Any) -> Any:
         return self.bank.fits(*a)
 
-    def activate(self, *a):
+    def activate(self, *a: Any) -> Any:
         return self.bank.activate(*a)
 
-    with_rows = computing
     # END
 
     def adapted_output(self, inputs: Tensor, training: bool | None, bias: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.kinds import KINDS, Kind, Site, kinds_of, only
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
-from keras_lora.layers.lora_layer import LoRALayer, plain_class
+from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.state import LoRAState
 
 _LORA_CLASSES: dict[type, type[LoRALayer]] = {
@@ -112,8 +112,9 @@ def supported_base(layer_class: type) -> type | None:
 
 def attach(layer: keras.layers.Layer, state: LoRAState | None = None) -> LoRALayer:
     """Turn a built layer into an adapted one in place, with the adapters of `state` or none."""
-    lora_class: Any = lora_class_for(type(layer))
-    layer._lora = state or LoRAState.of(layer, type(layer), kinds_of(lora_class))
+    layer_class: Any = type(layer)
+    lora_class: Any = lora_class_for(layer_class)
+    layer._lora = state or LoRAState.of(layer, layer_class, kinds_of(lora_class))
     _become(layer, lora_class)
     for bank in layer.banks.values():
         bank.track()
@@ -150,7 +151,8 @@ def sites_of(layer: keras.layers.Layer) -> Mapping[str, Site]:
     """The matrices of a layer that can be adapted, by name, whether they are adapted or not."""
     if isinstance(layer, LoRALayer):
         return {name: bank.site for name, bank in layer.banks.items()}
-    lora_class: Any = lora_class_for(type(layer))
+    layer_class: Any = type(layer)
+    lora_class: Any = lora_class_for(layer_class)
     kinds = {} if lora_class is None else kinds_of(lora_class)
     return {name: Site(layer, kind, name) for name, kind in kinds.items()}
 
