@@ -11,11 +11,20 @@ from typing import Any
 
 import keras
 import numpy as np
-import processes
 import pytest
 import tensorflow as tf
-from models import functional, randomize_adapters
-from test_export_rows import HEAD, adapted, answers, assert_rows, client, config, normal, served
+from support import processes
+from support.mixed_batches import (
+    HEAD,
+    adapted,
+    answers,
+    assert_rows,
+    client,
+    config,
+    normal,
+    served,
+)
+from support.models import functional, randomize_adapters
 
 import keras_lora as kl
 from keras_lora.export.many import adding
