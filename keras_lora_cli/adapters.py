@@ -14,10 +14,11 @@ import keras_lora as kl
 from keras_lora.checks import AdapterFileError
 from keras_lora.exchange.keras_hub.h5 import read_keras_hub_lora
 from keras_lora.exchange.peft_files import PeftModule, read_peft_adapter
-from keras_lora.files.keys import owned_by, stable_layers, variable_keys
+from keras_lora.files.keys import owned_by, stable_layers
 from keras_lora.files.saving import adapter_tensors
 from keras_lora.layers import kernel_shape, split_kernel
 from keras_lora.lowrank.combining import Array, Term
+from keras_lora.walker import Tree
 from keras_lora_cli.paths import ADAPTER_CONFIG_FILE, ADAPTERS, Kind, check_kind, read_json
 
 
@@ -117,12 +118,12 @@ def load_into(
 
 def adapter_of(model: keras.Model, name: str, path: str) -> Adapter:
     """The adapter that `load_into` has added to a model from a path, in this module's form."""
-    kind, keys = check_kind(path, ADAPTERS), variable_keys(model)
-    tensors = adapter_tensors(model, name)
-    values = {keys[id(item.variable)]: item.value(name) for item in owned_by(model, name)}
+    kind, tree = check_kind(path, ADAPTERS), Tree.of(model)
+    keys, tensors = tree.variable_keys, adapter_tensors(tree, name)
+    values = {keys[id(item.variable)]: item.value(name) for item in owned_by(tree, name)}
     factors = {key: value for key, value in tensors.items() if key not in values}
     layers = {}
-    for owner, layer in stable_layers(model).items():
+    for owner, layer in stable_layers(tree).items():
         if name in layer.adapters:
             found = _layer(layer.adapters[name].acting_spec, _at(owner, factors))
             matrices = split_kernel(layer).matrices(found.a, found.b, kernel_shape(layer))

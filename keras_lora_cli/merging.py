@@ -12,6 +12,7 @@ import keras_lora as kl
 from keras_lora.files.atomic import replaced
 from keras_lora.inject import active_names
 from keras_lora.summary import shown_bytes
+from keras_lora.walker import Tree
 from keras_lora_cli.adapters import PeftOptions, load_into
 from keras_lora_cli.bases import Base, keras_hub, load_base
 from keras_lora_cli.output import Answer, Steps, facts
@@ -88,7 +89,7 @@ def adapted_base(
 
 def activate(model: keras.Model, names: Collection[str]) -> None:
     """Make these adapters active too."""
-    before = active_names(kl.lora_layers(model))
+    before = active_names(Tree.of(model))
     if names:
         kl.set_adapter(model, [*before, *(name for name in names if name not in before)])
 

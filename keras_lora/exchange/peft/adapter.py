@@ -38,7 +38,7 @@ from keras_lora.exchange.peft_files import (
     write_peft_adapter,
 )
 from keras_lora.files.adapter_files import PathLike
-from keras_lora.inject import active_names, adapted, check_names, install, plan_factors
+from keras_lora.inject import active_names, check_names, install, plan_factors
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     Adapter,
@@ -51,7 +51,7 @@ from keras_lora.layers import (
     output_norms,
     split_kernel,
 )
-from keras_lora.walker import backbone_of, lora_layers, walk
+from keras_lora.walker import Tree, backbone_of, lora_layers, walk
 
 # PEFT's `EMBEDDING_LAYER_NAMES`: it may save both where one of them has an adapter.
 _SAVED_ALONG = ("embed_tokens", "lm_head")
@@ -115,10 +115,11 @@ def save_peft_adapter(
     >>> layer.adapters["again"].spec.rank, layer.adapters["again"].scaling
     (4, 8.0)
     """
-    check_names(model, [name])
+    tree = Tree.of(model)
+    check_names(tree, [name])
     weights = hub_blocks(model, transformers_config, model_type=model_type)
     places = find_places(model, weights, heads or {})
-    layers = {p: x for p, x in adapted(model).items() if name in x.adapters}
+    layers = {p: x for p, x in tree.adapted_by_path.items() if name in x.adapters}
     problems: list[str] = []
     modules = _modules(layers, name, weights, _kernels(model, weights), problems)
     saved = gather(_own_values(model, name), places, problems)
@@ -208,10 +209,11 @@ def load_peft_adapter(
             "modules_to_save has a head."
         )
     whole = Adapter(None, [variable for variable, _ in values])
-    plan = plan_factors(model, name, whole, factors, values)
+    tree = Tree.of(model)
+    plan = plan_factors(tree, name, whole, factors, values)
     if adapter.unknown:
         warn(f"{str(directory)!r}: left out, since they are not understood: {adapter.unknown}")
-    install(model, plan, acts=not active_names(lora_layers(model)))
+    install(tree, plan, active=not active_names(tree))
 
 
 def _modules(
@@ -250,7 +252,8 @@ def _with_magnitudes(
     problems: list[str],
 ) -> dict[str, PeftModule]:
     """The same modules, with magnitudes if one of the layers has one."""
-    adapters = {p: x.adapters[name] for p, x in adapted(model).items() if name in x.adapters}
+    adapted = lora_layers(model).items()
+    adapters = {p: x.adapters[name] for p, x in adapted if name in x.adapters}
     if not any(adapter.spec.use_dora for adapter in adapters.values()):
         return dict(modules)
     layers = {node.path: node.layer for node in walk(model)}
