@@ -89,20 +89,22 @@ __all__ = [
 
 from typing import Any
 
+from keras_lora.lowrank.equations import EinsumSplit
+
 
 def base_kernel(layer: Any) -> Any:
     return site_of(layer).matrix
 
 
-def is_table(layer: Any) -> Any:
+def is_table(layer: Any) -> bool:
     return family_of(layer) == "embedding"
 
 
-def kernel_shape(layer: Any) -> Any:
+def kernel_shape(layer: Any) -> tuple[int, ...]:
     return site_of(layer).shape
 
 
-def split_kernel(layer: Any) -> Any:
+def split_kernel(layer: Any) -> EinsumSplit:
     return site_of(layer).split()
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -74,8 +74,6 @@ class LoRALayer(Adapting, keras.layers.Layer):
         ValueError: an invalid spec, a constraint on the kernel, or Keras's own `lora_rank`.
     """
 
-    kernel_equation: ClassVar[Callable[[keras.layers.Layer], str]]
-    takes_dora: ClassVar[bool]
     _lora: LoRAState
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -86,11 +84,11 @@ class LoRALayer(Adapting, keras.layers.Layer):
         """
         super().__init_subclass__(**options)
         cls.__name__ = _adapted_class(cls).__name__
-        changes: dict[str, Any] = {}
-        if "kernel_equation" in vars(cls):
-            changes["equation"] = cls.kernel_equation
-        if "takes_dora" in vars(cls):
-            changes["takes_dora"] = cls.takes_dora
+        own, changes = vars(cls), dict[str, Any]()
+        if "kernel_equation" in own:
+            changes["equation"] = own["kernel_equation"].__func__
+        if "takes_dora" in own:
+            changes["takes_dora"] = own["takes_dora"]
         if changes:
             KINDS[cls] = {"": dataclasses.replace(only(kinds_of(cls), cls), **changes)}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, final
 
@@ -92,17 +92,17 @@ class Einsum(Products):
 
 
 @final
-@dataclass(eq=False)
 class Matrices(Products):
     """The products of matrices: `(n, d) @ (d, k)` and `(n, d) @ (d, r) @ (r, k)`.
 
     On TensorFlow an einsum costs more than the same product in two dimensions.
     """
 
-    split: EinsumSplit
-    w: Tensor
-    # An input and its form in two dimensions, which `base` and `update` both need.
-    _flattened: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    def __init__(self, split: EinsumSplit, w: Tensor) -> None:
+        self.split = split
+        self.w = w
+        # Inputs, each with its form in two dimensions, which `base` and `update` both need.
+        self._flattened: list[tuple[Tensor, Tensor]] = []
 
     def base(self, x: Tensor) -> Tensor:
         return self._restored(ops.matmul(self._flat(x), self._columns), x)

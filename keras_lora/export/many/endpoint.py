@@ -189,7 +189,7 @@ class ServedAdapters:
         return values
 
 
-# What the input `adapter` is, and how it becomes the numbers of adapters.
+# The type of the input `adapter`, and the function from it to the numbers of adapters.
 _IDS: dict[AdapterIds, tuple[tf.DType, Any]] = {
     "name": (tf.string, numbers_of_names),
     "index": (tf.int32, numbers_of_indices),

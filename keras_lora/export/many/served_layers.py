@@ -53,11 +53,11 @@ class ServedLayer:
         return [t for t in (*(self.factors or ()), *values) if t is not None]
 
     def by_row(self, taken: Mapping[str, tf.Tensor], refusals: list[str]) -> MixedBatch:
-        """The layer's part of what `StoredStacks.take` gives for a batch.
+        """The layer's part of the tensors of a batch.
 
         Args:
-            taken: The tensors of each row's adapter, by key.
-            refusals: Takes the reason where the layer cannot compute row by row.
+            taken: The tensors of each row's adapter, by key, from `StoredStacks.take`.
+            refusals: Takes the reason if the layer cannot compute row by row.
         """
 
         def of(tensor: AdapterTensor | None) -> Any:
