@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_lora.checks import invalid, is_finite
-from keras_lora.lowrank.combining import Array, Term
+from keras_lora.lowrank.combining import Array, WeightedFactors
 from keras_lora.lowrank.distances import Distance, array_distance, delta_distance
 from keras_lora_cli.adapters import Adapter, Layer, PeftOptions, adapter_of, load_into, read_adapter
 from keras_lora_cli.bases import Base, load_base
@@ -117,10 +117,10 @@ def _layer(name: str, first: Layer | None, second: Layer | None) -> dict[str, An
     }
 
 
-def _nothing(like: Term | None) -> Term:
+def _nothing(like: WeightedFactors | None) -> WeightedFactors:
     """The delta of an adapter that leaves a layer alone: zero, of rank 0."""
     assert like is not None
-    return Term(like.a[..., :0], like.b[:, :0], 0.0)
+    return WeightedFactors(like.a[..., :0], like.b[:, :0], 0.0)
 
 
 def _values(first: Adapter, second: Adapter) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from keras_lora.lowrank.combining import METHODS, Combination, Term, combine, truncate
+from keras_lora.lowrank.combining import METHODS, Combination, WeightedFactors, combine, truncate
 
 Array = npt.NDArray[Any]
 
@@ -22,15 +22,15 @@ COEFFICIENTS = [0.7, -1.3, 2.0, -0.4]
 PRUNED = ["magnitude_prune", "ties", "dare_linear", "dare_ties"]
 
 
-def make_terms(shared: int, ranks: Sequence[int], seed: int = 0) -> list[Term]:
+def make_terms(shared: int, ranks: Sequence[int], seed: int = 0) -> list[WeightedFactors]:
     rng = np.random.default_rng(seed)
     return [
-        Term(rng.normal(size=(shared, D, r)), rng.normal(size=(shared, r, K)), c)
+        WeightedFactors(rng.normal(size=(shared, D, r)), rng.normal(size=(shared, r, K)), c)
         for r, c in zip(ranks, COEFFICIENTS, strict=False)
     ]
 
 
-def dense_sum(terms: Sequence[Term]) -> Array:
+def dense_sum(terms: Sequence[WeightedFactors]) -> Array:
     total = np.zeros((terms[0].a.shape[0], D, K))
     for term in terms:
         total += term.coefficient * np.einsum("sdr,srk->sdk", term.a, term.b)
@@ -73,7 +73,7 @@ def elected(x: Sequence[Array], weights: Sequence[float], majority_sign: str) ->
 
 
 def dense_reference(
-    terms: Sequence[Term], method: str, density: float, majority_sign: str
+    terms: Sequence[WeightedFactors], method: str, density: float, majority_sign: str
 ) -> Array:
     factors = []
     for name in "ab":
@@ -136,7 +136,7 @@ def test_truncate_takes_factors_of_any_proportions(d: int, k: int, r: int) -> No
 
 def test_an_adapter_minus_itself_is_zero() -> None:
     (term,) = make_terms(1, [3])
-    both = [Term(term.a, term.b, c) for c in (0.3, -0.3)]
+    both = [WeightedFactors(term.a, term.b, c) for c in (0.3, -0.3)]
     cut = truncate(*combine(both, options("cat")), 2)
     assert cut.relative_error == 0
     np.testing.assert_array_equal(cut.a @ cut.b, np.zeros((1, D, K)))
@@ -176,14 +176,14 @@ def test_one_adapter_keeps_its_delta_where_nothing_is_dropped(
     method: str, coefficient: float
 ) -> None:
     (term,) = make_terms(2, [3])
-    term = Term(term.a.astype("float32"), term.b.astype("float32"), coefficient)
+    term = WeightedFactors(term.a.astype("float32"), term.b.astype("float32"), coefficient)
     a, b = combine([term], options(method, **({"density": 1} if method in PRUNED else {})))
     np.testing.assert_allclose(a @ b, dense_sum([term]), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_weight_of_zero_is_taken(method: str) -> None:
-    terms = [Term(term.a, term.b, 0.0) for term in make_terms(1, [3, 3])]
+    terms = [WeightedFactors(term.a, term.b, 0.0) for term in make_terms(1, [3, 3])]
     a, b = combine(terms, options(method))
     np.testing.assert_array_equal(a @ b, np.zeros((1, D, K)))
 
@@ -220,8 +220,10 @@ def test_agrees_with_peft(
             np.testing.assert_allclose(factor[s], expected.numpy().T, rtol=0, atol=1e-14)
 
 
-def ones(count: int, rank: int) -> list[Term]:
-    return [Term(np.ones((2, 101, rank)), np.ones((2, rank, 103)), 1.0) for _ in range(count)]
+def ones(count: int, rank: int) -> list[WeightedFactors]:
+    return [
+        WeightedFactors(np.ones((2, 101, rank)), np.ones((2, rank, 103)), 1.0) for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
@@ -315,7 +317,9 @@ INVALID_FACTORS = [
 ]
 
 
-@pytest.mark.parametrize("make", [lambda a, b: Term(a, b, 1.0), lambda a, b: truncate(a, b, 2)])
+@pytest.mark.parametrize(
+    "make", [lambda a, b: WeightedFactors(a, b, 1.0), lambda a, b: truncate(a, b, 2)]
+)
 def test_invalid_factors_are_refused(make: Any) -> None:
     for a, b, expected in INVALID_FACTORS:
         with pytest.raises(ValueError, match=f"Invalid `factors`.*{expected}.*Received: factors="):
@@ -328,7 +332,7 @@ def test_invalid_factors_are_refused(make: Any) -> None:
 @pytest.mark.parametrize("coefficient", [math.nan, math.inf])
 def test_coefficients_are_finite(coefficient: float) -> None:
     with pytest.raises(ValueError, match="Invalid `coefficient`.*finite"):
-        Term(np.ones((1, D, 3)), np.ones((1, 3, K)), coefficient)
+        WeightedFactors(np.ones((1, D, 3)), np.ones((1, 3, K)), coefficient)
 
 
 def test_truncate_refuses_a_bad_rank() -> None:
@@ -338,12 +342,12 @@ def test_truncate_refuses_a_bad_rank() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_terms_that_do_not_fit_together_are_refused(method: str) -> None:
-    term = Term(np.ones((1, D, 3)), np.ones((1, 3, K)), 1.0)
+    term = WeightedFactors(np.ones((1, D, 3)), np.ones((1, 3, K)), 1.0)
     with pytest.raises(ValueError, match="Invalid `terms`: expected one adapter at least"):
         combine([], options(method))
     for a, b in [((1, 7, 3), (1, 3, K)), ((1, D, 3), (1, 3, 7)), ((2, D, 3), (2, 3, K))]:
         with pytest.raises(ValueError, match=r"one layer.*Received: terms=\[\(1, 11, 13\), \("):
-            combine([term, Term(np.ones(a), np.ones(b), 1.0)], options(method))
+            combine([term, WeightedFactors(np.ones(a), np.ones(b), 1.0)], options(method))
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in ("cat", "svd")])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,14 @@ from keras_hub.src.utils.transformers.safetensor_utils import SafetensorLoader
 from kerashub_backbones import BACKBONES
 
 import keras_lora as kl
-from keras_lora.exchange.converters import Block, HubWeights, MissingFieldError, hub_blocks
-from keras_lora.exchange.converters.blocks import Kernel, Locator, RefusedError
+from keras_lora.exchange.converters import (
+    Block,
+    HuggingFaceWeights,
+    MissingFieldError,
+    hugging_face_weights,
+)
+from keras_lora.exchange.converters.blocks import ConvertedKernel, Locator, RefusedError
+from keras_lora.exchange.converters.converters import PRESET_LOADER, converter_modules
 from keras_lora.exchange.converters.tensors import Weight
 from keras_lora.layers import base_kernel, split_kernel
 from keras_lora.lowrank.equations import split_equation
@@ -27,7 +35,7 @@ SWIN = [f"stage_{i}/blocks_{j}/attn/attention_qkv" for i in range(2) for j in ra
 REFUSED = {
     "swin": dict.fromkeys(SWIN, "made of several weights"),
     "blip-2": {"patching_and_embedding/position_embedding": "a bare parameter"},
-    "vit": {"patching_and_embedding/position_embedding": "3 axes, and no matrix"},
+    "vit": {"patching_and_embedding/position_embedding": "3 axes instead of a matrix"},
 }
 # KerasHub's converter of Mistral rounds to float16.
 ROUNDED = {"mistral"}
@@ -91,7 +99,7 @@ def matrices(layer: keras.layers.Layer) -> np.ndarray[Any, Any]:
     return kernel.transpose(order).reshape(-1, *split.matrix_shape(kernel.shape))
 
 
-def assert_same(a: HubWeights, b: HubWeights) -> None:
+def assert_same(a: HuggingFaceWeights, b: HuggingFaceWeights) -> None:
     def plain(block: Block) -> tuple[Any, ...]:
         where = block.rows.tolist(), block.columns.tolist()
         return block.weight, block.shape, block.stored_transposed, where
@@ -106,7 +114,7 @@ def test_kernels_are_the_blocks_of_the_weights(
     name: str, directory: Path, backbone: keras.Model
 ) -> None:
     before = [np.array(v) for v in backbone.variables]
-    weights = hub_blocks(backbone, NEEDS_CONFIG.get(name))
+    weights = hugging_face_weights(backbone, NEEDS_CONFIG.get(name))
     assert all("assign" not in vars(v) for v in backbone.variables)
     for variable, value in zip(backbone.variables, before, strict=True):
         np.testing.assert_array_equal(np.array(variable), value)
@@ -125,11 +133,11 @@ def test_kernels_are_the_blocks_of_the_weights(
 
 def test_the_model_type(directory: Path, name: str, backbone: keras.Model) -> None:
     config = json.loads((directory / "config.json").read_text())
-    assert hub_blocks(backbone, NEEDS_CONFIG.get(name)).model_type == config["model_type"]
+    assert hugging_face_weights(backbone, NEEDS_CONFIG.get(name)).model_type == config["model_type"]
 
 
 def test_what_is_refused(name: str, backbone: keras.Model) -> None:
-    refused = hub_blocks(backbone, NEEDS_CONFIG.get(name)).refused
+    refused = hugging_face_weights(backbone, NEEDS_CONFIG.get(name)).refused
     expected = REFUSED.get(name, {})
     assert len(refused) == len(expected)
     # Endings, since Keras numbers some layers over all models.
@@ -138,7 +146,7 @@ def test_what_is_refused(name: str, backbone: keras.Model) -> None:
 
 
 def test_other_variables(name: str, directory: Path, backbone: keras.Model) -> None:
-    others = hub_blocks(backbone, NEEDS_CONFIG.get(name)).others
+    others = hugging_face_weights(backbone, NEEDS_CONFIG.get(name)).others
     variables = {f"{n.path}/{v.name}": v for n in walk(backbone) for v in n.layer.weights}
     without = {path for path, origin in others.items() if origin is None}
     endings = WITHOUT_ORIGIN.get(name, [])
@@ -157,7 +165,7 @@ def test_other_variables(name: str, directory: Path, backbone: keras.Model) -> N
 def test_a_model_built_by_hand_has_the_same_blocks(name: str, backbone: keras.Model) -> None:
     by_hand = type(backbone).from_config(backbone.get_config())
     config = NEEDS_CONFIG.get(name)
-    assert_same(hub_blocks(by_hand, config), hub_blocks(backbone, config))
+    assert_same(hugging_face_weights(by_hand, config), hugging_face_weights(backbone, config))
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
@@ -174,7 +182,7 @@ def gpt2(hidden_dim: int = HIDDEN) -> keras.Model:
 
 
 def test_a_fused_matrix_is_known_as_a_whole() -> None:
-    weights = hub_blocks(gpt2())
+    weights = hugging_face_weights(gpt2())
     for i, part in enumerate(["query", "key", "value"]):
         (block,) = weights.blocks[f"transformer_layer_0/self_attention/{part}"]
         assert block.weight == "h.0.attn.c_attn.weight"
@@ -189,9 +197,9 @@ def test_a_fused_matrix_is_known_as_a_whole() -> None:
 
 def test_an_adapted_model_has_the_same_blocks() -> None:
     backbone = gpt2()
-    plain = hub_blocks(backbone)
+    plain = hugging_face_weights(backbone)
     kl.apply_lora(backbone, kl.LoRAConfig(rank=2, targets="all-linear"))
-    adapted = hub_blocks(backbone)
+    adapted = hugging_face_weights(backbone)
     assert_same(adapted, plain)
     assert set(adapted.others) == set(plain.others)
     assert all(layer.slots for layer in kl.lora_layers(backbone).values())
@@ -200,7 +208,7 @@ def test_an_adapted_model_has_the_same_blocks() -> None:
 def test_a_model_around_a_backbone() -> None:
     backbone = gpt2()
     task = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
-    inside, plain = hub_blocks(task).blocks, hub_blocks(backbone).blocks
+    inside, plain = hugging_face_weights(task).blocks, hugging_face_weights(backbone).blocks
     assert {p.partition("/")[2]: [b.weight for b in x] for p, x in inside.items()} == {
         p: [b.weight for b in x] for p, x in plain.items()
     }
@@ -209,7 +217,7 @@ def test_a_model_around_a_backbone() -> None:
 def test_the_head_of_a_classifier() -> None:
     backbone, _ = BACKBONES["ViTBackbone"]()
     task = keras_hub.models.ViTImageClassifier(backbone=backbone, num_classes=5, preprocessor=None)
-    (block,) = hub_blocks(task).blocks["predictions"]
+    (block,) = hugging_face_weights(task).blocks["predictions"]
     assert (block.weight, block.shape, block.stored_transposed) == (
         "classifier.weight",
         (5, backbone.hidden_dim),
@@ -220,21 +228,21 @@ def test_the_head_of_a_classifier() -> None:
 def test_a_head_that_is_not_converted_is_refused() -> None:
     backbone, _ = BACKBONES["BertBackbone"]()
     task = keras_hub.models.BertTextClassifier(backbone=backbone, num_classes=5, preprocessor=None)
-    assert hub_blocks(task).refused == {"logits": "the converter loads no weight into it"}
+    assert hugging_face_weights(task).refused == {"logits": "the converter loads no weight into it"}
 
 
 def test_a_model_type_with_images_is_told_from_one_without() -> None:
     backbone, _ = BACKBONES["Gemma3Backbone"]()
-    weights = hub_blocks(backbone)
+    weights = hugging_face_weights(backbone)
     assert weights.model_type == "gemma3"
     prefixes = {b.weight.split(".layers.")[0] for x in weights.blocks.values() for b in x}
     assert "model.language_model" in prefixes
-    assert hub_blocks(backbone, model_type="gemma3_text").model_type == "gemma3_text"
+    assert hugging_face_weights(backbone, model_type="gemma3_text").model_type == "gemma3_text"
 
 
 def test_packed_experts_do_not_stop_the_attention_of_later_layers() -> None:
     backbone, _ = BACKBONES["GptOssBackbone"]()
-    weights = hub_blocks(backbone)
+    weights = hugging_face_weights(backbone)
     assert not weights.refused
     packed = {path for path, origin in weights.others.items() if origin is None}
     assert packed == {p for p in weights.others if p.endswith(("gate_up_proj", "down_proj"))}
@@ -242,11 +250,11 @@ def test_packed_experts_do_not_stop_the_attention_of_later_layers() -> None:
 
 def test_a_converter_that_asks_for_the_kind_of_a_norm() -> None:
     backbone, _ = BACKBONES["Gemma3nBackbone"]()
-    assert not hub_blocks(backbone).refused
+    assert not hugging_face_weights(backbone).refused
 
 
 def test_a_converter_does_not_print(capsys: pytest.CaptureFixture[str]) -> None:
-    hub_blocks(BACKBONES["Qwen3_5Backbone"]()[0])
+    hugging_face_weights(BACKBONES["Qwen3_5Backbone"]()[0])
     assert capsys.readouterr().out == ""
 
 
@@ -254,25 +262,25 @@ def test_kernels_with_adapters_of_keras_are_refused() -> None:
     backbone = gpt2()
     backbone.enable_lora(rank=2)
     enabled = {f"transformer_layer_0/self_attention/{x}" for x in ["query", "value"]}
-    assert set(hub_blocks(backbone).refused) == enabled
+    assert set(hugging_face_weights(backbone).refused) == enabled
 
 
 def test_a_field_that_a_backbone_does_not_hold_is_asked_for() -> None:
     backbone, _ = BACKBONES["BLIP2Backbone"]()
     with pytest.raises(MissingFieldError, match=r"convert_blip2 reads its field 'text_config'"):
-        hub_blocks(backbone)
+        hugging_face_weights(backbone)
     assert all("assign" not in vars(v) for v in backbone.variables)
-    assert hub_blocks(backbone, NEEDS_CONFIG["blip-2"]).blocks
+    assert hugging_face_weights(backbone, NEEDS_CONFIG["blip-2"]).blocks
 
 
 def test_a_given_configuration_counts() -> None:
-    assert not hub_blocks(gpt2(), {"model_type": "gpt2"}).refused
-    refused = hub_blocks(gpt2(), {"n_embd": HIDDEN + 1}).refused
+    assert not hugging_face_weights(gpt2(), {"model_type": "gpt2"}).refused
+    refused = hugging_face_weights(gpt2(), {"n_embd": HIDDEN + 1}).refused
     assert set(refused) == {f"transformer_layer_0/self_attention/{x}" for x in ["query", "key"]}
 
 
 def test_slices_that_contradict_each_other_are_refused() -> None:
-    kernel = Kernel(Weight("w")[:, 4:].reshape(3, 5), split_equation("bd,df->bf"), (3, 5))
+    kernel = ConvertedKernel(Weight("w")[:, 4:].reshape(3, 5), split_equation("bd,df->bf"), (3, 5))
     with pytest.raises(RefusedError, match="contradict"):
         Locator().blocks(kernel, {"w": (3, 11)})
 
@@ -287,12 +295,12 @@ def test_slices_that_contradict_each_other_are_refused() -> None:
 )
 def test_models_without_a_converter(make: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        hub_blocks(make(), **settings)
+        hugging_face_weights(make(), **settings)
 
 
 def test_layers_behind_the_place_where_a_converter_stops_are_refused() -> None:
     backbone, _ = BACKBONES["Qwen3MoeBackbone"]()  # its dense layer is named otherwise
-    refused = hub_blocks(backbone).refused
+    refused = hugging_face_weights(backbone).refused
     assert "transformer_layer_1/self_attention/query" in refused
     assert all("_feedforward_intermediate_dense" in reason for reason in refused.values())
 
@@ -328,7 +336,7 @@ HOOKS: dict[str, tuple[Any, tuple[int, int], bool, list[int]]] = {
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks(hook: str) -> None:
     function, shape, transposed, rows = HOOKS[hook]
-    kernel = Kernel(function(Weight("w")), split_equation("bd,dnh->bnh"), (D, N, H))
+    kernel = ConvertedKernel(function(Weight("w")), split_equation("bd,dnh->bnh"), (D, N, H))
     (block,) = Locator().blocks(kernel, Locator().shapes(kernel))
     assert (block.shape, block.stored_transposed) == (shape, transposed)
     assert block.rows.tolist() == rows
@@ -355,7 +363,7 @@ REFUSED_HOOKS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("hook", REFUSED_HOOKS)
 def test_hooks_that_are_refused(hook: str) -> None:
     function, message = REFUSED_HOOKS[hook]
-    kernel = Kernel(function(Weight("w")), split_equation("bd,dnh->bnh"), (D, N, H))
+    kernel = ConvertedKernel(function(Weight("w")), split_equation("bd,dnh->bnh"), (D, N, H))
     with pytest.raises(RefusedError, match=message):
         Locator().shapes(kernel)
 
@@ -363,14 +371,14 @@ def test_hooks_that_are_refused(hook: str) -> None:
 def test_experts_have_a_block_each() -> None:
     experts = [Weight(f"experts.{i}.weight") for i in range(3)]
     stacked: Any = np.stack([np.transpose(w) for w in experts])
-    kernel = Kernel(stacked, split_equation("ebd,edf->ebf"), (3, 5, 7))
+    kernel = ConvertedKernel(stacked, split_equation("ebd,edf->ebf"), (3, 5, 7))
     blocks = Locator().blocks(kernel, Locator().shapes(kernel))
     assert [(b.weight, b.shape) for b in blocks] == [(w.key, (7, 5)) for w in experts]
 
 
 def test_a_table_of_tokens_is_located_without_an_index_for_each_element() -> None:
     vocabulary, dim = 128_256, 4096
-    kernel = Kernel(Weight("w"), split_equation("...x,xy->...y"), (vocabulary, dim))
+    kernel = ConvertedKernel(Weight("w"), split_equation("...x,xy->...y"), (vocabulary, dim))
     tracemalloc.start()
     (block,) = Locator().blocks(kernel, Locator().shapes(kernel))
     _, peak = tracemalloc.get_traced_memory()
@@ -383,7 +391,16 @@ def test_a_table_of_tokens_is_located_without_an_index_for_each_element() -> Non
 def test_kernels_of_one_form_are_located_once() -> None:
     locator = Locator()
     for key in "vw":
-        kernel = Kernel(Weight(key).T, split_equation("bd,df->bf"), (5, 7))
+        kernel = ConvertedKernel(Weight(key).T, split_equation("bd,df->bf"), (5, 7))
         (block,) = locator.blocks(kernel, locator.shapes(kernel))
         assert block.weight == key
     assert len(locator.found) == 1
+
+
+def test_every_converter_of_keras_hub_is_found() -> None:
+    """Their model types are read from code, which may change its form."""
+    package = importlib.import_module(PRESET_LOADER.rpartition(".")[0])
+    names = {m.name for m in pkgutil.iter_modules(package.__path__) if m.name.startswith("convert")}
+    modules = converter_modules()
+    assert {module.__name__.rpartition(".")[2] for module in modules.values()} == names
+    assert len(modules) > len(names)  # Gemma's converter, for example, is of two model types

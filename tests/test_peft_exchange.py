@@ -254,7 +254,7 @@ def test_tables_that_are_saved_along_must_be_those_of_the_base(base: Path, tmp_p
     table = backbone.token_embedding.embeddings
     table.assign(1.1 * np.array(table))
     before = state(backbone)
-    message = r"model\.embed_tokens\.weight: the adapter was trained on other values of it"
+    message = r"model\.embed_tokens\.weight: the adapter was trained with other values of it"
     with pytest.raises(kl.AdapterFileError, match=message):
         kl.load_peft_adapter(backbone, tmp_path / "peft")
     assert state(backbone) == before
@@ -400,18 +400,18 @@ def test_the_prefix_of_a_task_comes_from_transformers(base: Path, tmp_path: Path
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another size": ("qwen2", {}, r"q_proj: of a matrix \(24, 24\), expected \(40, 40\)"),
+    "another size": ("qwen2", {}, r"q_proj: for a matrix of shape \(24, 24\), expected \(40, 40\)"),
     "tied table": (
         "llama tied",
         {"target_modules": ["embed_tokens"]},
-        r"model\.embed_tokens: its table is the output head too",
+        r"model\.embed_tokens: its matrix is the output head too",
     ),
-    "tied table of GPT-2": ("gpt2", {"target_modules": ["wte"]}, "wte: its table is the output"),
-    "shared table": ("bart", {"target_modules": ["shared"]}, "shared: its table is the output"),
+    "tied table of GPT-2": ("gpt2", {"target_modules": ["wte"]}, "wte: its matrix is the output"),
+    "shared table": ("bart", {"target_modules": ["shared"]}, "shared: its matrix is the output"),
     "positions": (
         "gpt2",
         {"target_modules": ["wte", "wpe"]},
-        r"wpe: the model has no embedding layer that is this module; .*wte: its table",
+        r"wpe: the model has no embedding layer that is this module; .*wte: its matrix",
     ),
     "lora_bias": ("llama", {"lora_bias": True, "bias": "none"}, "a bias of B"),
     "head": ("llama", {"target_modules": ["lm_head"]}, "lm_head: the model has no kernel"),
@@ -430,7 +430,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(
     base: Path, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     backbone = keras_model(base)
-    if "of a matrix" in message:
+    if "for a matrix" in message:
         backbone = keras_hub.models.QwenBackbone(61, 2, 5, 1, 40, 37)
     wrapped(base, **({"target_modules": ["q_proj"]} | options)).save_pretrained(tmp_path / "peft")
     before = state(backbone)

@@ -45,6 +45,7 @@ from keras_lora.exchange.peft_files.config import (
 )
 from keras_lora.exchange.peft_files.naming import target_modules, value_and_pattern
 from keras_lora.exchange.peft_files.tensors import PREFIX, file_tensors
+from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import write_adapter_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -414,7 +415,7 @@ def test_unknown_fields_and_modules_beside_the_targets_are_warned_of(tmp_path: P
     ],
 )
 def test_targets_match_as_in_peft(fields: dict[str, Any]) -> None:
-    settings = parse_config(MINIMAL | fields, [])
+    settings = parse_config(MINIMAL | fields, Problems())
     assert settings
     config = peft.LoraConfig(**fields)
     for name in ALL_MODULES if fields["target_modules"] != "all-linear" else ():
@@ -427,7 +428,7 @@ def test_targets_match_as_in_peft(fields: dict[str, Any]) -> None:
     r".*\.1\d\.q_proj", "layers.1", "^q_proj$", "[[a]q_proj"])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")
 def test_patterns_match_as_in_peft(key: str) -> None:
-    settings = parse_config(MINIMAL | {"rank_pattern": {key: 3, "v_proj": 5}}, [])
+    settings = parse_config(MINIMAL | {"rank_pattern": {key: 3, "v_proj": 5}}, Problems())
     assert settings
     for name in ALL_MODULES:
         pattern = {key: 3, "v_proj": 5}
@@ -454,14 +455,14 @@ CHANGED: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {"(?i)q": 4}}, "rank_pattern.*global flags"),
     ({"rank_pattern": {"q": 1.5}}, r"rank_pattern\['q'\]: Invalid `rank`"),
     ({"alpha_pattern": {"q": "x"}}, r"alpha_pattern\['q'\]: Invalid `alpha`"),
-    ({"alpha_pattern": [3]}, "alpha_pattern: list"),
+    ({"alpha_pattern": [3]}, "alpha_pattern: of type list"),
     ({"bias": "some"}, "bias: 'some'"),
     ({"lora_dropout": "0.1"}, "lora_dropout: Invalid `dropout`"),
     ({"lora_dropout": 10**400}, "lora_dropout: Invalid `dropout`"),
-    ({"use_rslora": "yes"}, "use_rslora: str"),
-    ({"use_dora": True}, "lora_magnitude_vector is there or missing"),
-    ({"lora_bias": True}, "lora_B.bias is there or missing"),
-    ({"target_modules": 3}, "target_modules: int"),
+    ({"use_rslora": "yes"}, "use_rslora: of type str"),
+    ({"use_dora": True}, "lora_magnitude_vector is missing, although"),
+    ({"lora_bias": True}, "lora_B.bias is missing, although"),
+    ({"target_modules": 3}, "target_modules: of type int"),
     ({"target_modules": [3]}, "target_modules: not all"),
     ({"target_modules": "("}, "unterminated"),
     ({"layers_to_transform": ["a"]}, "layers_to_transform: not all"),
@@ -489,11 +490,14 @@ A, B = Q + "lora_A.weight", Q + "lora_B.weight"
         (lambda t: t.pop(B), "layers.1.q_proj: lora_B.weight is missing"),
         (lambda t: t[A].fill_(torch.nan), f"{A}: NaN or infinity"),
         (lambda t: t.update({A: t[A].int()}), f"{A}: dtype I32, expected one of"),
-        (lambda t: t.update({A: t[A].T.contiguous()}), "are not of the rank 2"),
-        (lambda t: t.update({A: t[A][:, :0]}), "are no two factors"),
-        (lambda t: t.update({A: t[A][0].clone()}), "are no two factors"),
-        (lambda t: t.update({A: t[A][..., None]}), "are no two factors"),
-        (lambda t: t.update({A: torch.ones(2, 3, 3), B: torch.ones(5, 2, 3)}), "larger than 1"),
+        (lambda t: t.update({A: t[A].T.contiguous()}), "expected factors of the rank 2"),
+        (lambda t: t.update({A: t[A][:, :0]}), "expected two factors"),
+        (lambda t: t.update({A: t[A][0].clone()}), "expected two factors"),
+        (lambda t: t.update({A: t[A][..., None]}), "expected two factors"),
+        (
+            lambda t: t.update({A: torch.ones(2, 3, 3), B: torch.ones(5, 2, 3)}),
+            "a kernel of size 1",
+        ),
         (
             lambda t: t.update({Q + "lora_embedding_A": torch.ones(2)}),
             "lora_embedding_B is missing",
@@ -502,7 +506,7 @@ A, B = Q + "lora_A.weight", Q + "lora_B.weight"
             lambda t: t.update({Q + f"lora_embedding_{x}": torch.ones(2, 2) for x in "AB"}),
             "parts of an embedding and of a linear module",
         ),
-        (lambda t: t.update({Q + "lora_B.bias": torch.ones(7)}), "against lora_bias=False"),
+        (lambda t: t.update({Q + "lora_B.bias": torch.ones(7)}), "although lora_bias=False"),
         (lambda t: t.update({Q + "lora_magnitude_vector": torch.ones(7)}), "use_dora=False"),
         (lambda t: t.update({Q + "lora_A.x.weight": t[A] + 1}), "lora_A.x.weight: differs from"),
         (
@@ -533,9 +537,9 @@ def moved(name: str) -> mutations.Mutation:
 @pytest.mark.parametrize(
     ("mutation", "message"),
     [
-        (moved("adapter_model.bin"), "unpickled.*safe_serialization=True"),
+        (moved("adapter_model.bin"), "execute code.*safe_serialization=True"),
         (moved("adapter_model-00001-of-00002.safetensors"), "several files"),
-        (moved("adapter.safetensors"), "keras_lora itself; read it by load_adapter"),
+        (moved("adapter.safetensors"), "keras_lora itself; load it with load_adapter"),
         (mutations.special(WEIGHTS, lambda file: None), f"{WEIGHTS}.*FileNotFound"),
         (mutations.special(CONFIG, lambda file: None), f"{CONFIG}.*FileNotFound"),
         (shutil.rmtree, f"{CONFIG}.*FileNotFound.*{WEIGHTS}.*FileNotFound"),
@@ -621,7 +625,7 @@ def test_targets_without_names_of_the_base_load_too(tmp_path: Path) -> None:
         ({"a/../b": module()}, {}, "segment"),
         ({"a..b": module()}, {}, "no name of a parameter|no tensors of LoRA"),
         ({"q": module()}, {"saved": {"v.lora_A.weight": np.ones(2)}}, "lora_B.weight is missing"),
-        ({"q": module()}, {"saved": {"v.base_layer.bias": np.ones(2)}}, "mean others to PEFT"),
+        ({"q": module()}, {"saved": {"v.base_layer.bias": np.ones(2)}}, "take for other"),
         ({"q": module()}, {"config": {"other": 1}}, "other: no field of LoraConfig"),
         ({"q": module()}, {"config": {"use_qalora": True}}, "use_qalora: the inputs"),
         ({"q": module()}, {"config": {"revision": float("nan")}}, "JSON"),
@@ -655,7 +659,7 @@ def test_overwriting_is_asked_for(tmp_path: Path) -> None:
 
 def test_adapters_of_this_package_and_links_stay(tmp_path: Path) -> None:
     write_adapter_files(tmp_path / "native", {}, {}, overwrite=False)
-    with pytest.raises(AdapterFileError, match="keras_lora itself is there"):
+    with pytest.raises(AdapterFileError, match="keras_lora itself; write to"):
         write_peft_adapter(tmp_path / "native", {"q": module()}, overwrite=True)
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / WEIGHTS).symlink_to(tmp_path / "blob")
