@@ -20,11 +20,10 @@ from typing import Any
 import keras
 import keras_hub
 import numpy as np
-from hub_models import HUB_MODELS
-from kerashub_backbones import BACKBONES
-from models import randomize_adapters
-from test_hub_weights import NEEDS_CONFIG
-from test_peft_exchange import CASES, KERAS_OPTIONS
+from support.hugging_face_models import HUGGING_FACE_MODELS, NEEDS_CONFIG
+from support.keras_hub_backbones import BACKBONES
+from support.models import randomize_adapters
+from support.peft_models import CASES, KERAS_OPTIONS
 
 import keras_lora as kl
 from keras_lora.exchange.converters import HuggingFaceWeights, hugging_face_weights
@@ -166,7 +165,7 @@ def _says_little(segment: str) -> bool:
 
 def compared(model_type: str, exact: bool) -> str:
     """`exact`: the class is the one that the tests get from KerasHub."""
-    if not exact or model_type not in HUB_MODELS:
+    if not exact or model_type not in HUGGING_FACE_MODELS:
         return "names only"
     if model_type not in CASES:
         return "weights"

@@ -16,8 +16,8 @@ from rich.console import Console
 import keras_lora as kl
 from keras_lora.export.checking import read_graph
 from keras_lora.export.many.endpoint import DESCRIPTION
+from keras_lora.export.many.stacks import NAMES
 from keras_lora.export.many.stored import ADAPTERS as STORED
-from keras_lora.export.many.tables import NAMES
 from keras_lora.layers import split_kernel
 from keras_lora.summary import shown_bytes
 from keras_lora_cli.adapters import Adapter, read_adapter

@@ -9,14 +9,16 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import random
-from collections.abc import Iterator
 
 import keras
 import numpy as np
 import pytest
-import servers
 
 keras.utils.set_random_seed(7)
+# An assertion that fails in `support` says why, as one in a test does.
+pytest.register_assert_rewrite("support")
+# No tests and no doctests: to import some of its modules takes packages that most tests do without.
+collect_ignore = ["support"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +30,3 @@ def _seeded() -> None:
     """
     random.seed(7)
     np.random.seed(7)
-
-
-@pytest.fixture(scope="session", params=[servers.STANDIN, servers.REAL])
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[servers.Server]:
-    with servers.started(request.param, tmp_path_factory.mktemp("models")) as running:
-        yield running

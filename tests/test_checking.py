@@ -96,7 +96,7 @@ def retag(meta: Any) -> None:
 
 EDITS: dict[str, tuple[Callable[[Any], None], list[str]]] = {
     "nothing": (lambda meta: None, []),
-    "unknown operation": (rename_operation, ["operation MyTanh, which is none of TensorFlow"]),
+    "unknown operation": (rename_operation, ["operation MyTanh, which TensorFlow does not have"]),
     "called by name": (call_by_name, []),
     "no signature": (forget_signatures, ["no signature"]),
     "sparse": (make_sparse, ["the input 'x' of 'serving_default', which is sparse"]),

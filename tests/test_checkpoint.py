@@ -5,111 +5,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-import processes
 import pytest
-from models import composite, data, functional, state, subclassed
+from support import processes
+from support.broken_runs import (
+    BATCHES,
+    CASES,
+    CONFIG,
+    BreakAfter,
+    BrokenError,
+    Counter,
+    adapted,
+    assert_same,
+    fit,
+    trained,
+)
+from support.models import functional
 
 import keras_lora as kl
-
-BATCHES, EPOCHS = 7, 3
-CONFIG = kl.LoRAConfig(rank=2, dropout=0.2, layers_to_save=["head"], bias="lora_only")
-
-
-class BrokenError(Exception):
-    pass
-
-
-class BreakAfter(keras.callbacks.Callback):
-    """Stops training as an error in the middle of an epoch does."""
-
-    def __init__(self, batches: int) -> None:
-        super().__init__()
-        self.left = batches
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
-        self.left -= 1
-        if self.left == 0:
-            raise BrokenError
-
-
-class Counter(keras.callbacks.Callback):
-    """The epochs that began, and the optimizer's steps when training ended."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.epochs: list[int] = []
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        self.epochs.append(epoch)
-
-
-def adapted(
-    make: Callable[[], keras.Model],
-    seed: int = 1,
-    optimizer: Any = None,
-    config: kl.LoRAConfig = CONFIG,
-    **options: Any,
-) -> keras.Model:
-    """The same base for every seed; other adapters, head and dropout masks."""
-    keras.utils.set_random_seed(0)
-    model = make()
-    keras.utils.set_random_seed(seed)
-    kl.apply_lora(model, config)
-    metrics = [keras.metrics.MeanAbsoluteError(name="mae")]
-    optimizer = optimizer() if optimizer else keras.optimizers.Adam(0.02)
-    model.compile(optimizer, "mse", metrics=metrics, **options)
-    return model
-
-
-def fit(model: keras.Model, *callbacks: Any, epochs: int = EPOCHS, **options: Any) -> Any:
-    x, y = data(model, 2 * BATCHES)
-    defaults = {"batch_size": 2, "shuffle": False, "verbose": 0, "validation_data": (x, y)}
-    return model.fit(x, y, epochs=epochs, callbacks=list(callbacks), **(defaults | options))
-
-
-def trained(model: keras.Model) -> list[np.ndarray]:
-    return [np.array(keras.ops.convert_to_numpy(v)) for v in model.trainable_variables]
-
-
-def assert_same(received: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
-    for one, other in zip(received, expected, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
-
-
-def scheduled() -> keras.optimizers.Optimizer:
-    return keras.optimizers.AdamW(keras.optimizers.schedules.ExponentialDecay(0.02, 5, 0.5))
-
-
-def accumulating() -> keras.optimizers.Optimizer:
-    return keras.optimizers.SGD(0.02, momentum=0.9, gradient_accumulation_steps=2)
-
-
-def averaging() -> keras.optimizers.Optimizer:
-    return keras.optimizers.Nadam(0.02, use_ema=True, ema_overwrite_frequency=4)
-
-
-def scaled() -> keras.optimizers.Optimizer:
-    return keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.02), dynamic_growth_steps=3)
-
-
-CASES: list[Any] = [
-    pytest.param(make, optimizer, freq, after, id=f"{make.__name__}-{name}-{freq}-{after}")
-    for make, name, optimizer, freq, after in [
-        (functional, "adam", None, "epoch", 10),
-        (functional, "adam", None, 3, 2),
-        (functional, "scheduled", scheduled, 2, 12),
-        (composite, "accumulating", accumulating, 3, 8),
-        (composite, "averaging", averaging, "epoch", 15),
-        (subclassed, "scaled", scaled, 7, 16),
-        (subclassed, "adam", None, 1, 14),
-    ]
-]
 
 
 @pytest.mark.parametrize(("make", "optimizer", "freq", "after"), CASES)
@@ -211,66 +129,6 @@ def test_a_run_that_was_stopped_early_stays_so(tmp_path: Path) -> None:
     assert_same(trained(model), trained(first))
 
 
-class Logs(keras.callbacks.Callback):
-    """Gives the logs of an epoch another value, for callbacks after it."""
-
-    def __init__(self, values: Sequence[float]) -> None:
-        super().__init__()
-        self.values = values
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        logs["val_mae"] = logs["quality"] = self.values[epoch]
-
-
-@pytest.mark.parametrize(
-    ("options", "values", "saved"),
-    [
-        ({"monitor": "val_mae"}, [3, 1, 2], [1, 2]),
-        ({"monitor": "val_mae", "initial_value_threshold": 2.5}, [3, 1, 2], [2]),
-        ({"monitor": "val_mae", "mode": "max"}, [3, 1, 4], [1, 3]),
-        ({"monitor": "quality", "mode": "max"}, [2, 3, 3], [1, 2]),
-        ({"monitor": "quality", "mode": "min"}, [float("nan"), 3, 2], [2, 3]),
-        ({"initial_value_threshold": 0.0}, [3, 1, 2], []),
-    ],
-)
-def test_the_best_adapter_stays(
-    options: dict[str, Any], values: list[float], saved: list[int], tmp_path: Path
-) -> None:
-    seen = []
-
-    class Watch(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-            now = (tmp_path / "adapter.safetensors").exists() and (
-                kl.read_adapter_files(tmp_path).tensors["up/lora_b"].tobytes()
-            )
-            seen.append(now)
-
-    checkpoint = kl.AdapterCheckpoint(tmp_path, save_best_only=True, **options)
-    fit(adapted(functional), Logs(values), checkpoint, Watch())
-    changes = [e for e in range(1, 4) if seen[e - 1] != ([False, *seen])[e - 1]]
-    assert changes == saved
-
-
-def test_the_best_value_is_remembered(tmp_path: Path) -> None:
-    def best() -> kl.AdapterCheckpoint:
-        return kl.AdapterCheckpoint(tmp_path, monitor="val_mae", save_best_only=True)
-
-    with pytest.raises(BrokenError):
-        fit(adapted(functional), Logs([1, 2, 3]), best(), BreakAfter(10))
-    before = (tmp_path / "adapter.safetensors").read_bytes()
-    checkpoint = best()
-    fit(adapted(functional, 2), Logs([0, 2, 3]), checkpoint)
-    assert checkpoint.best == 1
-    assert (tmp_path / "adapter.safetensors").read_bytes() == before
-
-
-def test_a_monitor_that_is_not_there_saves_and_warns(tmp_path: Path) -> None:
-    checkpoint = kl.AdapterCheckpoint(tmp_path, monitor="nothing", save_best_only=True)
-    with pytest.warns(UserWarning, match=r"monitor='nothing' is not among \['loss', 'mae', "):
-        fit(adapted(functional), checkpoint, epochs=1)
-    assert (tmp_path / "adapter.safetensors").exists()
-
-
 def test_the_files_do_not_grow_with_the_base(tmp_path: Path) -> None:
     sizes = []
     for width in (5, 509):
@@ -287,85 +145,6 @@ def test_the_files_do_not_grow_with_the_base(tmp_path: Path) -> None:
     assert abs(sizes[1] - sizes[0]) < 100
 
 
-def refusals() -> list[Any]:
-    def other_config(model: keras.Model) -> keras.Model:
-        kl.unload_lora(model)
-        kl.apply_lora(model, kl.LoRAConfig(rank=3, targets=["up"]))
-        return model
-
-    def other_optimizer(model: keras.Model) -> keras.Model:
-        model.compile("rmsprop", "mse")
-        return model
-
-    def not_training(model: keras.Model) -> keras.Model:
-        kl.set_adapter(model, "default", trainable=False)
-        return model
-
-    def nothing_adapted(model: keras.Model) -> keras.Model:
-        return kl.unload_lora(model)
-
-    def twice(model: keras.Model) -> keras.Model:
-        model.steps_per_execution = 3
-        return model
-
-    # Keras has one step an execution on torch.
-    steps = [pytest.param(twice, "a divisor of the 2 batches", id="steps")]
-    steps = [] if keras.backend.backend() == "torch" else steps
-    return [
-        pytest.param(other_config, r"values/up/lora_a: \(5, 2\), expected \(5, 3\)", id="config"),
-        pytest.param(other_optimizer, "Adam, expected RMSprop", id="optimizer"),
-        pytest.param(not_training, "Expected an adapter that trains", id="frozen"),
-        pytest.param(nothing_adapted, "which has none", id="unloaded"),
-        *steps,
-    ]
-
-
-@pytest.mark.parametrize(("change", "message"), refusals())
-def test_a_state_of_another_run_is_refused_and_nothing_is_changed(
-    change: Any, message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(BrokenError):
-        fit(adapted(functional), kl.AdapterCheckpoint(tmp_path, save_freq=2), BreakAfter(3))
-    model = change(adapted(functional, 2))
-    before = state(model)
-    with pytest.raises(ValueError, match=message):
-        fit(model, kl.AdapterCheckpoint(tmp_path, save_freq=2))
-    assert state(model) == before
-
-
-def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BrokenError):
-        fit(adapted(functional), kl.AdapterCheckpoint(tmp_path), BreakAfter(3))
-    file = tmp_path / "training_state" / "adapter.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(kl.AdapterFileError, match="training_state"):
-        fit(adapted(functional), kl.AdapterCheckpoint(tmp_path))
-
-
-def test_other_data_are_refused_when_they_end_too_early(tmp_path: Path) -> None:
-    with pytest.raises(BrokenError):
-        fit(adapted(functional), kl.AdapterCheckpoint(tmp_path, save_freq=5), BreakAfter(6))
-    model = adapted(functional, 2)
-    with pytest.raises(ValueError, match="before the batches that were done"):
-        fit(model, kl.AdapterCheckpoint(tmp_path), steps_per_epoch=3)
-    before = trained(model)
-    fit(model, epochs=1)
-    assert any((a != b).any() for a, b in zip(before, trained(model), strict=True))
-
-
-def test_an_adapter_of_another_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
-    kl.save_adapter(adapted(functional), tmp_path)
-    before = (tmp_path / "adapter.safetensors").read_bytes()
-    with pytest.raises(kl.AdapterFileError, match="adapter without.*overwrite=True"):
-        fit(adapted(functional, 2), kl.AdapterCheckpoint(tmp_path), epochs=1)
-    assert (tmp_path / "adapter.safetensors").read_bytes() == before
-    checkpoint, counter = kl.AdapterCheckpoint(tmp_path, overwrite=True), Counter()
-    fit(adapted(functional, 2), checkpoint, counter, epochs=1)
-    assert (tmp_path / "adapter.safetensors").read_bytes() != before
-    fit(adapted(functional, 2), kl.AdapterCheckpoint(tmp_path, overwrite=True), counter, epochs=1)
-    assert counter.epochs == [0, 0]
-
-
 def test_a_second_fit_with_the_same_callback_trains_on(tmp_path: Path) -> None:
     model, counter, checkpoint = adapted(functional), Counter(), kl.AdapterCheckpoint(tmp_path)
     fit(model, checkpoint, counter, epochs=2)
@@ -376,26 +155,11 @@ def test_a_second_fit_with_the_same_callback_trains_on(tmp_path: Path) -> None:
     assert_same(trained(other), trained(model))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"save_freq": 0}, "save_freq"),
-        ({"save_freq": True}, "save_freq"),
-        ({"save_freq": "batch"}, "save_freq"),
-        ({"mode": "best"}, "mode"),
-        ({"directory": "run-{epoch}"}, "directory"),
-    ],
-)
-def test_invalid_arguments_are_refused_at_once(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"Invalid {message}|`{message}`|{message}="):
-        kl.AdapterCheckpoint(**({"directory": "run"} | options))
-
-
 RESUMABLE = """
 import json, os, random, signal, sys
 import keras, numpy as np
 import keras_lora as kl
-import models
+from support import models
 
 make, directory, freq, kill_at = sys.argv[1:5]
 keras.utils.set_random_seed(0)

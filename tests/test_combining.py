@@ -1,92 +1,26 @@
-"""Combining adapters: each method against dense matrices, against PEFT, and what it refuses."""
+"""Combining adapters: each method against dense matrices, and against PEFT."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from peft.utils import merge_utils
+from support.combinations import (
+    ANY_RANKS,
+    PRUNED,
+    D,
+    K,
+    dense_reference,
+    dense_sum,
+    make_terms,
+    options,
+)
 
-from keras_lora.lowrank.combining import METHODS, Combination, WeightedFactors, combine, truncate
-
-Array = npt.NDArray[Any]
-
-D, K = 11, 13
-ANY_RANKS = [[2], [3, 3], [2, 3, 5], [2, 3, 5, 3]]
-COEFFICIENTS = [0.7, -1.3, 2.0, -0.4]
-PRUNED = ["magnitude_prune", "ties", "dare_linear", "dare_ties"]
-
-
-def make_terms(shared: int, ranks: Sequence[int], seed: int = 0) -> list[WeightedFactors]:
-    rng = np.random.default_rng(seed)
-    return [
-        WeightedFactors(rng.normal(size=(shared, D, r)), rng.normal(size=(shared, r, K)), c)
-        for r, c in zip(ranks, COEFFICIENTS, strict=False)
-    ]
-
-
-def dense_sum(terms: Sequence[WeightedFactors]) -> Array:
-    total = np.zeros((terms[0].a.shape[0], D, K))
-    for term in terms:
-        total += term.coefficient * np.einsum("sdr,srk->sdk", term.a, term.b)
-    return total
-
-
-def options(method: str, **changes: Any) -> Combination:
-    density = {"density": 0.4} if method in PRUNED else {}
-    return Combination(method=method, **{**density, **changes})
-
-
-# The definitions, one entry at a time.
-
-
-def largest(x: Array, density: float) -> Array:
-    """In each shared index, the entries above the magnitude of the first that goes."""
-    kept = np.zeros_like(x)
-    for s in range(len(x)):
-        magnitudes = sorted(np.abs(x[s]).ravel(), reverse=True)
-        count = math.floor(density * len(magnitudes))
-        limit = magnitudes[count] if count < len(magnitudes) else -1.0
-        kept[s] = np.where(np.abs(x[s]) > limit, x[s], 0)
-    return kept
-
-
-def plain(x: Sequence[Array], weights: Sequence[float]) -> Array:
-    return np.asarray(sum(w * x_i for w, x_i in zip(weights, x, strict=True)))
-
-
-def elected(x: Sequence[Array], weights: Sequence[float], majority_sign: str) -> Array:
-    merged = np.zeros_like(x[0])
-    for at in np.ndindex(merged.shape):
-        values = [float(x_i[at]) for x_i in x]
-        votes = values if majority_sign == "total" else [math.copysign(v != 0, v) for v in values]
-        positive = sum(votes) >= 0
-        chosen = [i for i, v in enumerate(values) if v and (v > 0) == positive]
-        if chosen:
-            merged[at] = sum(weights[i] * values[i] for i in chosen) / len(chosen)
-    return merged
-
-
-def dense_reference(
-    terms: Sequence[WeightedFactors], method: str, density: float, majority_sign: str
-) -> Array:
-    factors = []
-    for name in "ab":
-        x = [getattr(term, name) for term in terms]
-        weights = [math.sqrt(abs(term.coefficient)) for term in terms]
-        if name == "a":
-            weights = [math.copysign(w, t.coefficient) for w, t in zip(weights, terms, strict=True)]
-        if method != "linear":
-            x = [largest(x_i, density) for x_i in x]
-        factors.append(
-            elected(x, weights, majority_sign) if method == "ties" else plain(x, weights)
-        )
-    return np.einsum("sdr,srk->sdk", *factors)
+from keras_lora.lowrank.combining import METHODS, WeightedFactors, combine, truncate
 
 
 @pytest.mark.parametrize("shared", [1, 2])
@@ -280,77 +214,3 @@ def test_density_one_drops_nothing(method: str, undropped: str, changes: dict[st
 def test_the_smallest_density_keeps_one_entry() -> None:
     for x in combine(make_terms(2, [3]), options("magnitude_prune", density=1e-6)):
         assert (x != 0).sum(axis=(1, 2)).tolist() == [1, 1]
-
-
-INVALID_OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"method": "mean"}, "method"),
-    ({"method": "svd", "rank": 0}, "rank"),
-    ({"method": "svd", "rank": 2.0}, "rank"),
-    ({"method": "cat", "rank": 2}, "rank"),
-    ({"method": "linear", "density": 0.5}, "density"),
-    ({"method": "svd", "density": 0.5}, "density"),
-    *[({"method": method}, "density") for method in PRUNED],
-    *[
-        ({"method": "ties", "density": bad}, "density")
-        for bad in (0, -0.1, 1.1, math.nan, "1", True)
-    ],
-    ({"method": "ties", "density": 0.5, "majority_sign": "most"}, "majority_sign"),
-    ({"method": "dare_ties", "density": 0.5, "seed": -1}, "seed"),
-    ({"method": "dare_ties", "density": 0.5, "seed": 0.5}, "seed"),
-    ({"method": "dare_ties", "density": 0.5, "seed": None}, "seed"),
-]
-
-
-@pytest.mark.parametrize(
-    ("values", "named"), INVALID_OPTIONS, ids=[str(v) for v, _ in INVALID_OPTIONS]
-)
-def test_invalid_options_are_refused_by_name(values: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=f"Invalid `{named}`.*expected.*Received: {named}="):
-        Combination(**values)
-
-
-INVALID_FACTORS = [
-    ((D, 3), (3, K), "shared"),
-    ((1, D, 3), (1, 2, K), "shared"),
-    ((2, D, 3), (1, 3, K), "shared"),
-    ((1, 1, D, 3), (1, 3, K), "shared"),
-]
-
-
-@pytest.mark.parametrize(
-    "make", [lambda a, b: WeightedFactors(a, b, 1.0), lambda a, b: truncate(a, b, 2)]
-)
-def test_invalid_factors_are_refused(make: Any) -> None:
-    for a, b, expected in INVALID_FACTORS:
-        with pytest.raises(ValueError, match=f"Invalid `factors`.*{expected}.*Received: factors="):
-            make(np.ones(a), np.ones(b))
-    for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="expected finite values.*33 values that are NaN"):
-            make(np.full((1, D, 3), bad), np.ones((1, 3, K)))
-
-
-@pytest.mark.parametrize("coefficient", [math.nan, math.inf])
-def test_coefficients_are_finite(coefficient: float) -> None:
-    with pytest.raises(ValueError, match="Invalid `coefficient`.*finite"):
-        WeightedFactors(np.ones((1, D, 3)), np.ones((1, 3, K)), coefficient)
-
-
-def test_truncate_refuses_a_bad_rank() -> None:
-    with pytest.raises(ValueError, match="Invalid `rank`"):
-        truncate(np.ones((1, D, 3)), np.ones((1, 3, K)), 0)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_terms_that_do_not_fit_together_are_refused(method: str) -> None:
-    term = WeightedFactors(np.ones((1, D, 3)), np.ones((1, 3, K)), 1.0)
-    with pytest.raises(ValueError, match="Invalid `terms`: expected one adapter at least"):
-        combine([], options(method))
-    for a, b in [((1, 7, 3), (1, 3, K)), ((1, D, 3), (1, 3, 7)), ((2, D, 3), (2, 3, K))]:
-        with pytest.raises(ValueError, match=r"one layer.*Received: terms=\[\(1, 11, 13\), \("):
-            combine([term, WeightedFactors(np.ones(a), np.ones(b), 1.0)], options(method))
-
-
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("cat", "svd")])
-def test_unequal_ranks_are_refused_where_factors_are_added(method: str) -> None:
-    with pytest.raises(ValueError, match=r"Received: ranks=\[2, 3\].*method='cat'.*method='svd'"):
-        combine(make_terms(1, [2, 3]), options(method))

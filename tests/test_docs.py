@@ -7,12 +7,13 @@ import re
 import shlex
 from pathlib import Path
 
-import guide
-import processes
 import pytest
-from servers import Server
+from support import guide, processes
+from support.servers import Server
 
 import keras_lora_cli
+
+pytest_plugins = ["support.servers"]
 
 ROOT = Path(__file__).parent.parent
 SERVING = ROOT / "docs" / "serving.md"

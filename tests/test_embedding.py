@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from cases import numpy_of, randomize
 from keras import ops
-from models import state
+from support.cases import numpy_of, randomize
+from support.models import state
 
 import keras_lora as kl
 

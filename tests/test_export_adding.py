@@ -11,11 +11,20 @@ from typing import Any
 
 import keras
 import numpy as np
-import processes
 import pytest
 import tensorflow as tf
-from models import functional, randomize_adapters
-from test_export_rows import HEAD, adapted, answers, assert_rows, client, config, normal, served
+from support import processes
+from support.mixed_batches import (
+    HEAD,
+    adapted,
+    answers,
+    assert_rows,
+    client,
+    config,
+    normal,
+    served,
+)
+from support.models import functional, randomize_adapters
 
 import keras_lora as kl
 from keras_lora.export.many import adding
@@ -200,7 +209,7 @@ def test_bad_arguments(exported: tuple[keras.Model, Path]) -> None:
         with pytest.raises(ValueError, match=message):
             kl.add_adapter_to_saved_model(path, folder / "it", name, **options)
     (first / "assets/adapters.index").write_bytes(b"cut")
-    with pytest.raises(ValueError, match="Expected tables of adapters"):
+    with pytest.raises(ValueError, match="Expected the stored adapters of an export"):
         kl.add_adapter_to_saved_model(first, folder / "it", "it")
     description = json.loads((first / DESCRIPTION).read_text())
     (first / DESCRIPTION).write_text(json.dumps({**description, "format_version": 2}))
@@ -216,7 +225,7 @@ def test_a_failure_leaves_no_version(
         raise OSError("disk full")
 
     _, folder = exported
-    monkeypatch.setattr(adding, "write_tensors", full)
+    monkeypatch.setattr(adding, "write_stacks", full)
     with pytest.raises(OSError, match="disk full"):
         kl.add_adapter_to_saved_model(folder / "served/1", folder / "it", "it")
     assert listed(folder / "served") == ["1"]
@@ -232,7 +241,7 @@ from keras_lora.export.many.endpoint import DESCRIPTION
 def killed(*_):
     os._exit(0)
 
-adding.write_tensors = killed
+adding.write_stacks = killed
 kl.add_adapter_to_saved_model(sys.argv[1], sys.argv[2], "it")
 """
 

@@ -1,89 +1,26 @@
-"""Tasks in SavedModels, answered by TensorFlow's C library: labels, strings, images, generation."""
+"""Tasks in SavedModels: labels, strings and images in, probabilities and labels out."""
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hub_tasks
 import keras
 import keras_hub
 import numpy as np
-import processes
 import pytest
 import tensorflow as tf
 from keras_hub import models
-from kerashub_backbones import BACKBONES
-from models import composite, data, functional, randomize_adapters, state, subclassed
+from support import keras_hub_tasks
+from support.keras_hub_backbones import BACKBONES
+from support.models import composite, data, functional, state, subclassed
+from support.tasks import NAMES, TEXTS, Service, adapted, bytes_of
 
 import keras_lora as kl
-from keras_lora.export.keras_hub.generation import Generation, stop_tokens
-from keras_lora.export.keras_hub.operations import server_operations, slice_update
 from keras_lora.export.keras_hub.preprocessing import classify
 
-TEXTS = ["the good film!", "A bad FILMS", "", "good " * 20, "žluťoučký kůň"]
-NAMES = ["poor", "fair", "good"]
-
-Arrays = dict[str, Any]
-
-# Answers many requests, so that not each of them has to load TensorFlow's library.
-SERVICE = """
-import sys, numpy as np
-sys.path.insert(0, "examples")
-from run_saved_model import SavedModel, save
-for line in sys.stdin:
-    path, inputs, outputs, signature, times = line.split()
-    try:
-        model = SavedModel(path)
-        for _ in range(int(times)):
-            answers = model.run(dict(np.load(inputs)), signature)
-        save(outputs, answers)
-        print("answered", flush=True)
-    except Exception as error:
-        print(repr(error), flush=True)
-"""
-
-
-class Service:
-    """The C library in a process of its own; XLA is off there."""
-
-    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
-        self._process, self._folder = process, folder
-
-    def answer(
-        self, path: Path, feeds: Arrays, signature: str = "serving_default", times: int = 1
-    ) -> Arrays:
-        inputs, outputs = self._folder / "in.npz", self._folder / "out.npz"
-        np.savez(inputs, **feeds)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(path, inputs, outputs, signature, times, file=self._process.stdin, flush=True)
-        for line in self._process.stdout:
-            if line == "answered\n":
-                return dict(np.load(outputs))
-            if "Error(" in line:
-                raise RuntimeError(line)
-        raise RuntimeError("The service has ended.")
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    process = processes.start(processes.blocking("keras", "keras_lora") + SERVICE)
-    yield Service(process, tmp_path_factory.mktemp("service"))
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-
-
-def adapted(model: keras.Model, rank: int = 2) -> keras.Model:
-    model = kl.apply_lora(model, kl.LoRAConfig(rank=rank, alpha=3))
-    randomize_adapters(model)
-    return model
-
-
-def bytes_of(folder: Path) -> bytes:
-    return b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
+pytest_plugins = ["support.tasks"]
 
 
 # --- Class names ------------------------------------------------------------------------------
@@ -141,9 +78,9 @@ def test_arguments_that_are_not_for_the_model(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(hub_tasks.CLASSIFIERS))
+@pytest.mark.parametrize("name", list(keras_hub_tasks.CLASSIFIERS))
 def test_strings_to_probabilities_and_labels(name: str, service: Service, tmp_path: Path) -> None:
-    model = hub_tasks.CLASSIFIERS[name]()
+    model = keras_hub_tasks.CLASSIFIERS[name]()
     model.preprocessor(TEXTS)  # makes a layer, which is not to come in later
     adapted(model)
     expected = np.array(keras.ops.softmax(model.predict(TEXTS, verbose=0)))
@@ -159,7 +96,7 @@ def test_strings_to_probabilities_and_labels(name: str, service: Service, tmp_pa
 
 
 def test_pairs_of_segments(service: Service, tmp_path: Path) -> None:
-    model = adapted(hub_tasks.CLASSIFIERS["Bert"]())
+    model = adapted(keras_hub_tasks.CLASSIFIERS["Bert"]())
     kl.export_saved_model(model, tmp_path / "1", preprocessing=("premise", "hypothesis"))
     answers = service.answer(tmp_path / "1", {"premise": TEXTS, "hypothesis": TEXTS[::-1]})
     expected = keras.ops.softmax(model.predict((TEXTS, TEXTS[::-1]), verbose=0))
@@ -198,8 +135,8 @@ def test_raw_images_to_probabilities(resized: bool, service: Service, tmp_path: 
 def test_probabilities_follow_the_activation_and_the_loss(
     classes: int, activation: Any, loss: Any, expected: Any
 ) -> None:
-    tokenizer = models.BertTokenizer(hub_tasks.word_pieces())
-    model = hub_tasks.classifier("Bert", tokenizer, classes, activation=activation)
+    tokenizer = models.BertTokenizer(keras_hub_tasks.word_pieces())
+    model = keras_hub_tasks.classifier("Bert", tokenizer, classes, activation=activation)
     model.compile(loss=loss)
     outputs = model.predict(TEXTS, verbose=0)
     answers = classify(model, True).call({"text": tf.constant(TEXTS)})
@@ -207,14 +144,14 @@ def test_probabilities_follow_the_activation_and_the_loss(
 
 
 def without_preprocessor() -> keras.Model:
-    model = hub_tasks.CLASSIFIERS["Bert"]()
+    model = keras_hub_tasks.CLASSIFIERS["Bert"]()
     model.preprocessor = None
     return model
 
 
 def squashed() -> keras.Model:
-    tokenizer = models.BertTokenizer(hub_tasks.word_pieces())
-    return hub_tasks.classifier("Bert", tokenizer, activation="tanh")
+    tokenizer = models.BertTokenizer(keras_hub_tasks.word_pieces())
+    return keras_hub_tasks.classifier("Bert", tokenizer, activation="tanh")
 
 
 @pytest.mark.parametrize(
@@ -222,8 +159,8 @@ def squashed() -> keras.Model:
     [
         (without_preprocessor, True, "a model without a preprocessor"),
         (squashed, True, "whose activation is None"),
-        (hub_tasks.CLASSIFIERS["Bert"], "text", "distinct names of segments"),
-        (hub_tasks.CLASSIFIERS["Bert"], ["a", "a"], "distinct names of segments"),
+        (keras_hub_tasks.CLASSIFIERS["Bert"], "text", "distinct names of segments"),
+        (keras_hub_tasks.CLASSIFIERS["Bert"], ["a", "a"], "distinct names of segments"),
         (lambda: image_classifier(None), ("a", "b"), "True for a classifier of images"),
     ],
 )
@@ -237,230 +174,10 @@ def test_preprocessing_that_is_not_for_the_task(
 
 def test_words_of_the_training_data_are_not_exported(tmp_path: Path) -> None:
     """KerasHub's byte-pair tokenizers remember the pieces of each word, joined by blanks."""
-    model = hub_tasks.CLASSIFIERS["Roberta"]()
+    model = keras_hub_tasks.CLASSIFIERS["Roberta"]()
     words = tf.data.Dataset.from_tensors(["zqjxk"]).map(model.preprocessor.tokenizer)
     assert [len(tokens) for batch in words for tokens in batch] == [5]
     kl.export_saved_model(model, tmp_path / "1", preprocessing=True)
     written = bytes_of(tmp_path / "1")
     assert b"z q j x k" not in written
     assert b"<mask>" in written
-
-
-# --- Language models --------------------------------------------------------------------------
-
-# Cannot be made without a tokenizer or a second model of a given kind.
-NOT_MADE = {"BLIP2Seq2SeqLM", "Gemma4AssistantCausalLM", "PARSeqCausalLM"}
-# What needs an input_signature, or fails (RWKV7 in `serve` already) with this in the message.
-FIXED_SIZE = {"Qwen3_5CausalLM", "Qwen3_5MoeCausalLM", "Gemma4CausalLM"}
-REFUSED = {"RWKV7CausalLM": "RWKV7TimeMix", "T5Seq2SeqLM": "Cannot squeeze axis=1.*generate=False"}
-WARNS_WHEN_MADE = pytest.mark.filterwarnings(r"ignore::UserWarning:keras(_hub)?\.src")
-WRITERS = sorted(hub_tasks.task_classes().keys() - NOT_MADE - REFUSED.keys())
-STOP = [5]
-
-
-def writer(name: str) -> tuple[keras.Model, Arrays]:
-    """A language model, and prompts of three and two tokens."""
-    task: Any = hub_tasks.task_classes()[name]
-    network, given = BACKBONES[task.backbone_cls.__name__]()
-    model = task(backbone=network, preprocessor=None)
-    model.compile(sampler="greedy", run_eagerly=True)
-    feeds = {
-        tensor.name: given_or_empty(tensor, given) for tensor in keras.tree.flatten(model.input)
-    }
-    side = "decoder_" if "decoder_token_ids" in feeds else ""
-    mask = feeds[f"{side}padding_mask"]
-    mask[0, 3:], mask[1, 2:] = 0, 0
-    feeds[f"{side}token_ids"] *= mask.astype("int32")
-    return model, feeds
-
-
-def given_or_empty(tensor: Any, given: Any) -> np.ndarray:
-    """The fixture's input, or one that is empty where this fixture leaves out a modality."""
-    if tensor.name in given:
-        return np.array(given[tensor.name]).astype(tensor.dtype)
-    length = given["token_ids"].shape[1] if tensor.name.endswith("mask") else 0
-    return np.zeros((2, length), tensor.dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", WRITERS)
-def test_tokens_are_those_of_generate(name: str, service: Service, tmp_path: Path) -> None:
-    model, feeds = writer(name)
-    adapted(model, rank=1)
-    expected = model.generate(dict(feeds), stop_token_ids=STOP)
-    before = state(model)
-    sizes = {key: tf.TensorSpec((None, *x.shape[1:]), x.dtype, key) for key, x in feeds.items()}
-    signature = sizes if name in FIXED_SIZE else None
-    kl.export_saved_model(model, tmp_path / "1", stop_token_ids=STOP, input_signature=signature)
-    assert state(model) == before
-    answers = service.answer(tmp_path / "1", feeds, "generate")
-    for key, value in answers.items():
-        np.testing.assert_array_equal(value, expected[key], key)
-        assert value.dtype == feeds[key].dtype, key
-
-
-def test_every_language_model_of_kerashub_is_accounted_for() -> None:
-    assert len(WRITERS) == 29
-    assert NOT_MADE | REFUSED.keys() <= hub_tasks.task_classes().keys()
-
-
-@WARNS_WHEN_MADE
-@pytest.mark.parametrize("name", list(REFUSED))
-def test_generation_that_is_refused_says_why_and_leaves_the_model(
-    name: str, tmp_path: Path
-) -> None:
-    model, _ = writer(name)
-    adapted(model)
-    before = state(model)
-    with pytest.raises((TypeError, ValueError), match=f"(?s){REFUSED[name]}"):
-        kl.export_saved_model(model, tmp_path / "1", stop_token_ids=STOP)
-    assert state(model) == before
-    assert not list(tmp_path.iterdir())
-
-
-@WARNS_WHEN_MADE
-def test_logits_alone(service: Service, tmp_path: Path) -> None:
-    model, feeds = writer("T5Seq2SeqLM")
-    adapted(model)
-    kl.export_saved_model(model, tmp_path / "1", generate=False)
-    for signature in ("serve", "serving_default"):
-        logits = service.answer(tmp_path / "1", feeds, signature)["logits"]
-        np.testing.assert_allclose(logits, model(feeds), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(hub_tasks.LANGUAGE_MODELS))
-def test_text_is_that_of_generate(name: str, service: Service, tmp_path: Path) -> None:
-    model = adapted(hub_tasks.LANGUAGE_MODELS[name]())
-    prompts = ["the good film", "a bad", "čaj"]
-    expected = model.generate(list(prompts), max_length=11)
-    report = kl.export_saved_model(model, tmp_path / "1", preprocessing=True, max_length=11)
-    assert report.text_operations
-    answers = service.answer(tmp_path / "1", {"text": prompts}, "generate")
-    assert answers["text"].tolist() == expected
-    assert model.generate(list(prompts), max_length=11) == expected
-    stored = (tmp_path / "1/variables/variables.data-00000-of-00001").stat().st_size
-    values = sum(np.array(v).nbytes for v in kl.merge_lora(model).weights)
-    assert values <= stored <= 1.1 * values + 2**15  # once, for two signatures
-
-
-def gpt2(sampler: Any = "greedy") -> keras.Model:
-    model = hub_tasks.LANGUAGE_MODELS["GPT2"]()
-    model.compile(sampler=sampler, run_eagerly=True)
-    return model
-
-
-def prompts_of(model: keras.Model, length: int) -> Arrays:
-    tokens = model.preprocessor.generate_preprocess(["good", " the film"], sequence_length=length)
-    return {name: np.array(value).astype("int32") for name, value in tokens.items()}
-
-
-def written(model: keras.Model, length: int, stop: Any) -> Any:
-    """What `generate` makes of tokens, for which the preprocessor must be away."""
-    prompts = prompts_of(model, length)
-    preprocessor, model.preprocessor = model.preprocessor, None
-    try:
-        return model.generate(prompts, stop_token_ids=stop)
-    finally:
-        model.preprocessor = preprocessor
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        keras_hub.samplers.TopKSampler(k=5, seed=3),
-        keras_hub.samplers.RandomSampler(temperature=0.7, seed=3),
-        keras_hub.samplers.BeamSampler(num_beams=3),
-    ],
-)
-def test_the_sampler_goes_on_from_its_state_at_the_export(
-    sampler: Any, service: Service, tmp_path: Path
-) -> None:
-    model = gpt2(sampler)
-    kl.export_saved_model(model, tmp_path / "1", stop_token_ids=None)
-    for times in (1, 2):  # the service starts anew each time
-        answers = service.answer(tmp_path / "1", prompts_of(model, 9), "generate", times)
-        expected = written(model, 9, None)
-        np.testing.assert_array_equal(answers["token_ids"], expected["token_ids"])
-
-
-@pytest.mark.parametrize("stop", ["auto", None, "seen"])
-def test_prompts_are_padded_and_answers_stop(stop: Any, service: Service, tmp_path: Path) -> None:
-    model = gpt2()
-    full = written(model, 11, None)
-    tokens = [int(full["token_ids"][0, 5])] if stop == "seen" else stop
-    kl.export_saved_model(model, tmp_path / "1", max_length=11, stop_token_ids=tokens)
-    answers = service.answer(tmp_path / "1", prompts_of(model, 4), "generate")
-    end = [model.preprocessor.tokenizer.end_token_id] if stop == "auto" else tokens
-    expected = written(model, 11, end)
-    for key, value in answers.items():
-        np.testing.assert_array_equal(value, expected[key], key)
-    assert (stop == "seen") == bool((answers["padding_mask"][0] == 0).any())
-    with pytest.raises(RuntimeError, match="at most 11 tokens in a row"):
-        service.answer(tmp_path / "1", prompts_of(model, 12), "generate")
-
-
-def test_llama3_has_two_ends() -> None:
-    model = hub_tasks.LANGUAGE_MODELS["Llama3"]()
-    vocabulary = model.preprocessor.tokenizer.vocabulary
-    ends = [vocabulary["<|end_of_text|>"], vocabulary["<|eot_id|>"]]
-    assert stop_tokens(model, Generation()) == ends
-
-
-@pytest.mark.parametrize(
-    ("detached", "options", "message"),
-    [
-        (True, {}, "without a preprocessor"),
-        (True, {"preprocessing": True}, "without a preprocessor"),
-        (False, {"max_length": 0}, "positive number"),
-        (False, {"stop_token_ids": ()}, "ids of tokens"),
-        (False, {"class_names": NAMES}, "None for a language model"),
-        (False, {"stop_token_ids": "</s>"}, "ids of tokens"),
-        (False, {"preprocessing": True, "generate": False}, "for the signature 'generate'"),
-        (False, {"preprocessing": ("prompt",)}, "for the signature 'generate'"),
-        (False, {"max_length": 5, "generate": False}, "True with max_length"),
-    ],
-)
-def test_arguments_that_are_not_for_a_language_model(
-    detached: bool, options: Any, message: str, tmp_path: Path
-) -> None:
-    model = gpt2()
-    if detached:
-        model.preprocessor = None
-    with pytest.raises(ValueError, match=message):
-        kl.export_saved_model(model, tmp_path / "1", **options)
-    assert not list(tmp_path.iterdir())
-
-
-# --- Operations -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])
-@pytest.mark.parametrize(
-    ("start", "size"),
-    [((0, 0), (2, 3)), ((1, 2), (2, 3)), ((3, 4), (2, 3)), ((-2, 9), (1, 1)), ((0, 1), (5, 4))],
-)
-def test_slice_update_is_that_of_xla(start: Any, size: Any, dtype: str) -> None:
-    rng = np.random.default_rng(3)
-    inputs = tf.cast(rng.integers(0, 2, (5, 7)), dtype)
-    updates = tf.cast(rng.integers(0, 2, size), dtype)
-    expected = keras.ops.slice_update(inputs, start, updates)
-    traced = tf.function(slice_update, input_signature=None)
-    for received in (slice_update(inputs, start, updates), traced(inputs, start, updates)):
-        assert received.dtype == expected.dtype
-        np.testing.assert_array_equal(received, expected)
-
-
-def test_operations_are_those_of_keras_again_afterwards() -> None:
-    before = keras.ops.slice_update, keras.ops.convert_to_numpy
-
-    def fail() -> None:
-        with server_operations():
-            assert keras.ops.slice_update is slice_update
-            assert type(keras.ops.convert_to_numpy(tf.constant(3))) is np.ndarray
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert (keras.ops.slice_update, keras.ops.convert_to_numpy) == before

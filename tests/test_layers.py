@@ -9,13 +9,15 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from cases import (
+from keras import ops
+from support.cases import (
     ALPHA,
     CASES,
     IDS,
     LINEAR,
     LINEAR_IDS,
     RANK,
+    ROUNDING,
     TABLES,
     Case,
     adapted,
@@ -26,9 +28,9 @@ from cases import (
     randomize,
     reference_delta,
     reference_output,
+    relative,
     snapshot,
 )
-from keras import ops
 
 import keras_lora as kl
 from keras_lora.layers import Rows, split_kernel
@@ -38,14 +40,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")
 all_cases = pytest.mark.parametrize("case", CASES, ids=IDS)
 linear_cases = pytest.mark.parametrize("case", LINEAR, ids=LINEAR_IDS)
 SCALE = ALPHA / RANK
-# Relative rounding of a low-precision result against float64, a few units in the last place.
-ROUNDING = {"mixed_bfloat16": 3e-2, "bfloat16": 3e-2, "mixed_float16": 4e-3, "float16": 4e-3}
-
-
-def relative(received: object, expected: object) -> float:
-    received, expected = numpy_of(received), numpy_of(expected)
-    assert received.shape == expected.shape
-    return float(np.abs(received - expected).max() / np.abs(expected).max())
 
 
 @all_cases

@@ -7,8 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-import processes
 import pytest
+from support import processes
 
 import keras_lora as kl
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from models import composite, data, functional, subclassed
+from support.models import composite, data, functional, subclassed
 
 import keras_lora as kl
 from keras_lora.export.keras_hub.operations import server_operations

@@ -10,9 +10,9 @@ from typing import Any
 
 import keras
 import numpy as np
-import processes
 import pytest
-from models import Subclassed, composite, data, functional, randomize_adapters, state
+from support import processes
+from support.models import Subclassed, composite, data, functional, randomize_adapters, state
 
 import keras_lora as kl
 
@@ -167,7 +167,8 @@ def test_model_checkpoint(make: Callable[[], keras.Model], tmp_path: Path) -> No
 RESUMABLE = """
 import sys, json, os, signal
 import keras, numpy as np
-import models, keras_lora as kl
+from support import models
+import keras_lora as kl
 
 keras.utils.set_random_seed(3)
 make, directory, kill_at = getattr(models, sys.argv[1]), sys.argv[2], int(sys.argv[3])

@@ -1,56 +1,26 @@
-"""Adapter files of whole models: what is in them, where they fit, and that damage is an error."""
+"""Adapter files of whole models: what is in them, and where they fit."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-import processes
 import pytest
-from cases import numpy_of
-from hypothesis import given, settings
-from models import composite, data, functional, randomize_adapters, state, subclassed
-from mutations import mutations
 from safetensors.numpy import load_file
-from test_adapters import CONFIGS, Counter, counted, factors, fit
+from support import processes
+from support.adapters import CONFIGS, Counter, counted, factors, fit
+from support.models import (
+    every_model,
+    functional,
+    randomize_adapters,
+    state,
+)
+from support.saved_adapters import CONFIG, fit_and_check, predict, same_base, trained
 
 import keras_lora as kl
-
-MODELS = [functional, composite, subclassed]
-every_model = pytest.mark.parametrize("make", MODELS)
-CONFIG = kl.LoRAConfig(
-    rank=3, alpha=5, dropout=0.1, use_rslora=True, bias="lora_only", layers_to_save=["head"]
-)
-
-
-def predict(model: keras.Model) -> np.ndarray:
-    return numpy_of(model.predict(data(model)[0], verbose=0))
-
-
-def trained(make: Callable[[], keras.Model] = functional, **options: Any) -> keras.Model:
-    model = make()
-    kl.apply_lora(model, options.pop("config", CONFIG), **options)
-    randomize_adapters(model)
-    model.compile("adam", "mse")
-    fit(model)
-    return model
-
-
-def same_base(make: Callable[[], keras.Model], model: keras.Model) -> keras.Model:
-    """A base of the same values, whose layers have other automatic names."""
-    fresh = make()
-    ours = {id(v) for x in kl.lora_layers(model).values() for v in x.adapter_variables}
-    with kl.disable_adapter(model):
-        values = [numpy_of(v) for v in model.weights if id(v) not in ours]
-        fresh.set_weights(values)
-    return fresh
 
 
 @every_model
@@ -138,14 +108,6 @@ def test_loading_changes_nothing_for_the_others(tmp_path: Path) -> None:
     fit_and_check(model, "de")
 
 
-def fit_and_check(model: keras.Model, name: str) -> None:
-    before = {n: factors(model, n) for n in ["fr", "de"]}
-    model.compile("adam", "mse")
-    fit(model)
-    after = {n: factors(model, n) for n in ["fr", "de"]}
-    assert {n for n in after if after[n] != before[n]} == {name}
-
-
 def test_a_running_service_changes_its_task_without_a_trace(tmp_path: Path) -> None:
     expected = {}
     for name, rank, alpha, targets in [
@@ -213,150 +175,6 @@ def test_a_replaced_adapter_trains_with_a_fresh_optimizer(tmp_path: Path) -> Non
     fresh.compile("adam", "mse")
     fit(fresh)
     assert factors(fresh, "default") == factors(model, "default")
-
-
-def test_another_base_is_refused_or_taken_as_far_as_it_fits(tmp_path: Path) -> None:
-    kl.save_adapter(kl.apply_lora(composite(2), kl.LoRAConfig(rank=2)), tmp_path)
-    for other, message in [(composite(1), "base with the shapes"), (functional(), "base with")]:
-        before = state(other)
-        with pytest.raises(kl.AdapterFileError, match=f"{message}.*'encoder'.*allow_other_base"):
-            kl.load_adapter(other, tmp_path)
-        assert state(other) == before
-    smaller = composite(1)
-    with pytest.warns(UserWarning, match=r"left out.*block#2/attention/query.*'block#2/up'"):
-        kl.load_adapter(smaller, tmp_path, allow_other_base=True)
-    assert len(kl.lora_layers(smaller)) == 6
-    with pytest.raises(kl.AdapterFileError, match="Received: none"):
-        kl.load_adapter(functional(), tmp_path, allow_other_base=True)
-
-
-def test_all_wrong_shapes_are_listed_at_once(tmp_path: Path) -> None:
-    def wider(width: int) -> keras.Model:
-        layers = [keras.layers.Dense(width, name=n) for n in ["up", "middle"]]
-        return keras.Sequential([keras.Input((5,)), *layers, keras.layers.Dense(3, name="head")])
-
-    kl.save_adapter(kl.apply_lora(wider(7), kl.LoRAConfig(rank=2)), tmp_path)
-    model = wider(11)
-    before = state(model)
-    with pytest.raises(
-        kl.AdapterFileError,
-        match=r"middle/lora_a.*middle/lora_b.*up/lora_b: shape \(2, 7\), expected \(2, 11\)",
-    ):
-        kl.load_adapter(model, tmp_path, allow_other_base=True)
-    assert state(model) == before
-
-
-def test_arguments_are_checked_before_anything_is_touched(tmp_path: Path) -> None:
-    model = trained()
-    kl.save_adapter(model, tmp_path)
-    before = state(model)
-    cases: list[tuple[Callable[[], None], str]] = [
-        (lambda: kl.save_adapter(model, tmp_path), "overwrite=True"),
-        (lambda: kl.save_adapter(model, tmp_path, "x"), "names among"),
-        (lambda: kl.save_adapter(model, tmp_path / "b", dtype="int8"), "dtype"),
-        (lambda: kl.save_adapter(functional(), tmp_path / "b"), "has none"),
-        (lambda: kl.load_adapter(model, tmp_path), "new adapter name"),
-        (lambda: kl.load_adapter(model, tmp_path, "../x"), "adapter name"),
-        (lambda: kl.load_adapter(model, tmp_path / "b", "b"), "path that can be used"),
-        (lambda: kl.load_adapter("model", tmp_path, "b"), "built Keras model"),
-    ]
-    for call, message in cases:
-        with pytest.raises(ValueError, match=message):
-            call()
-        assert state(model) == before
-    assert not (tmp_path / "b").exists()
-    kl.lora_layers(model)["up"].adapters["default"].a.assign(np.full((5, 3), np.nan))
-    with pytest.raises(kl.AdapterFileError, match="up/lora_a.*NaN"):
-        kl.save_adapter(model, tmp_path / "b")
-    kl.lora_layers(model)["up"].adapters["default"].a.assign(np.full((5, 3), 1e9))
-    with pytest.raises(kl.AdapterFileError, match="up/lora_a.*infinity"):
-        kl.save_adapter(model, tmp_path / "b", dtype="float16")
-
-
-def rewrite(directory: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
-    """Valid files of other content."""
-    from keras_lora.files.adapter_files import write_adapter_files  # noqa: PLC0415
-
-    files = kl.read_adapter_files(directory)
-    change(files.config, files.tensors)
-    write_adapter_files(directory, files.config, files.tensors, overwrite=True)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c, t: t.pop("up/lora_b"), "up/lora_b: missing"),
-        (lambda c, t: t.pop("up/lora_a"), "up/lora_b: not expected"),
-        (lambda c, t: t.update({"up/extra": np.zeros(3)}), "up/extra: not expected"),
-        (lambda c, t: t.update({"no/lora_a": np.zeros(3)}), "no: the model has no such"),
-        (lambda c, t: t.pop("head/bias"), "head/bias: missing"),
-        (lambda c, t: c["spec"].update(rank=2), r"up/lora_a: shape \(5, 3\), expected \(5, 2\)"),
-        (lambda c, t: c["spec"].update(rank="3"), "the spec of 'middle'.*rank"),
-        (lambda c, t: c["spec"].update(other=3), "the spec of 'middle'.*other"),
-        (lambda c, t: c["config"].update(rank=0), "config to be valid.*rank"),
-        (lambda c, t: c.update(config=[]), "the fields of an adapter"),
-        (lambda c, t: c.pop("variables"), "the fields of an adapter.*variables"),
-        (lambda c, t: c.update(base=3), "the fields of an adapter.*base"),
-        (lambda c, t: c["variables"].append(["x"]), "the fields of an adapter"),
-    ],
-)
-def test_files_that_contradict_themselves_are_refused(
-    change: Any, message: str, tmp_path: Path
-) -> None:
-    kl.save_adapter(trained(), tmp_path)
-    rewrite(tmp_path, change)
-    model = functional()
-    before = state(model)
-    with pytest.raises(kl.AdapterFileError, match=message):
-        kl.load_adapter(model, tmp_path)
-    assert state(model) == before
-
-
-def test_unknown_fields_are_ignored_with_a_warning(tmp_path: Path) -> None:
-    kl.save_adapter(trained(), tmp_path)
-    rewrite(tmp_path, lambda config, _: config.update(colour="red"))
-    with pytest.warns(UserWarning, match=r"ignored the unknown fields \['colour'\]"):
-        kl.load_adapter(functional(), tmp_path)
-
-
-FUZZED: dict[str, Any] = {}
-
-
-def fuzzed() -> dict[str, Any]:
-    if not FUZZED:
-        model = trained()
-        directory = Path(tempfile.mkdtemp()) / "saved"
-        kl.save_adapter(model, directory)
-        FUZZED.update(directory=directory, tensors=kl.read_adapter_files(directory).tensors)
-        FUZZED.update(model=functional(), size=sum(f.stat().st_size for f in directory.iterdir()))
-        FUZZED.update(before=state(FUZZED["model"]))
-    return FUZZED
-
-
-@pytest.mark.slow
-@settings(max_examples=2000, derandomize=True, deadline=None, database=None)
-@given(mutate=mutations())
-def test_damaged_files_load_what_was_saved_or_leave_the_model_alone(mutate: Any) -> None:
-    saved = fuzzed()
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch) / "adapter"
-        shutil.copytree(saved["directory"], directory)
-        mutate(directory)
-        model = saved["model"]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="(?s).*save was interrupted")
-            try:
-                kl.load_adapter(model, directory)
-            except kl.AdapterFileError:
-                assert state(model) == saved["before"]
-                return
-        for key, value in saved["tensors"].items():
-            layer, _, name = key.rpartition("/")
-            if name in {"lora_a", "lora_b"}:
-                adapter = kl.lora_layers(model)[layer].adapters["default"]
-                np.testing.assert_array_equal(getattr(adapter, name[-1]), value)
-        kl.unload_lora(model)
-        assert state(model) == saved["before"]
 
 
 MEASURED = """

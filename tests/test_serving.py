@@ -14,11 +14,13 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import servers
 import tensorflow as tf
-from served_models import EXPORTS, Call
-from servers import GrpcClient, RestClient, Server
+from support import servers
+from support.served_models import EXPORTS, Call
+from support.servers import GrpcClient, RestClient, Server
 from tensorflow.core.framework.types_pb2 import DataType
+
+pytest_plugins = ["support.servers"]
 
 AVAILABLE, END = 30, 50  # of ModelVersionStatus.State
 Served = Callable[[str], list[Call]]

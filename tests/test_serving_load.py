@@ -20,12 +20,14 @@ import grpc
 import numpy as np
 import pytest
 import requests
-import servers
-from models import data
-from served_models import answers, of_adapters
-from servers import GrpcClient, RestClient, Server
+from support import servers
+from support.models import data
+from support.served_models import answers, of_adapters
+from support.servers import GrpcClient, RestClient, Server
 
 import keras_lora as kl
+
+pytest_plugins = ["support.servers"]
 
 MODEL = "many"
 SECONDS = 30.0

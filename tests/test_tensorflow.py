@@ -10,8 +10,8 @@ import keras_hub
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import ALPHA, CASES, RANK, adapted, adapter, numpy_of, reference_dora
-from models import composite, data, functional, randomize_adapters
+from support.cases import ALPHA, CASES, RANK, adapted, adapter, numpy_of, reference_dora
+from support.models import composite, data, functional, randomize_adapters
 
 import keras_lora as kl
 from keras_lora.layers import split_kernel

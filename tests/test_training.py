@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import composite, data, functional, randomize_adapters, state
+from support.models import composite, data, functional, randomize_adapters, state
 
 import keras_lora as kl
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 import pytest
-from models import Block, Subclassed, composite, functional, subclassed
+from support.models import Block, Subclassed, composite, functional, subclassed
 
 import keras_lora as kl
 from keras_lora.walker import matches

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import keras
-import processes
 import pytest
+from support import processes
 
 import keras_lora as kl
 from keras_lora.export import on_first_use

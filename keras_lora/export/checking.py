@@ -1,4 +1,4 @@
-"""What a server with its default settings cannot run, read off a SavedModel's graph."""
+"""The parts of a SavedModel's graph that a server with its default settings cannot run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from keras_lora.export.reports import GraphReport
 from keras_lora.files.adapter_files import PathLike
 
-# What json_tensor.cc of TensorFlow Serving reads and writes.
+# The types that TensorFlow Serving reads from JSON and writes to it (its json_tensor.cc).
 _JSON_TYPES = {
     types_pb2.DT_FLOAT,
     types_pb2.DT_DOUBLE,
@@ -31,7 +31,7 @@ _JSON_TYPES = {
     types_pb2.DT_STRING,
 }
 _PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
-# Those of tensorflow-text whose names do not begin with "TFText>".
+# The operations of tensorflow-text whose names do not begin with "TFText>".
 _TEXT_OPS = {
     "CaseFoldUTF8",
     "ConstrainedSequence",
@@ -62,21 +62,34 @@ _TEXT_OPS = {
 
 
 def check_saved_model(path: PathLike) -> GraphReport:
-    """Read a SavedModel's graph and say what a server with its default settings cannot run.
+    """Read a SavedModel's graph and list what a server with its default settings cannot run.
 
-    Looked for, in functions too: operations of XLA and functions that must be compiled (servers
-    have XLA off), those that run Python, and those that neither TensorFlow nor tensorflow-text
-    has; types that JSON lacks, and sparse tensors, in signatures; nothing to call. What was found
-    is not run: `examples/run_saved_model.py` does that.
+    A problem is, also within functions: an operation of XLA or a function that must be compiled,
+    since servers have XLA off; an operation that runs Python; an operation that neither TensorFlow
+    nor tensorflow-text has. In signatures: a type that JSON lacks, a sparse or ragged tensor, or
+    no signature at all. The graph is read and not run; `examples/run_saved_model.py` runs it.
 
     Args:
         path: The directory of a SavedModel.
 
     Returns:
-        The report; `problems` is empty where nothing was found.
+        The report; its `problems` are empty if a server can run the graph.
 
     Raises:
-        ValueError: there is no readable `saved_model.pb`.
+        ImportError: TensorFlow is not installed.
+        ValueError: `saved_model.pb` is missing or cannot be read.
+
+    Example:
+
+    >>> import keras, keras_lora as kl, tempfile
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5)])
+    >>> path = tempfile.mkdtemp() + "/1"
+    >>> model.export(path, verbose=False)
+    >>> kl.check_saved_model(path).problems
+    ()
+
+    Reference:
+        TensorFlow Serving, `util/json_tensor.cc` and `model_servers/main.cc`.
     """
     graph = read_graph(Path(path))
     nodes = list(_nodes(graph))
@@ -90,15 +103,15 @@ def _operation_problems(ops: set[str], graph: saved_model_pb2.SavedModel) -> Ite
     for op in sorted(ops):
         if op.startswith("Xla"):
             yield (
-                f"the operation {op}, which needs XLA, and servers have it off: leave out "
-                "keras.ops.slice_update and what else makes it"
+                f"the operation {op}, which needs XLA, and servers have XLA off: leave out "
+                "keras.ops.slice_update and other functions that make it"
             )
         elif op in _PYTHON_OPS:
-            yield f"the operation {op}, which runs Python: use those of TensorFlow or keras.ops"
+            yield f"the operation {op}, which runs Python: use TensorFlow or keras.ops"
         elif not (_is_text(op) or op.startswith("_") or op in _core_operations()):
             yield (
-                f"the operation {op}, which is none of TensorFlow: use its own, or a server that "
-                "was built with it"
+                f"the operation {op}, which TensorFlow does not have: use operations of "
+                "TensorFlow, or a server that was built with this one"
             )
     if _must_compile(graph):
         yield "a function compiled with jit_compile=True: compile with jit_compile=False"
@@ -110,30 +123,36 @@ def _is_text(op: str) -> bool:
 
 @functools.cache
 def _core_operations() -> frozenset[str]:
-    """Those of every server: what this process has loaded besides is not in `tf.raw_ops`."""
+    """The operations of every server; `tf.raw_ops` has none that this process loaded besides."""
     return frozenset(dir(tf.raw_ops))
 
 
 def _signature_problems(graph: saved_model_pb2.SavedModel) -> Iterator[str]:
     if not any("serve" in meta.meta_info_def.tags for meta in graph.meta_graphs):
-        yield "no graph with the tag 'serve', which servers load: export for serving"
+        yield "no graph with the tag 'serve', which servers load: export with export_saved_model"
     tensors = list(_signature_tensors(graph))
     if not tensors:
         yield "no signature, so that there is nothing to call: export with signatures"
     for name, info in tensors:
         if info.WhichOneof("encoding") != "name":
-            yield f"{name}, which is sparse or ragged: take and give dense tensors"
+            yield f"{name}, which is sparse or ragged: use dense tensors"
         elif info.dtype not in _JSON_TYPES:
             dtype = types_pb2.DataType.Name(info.dtype)
-            yield f"{name} of type {dtype}, which has no JSON form: cast it, as to float32"
+            yield f"{name} of type {dtype}, which has no JSON form: cast it, for example to float32"
 
 
 def read_graph(path: Path) -> saved_model_pb2.SavedModel:
+    """Raises:
+    ValueError: `saved_model.pb` is missing or cannot be read.
+    """
     file = path / "saved_model.pb"
     try:
         return saved_model_pb2.SavedModel.FromString(file.read_bytes())
     except (OSError, DecodeError) as error:
-        raise ValueError(f"Expected a SavedModel. Received: {file}: {error}.") from error
+        raise ValueError(
+            f"Expected a SavedModel. Received: {file}: {error}. Give the directory that "
+            "export_saved_model wrote."
+        ) from error
 
 
 def _nodes(graph: saved_model_pb2.SavedModel) -> Iterator[Any]:
@@ -144,7 +163,7 @@ def _nodes(graph: saved_model_pb2.SavedModel) -> Iterator[Any]:
 
 
 def _function_names(graph: saved_model_pb2.SavedModel) -> set[str]:
-    """A call of a function may be an operation of its name."""
+    """The functions' names: a call of a function may be an operation of the same name."""
     return {f.signature.name for meta in graph.meta_graphs for f in meta.graph_def.library.function}
 
 
@@ -160,7 +179,7 @@ def _signature_tensors(graph: saved_model_pb2.SavedModel) -> Iterator[tuple[str,
     for meta in graph.meta_graphs:
         for name, signature in meta.signature_def.items():
             if name == "__saved_model_init_op":
-                continue  # the loader's own
+                continue  # called by the loader, not by requests
             for kind, tensors in (("input", signature.inputs), ("output", signature.outputs)):
                 for key, info in tensors.items():
                     yield f"the {kind} {key!r} of {name!r}", info

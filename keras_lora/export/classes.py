@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -15,31 +15,23 @@ LABEL = "label"
 
 
 def labelled(endpoint: Endpoint, class_names: Sequence[str]) -> Endpoint:
-    """The same outputs and `label`: a string for each row, the class of its largest value.
-
-    Raises:
-        ValueError: names that are not distinct strings.
-    """
-    names = _checked(class_names)
+    """The endpoint with one more output, `label`: for each row the class of its largest value."""
+    names = list(class_names)
 
     def call(inputs: Any) -> dict[str, tf.Tensor]:
-        outputs = dict(endpoint.call(inputs))
-        scores = _scores(outputs, names)
-        return {**outputs, LABEL: tf.gather(tf.constant(names), tf.argmax(scores, axis=-1))}
+        outputs = endpoint.call(inputs)
+        largest = tf.argmax(_scores(outputs, names), axis=-1)
+        return {**outputs, LABEL: tf.gather(tf.constant(names), largest)}
 
     return dataclasses.replace(endpoint, call=call)
 
 
-def _checked(class_names: Sequence[str]) -> list[str]:
-    names = [class_names] if isinstance(class_names, str) else list(class_names)
-    distinct = len(names) > 1 and len(set(names)) == len(names)
-    if not distinct or not all(isinstance(name, str) for name in names):
-        raise invalid("class_names", "two or more distinct strings", class_names)
-    return names
+def _scores(outputs: Mapping[str, tf.Tensor], names: list[str]) -> tf.Tensor:
+    """The classifier's only output, which has a column for each name.
 
-
-def _scores(outputs: dict[str, tf.Tensor], names: list[str]) -> tf.Tensor:
-    """The classifier's only output, of as many columns as there are names."""
+    Raises:
+        ValueError: the model has several outputs, or another number of columns.
+    """
     shapes = {name: tuple(output.shape) for name, output in outputs.items()}
     if len(outputs) != 1 or LABEL in outputs:
         raise invalid("class_names", f"a model with one output, not called {LABEL!r}", shapes)

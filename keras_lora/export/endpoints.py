@@ -1,4 +1,4 @@
-"""What a SavedModel answers: functions of named tensors, and the names of their inputs."""
+"""The signatures of a SavedModel: functions from named tensors to named tensors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from keras_lora.export.signatures import input_specs, output_names
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A signature of a SavedModel: a function of one structure of tensors, and what it takes.
+    """One signature of a SavedModel, before it is written.
 
-    `call` is traced when the SavedModel is written, with everything that it computes.
-    `resources` hold the tables that the SavedModel must fill before it answers: tokenizers.
+    Attributes:
+        name: Of the signature.
+        call: A function of one structure of tensors; traced when the SavedModel is written.
+        signature: The `tf.TensorSpec` of each tensor, in the structure that `call` takes.
+        resources: Objects that a server must fill before it answers, such as the vocabulary of a
+            tokenizer.
     """
 
     name: str
@@ -30,7 +34,13 @@ class Endpoint:
 def serve(
     model: keras.Model, given: Any | None = None, names: Sequence[str] | None = None
 ) -> Endpoint:
-    """The model's own outputs, by `names` or by those that the model has for them."""
+    """The endpoint of the model's own outputs.
+
+    Args:
+        model: The model.
+        given: The option `input_signature`, or None.
+        names: Of the outputs; by default the model's own names.
+    """
 
     def call(inputs: Any) -> dict[str, tf.Tensor]:
         outputs = model(inputs, training=False)
@@ -53,5 +63,5 @@ def write_endpoints(endpoints: Sequence[Endpoint], path: Path) -> None:
 
 
 def servable(output: tf.Tensor) -> tf.Tensor:
-    """TensorFlow Serving's REST API has no JSON form of low precision."""
+    """The output in a type that TensorFlow Serving's REST API can write: no 16-bit floats."""
     return tf.cast(output, tf.float32) if output.dtype in (tf.float16, tf.bfloat16) else output

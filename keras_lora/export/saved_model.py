@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from keras_lora.checks import invalid
 from keras_lora.export.checking import check_saved_model
 from keras_lora.export.classes import labelled
 from keras_lora.export.endpoints import Endpoint, serve
-from keras_lora.export.keras_hub.generation import Generation, generate_text, generate_tokens
+from keras_lora.export.keras_hub.generation import generate_text, generate_tokens
 from keras_lora.export.keras_hub.preprocessing import classify
 from keras_lora.export.keras_hub.tasks import is_task
-from keras_lora.export.many.endpoint import AdapterIds, RowAdapters, check_adapter_ids, write_rows
+from keras_lora.export.many.endpoint import ServedAdapters, write_mixed
 from keras_lora.export.reports import GraphReport
+from keras_lora.export.serving import AdapterIds, Serving
 from keras_lora.export.writing import check_export, write_merged
 from keras_lora.files.adapter_files import PathLike
 from keras_lora.files.atomic import replaced
@@ -38,67 +40,69 @@ def export_saved_model(
 ) -> GraphReport:
     """Write a SavedModel for TensorFlow Serving: merged, or one that serves many adapters.
 
-    The model itself is left as it was.
+    The model itself stays as it is.
 
-    Against `model.export`: variables are stored once (Keras stores them twice), inputs and
-    outputs have names (those of the model's inputs; `output_names`, dict keys or `output_0`,
-    `output_1`, ...), float16 and bfloat16 outputs become float32, and a graph that a server
-    cannot run is refused. The batch axis is free, as are the axes that the model's inputs leave
-    free. The signature is called `serve`, and `serving_default`.
+    Unlike `model.export`: variables are stored once (Keras stores them twice), inputs and outputs
+    have names (an input the model's own; an output its name in `output_names`, its dict key, or
+    `output_0`, `output_1`, ...), float16 and bfloat16 outputs become float32, and a graph that a
+    server cannot run is refused. The batch axis is free, as are the axes that the model's inputs
+    leave free. The signature is called `serve`, and also `serving_default`.
 
-    A causal language model of KerasHub (or one from sequence to sequence) has a second signature,
-    `generate`, with the answers of `model.generate` for the sampler that the model is compiled
-    with, greedy or not. A sampler that draws goes on from request to request from the seed's state
-    at the time of the export, so that each server that starts draws the same.
+    A causal language model of KerasHub, or one from sequence to sequence, has a second signature,
+    `generate`. It gives the answers of `model.generate` for the sampler that the model is compiled
+    with. A sampler that draws random numbers starts, in every server, from the state that its
+    seed has at the time of the export, and goes on from request to request.
 
     With `adapters`, nothing is merged. The base's weights are stored once, and beside them the
-    factors of the adapters and their values of biases and `layers_to_save`. The signature has an
-    input more, `adapter`, which says for each row of the batch what it gets:
+    factors of the adapters and their values of biases and `layers_to_save`. The signature has one
+    more input, `adapter`, which names an adapter for each row of the batch:
 
         y_i = act(x_i W_i + b_i + s (x_i A_i) B_i)        for each row i, and likewise with DoRA
 
-    A request may mix adapters of all ranks and the bare base; an unknown name fails it, with the
-    known ones in the error. One more adapter needs no export: `add_adapter_to_saved_model`.
+    A request may mix adapters of all ranks and the bare base. A request with an unknown name
+    fails, and its error lists the known names. `add_adapter_to_saved_model` adds one more adapter
+    without an export.
 
     Args:
         model: A built model, adapted or plain, on the TensorFlow backend. Without `adapters`, its
             active adapters are merged for the export alone.
-        path: The directory to write; made whole beside it and then renamed.
+        path: The directory to write. It is written under another name and renamed when whole.
         adapters: The names of the adapters to serve, active or not.
-        adapter_ids: What `adapter` holds for each row: `"name"`, a string, empty for the base; or
-            `"index"`, an int32, the place in `adapters`, and -1 for the base.
-        input_signature: For a subclassed model whose inputs are not all of its compute dtype, or
-            for one that needs axes of a fixed size: a structure of `tf.TensorSpec` or
-            `keras.InputSpec` as its `call` takes it.
-        class_names: For a model with one output: a name for each of its columns. The output
-            `label` is added, the name of the largest value of each row.
-        preprocessing: For a task of KerasHub with its preprocessor: True if strings (or images)
-            are to come in, and all else is to be done in the graph. A text classifier takes
-            `text`, or, given the names of segments such as `("premise", "hypothesis")`, these;
-            an image classifier takes `image`, float32 before any scaling. Both give
-            `probabilities`: by the task's activation, or, where it has none, softmax (sigmoid if
-            it is compiled with a binary cross-entropy). Of a language model, `generate` takes
-            `text` and gives `text`, and `serve` remains one of tokens. The length of sequences
-            is the preprocessor's. The server needs the operations of tensorflow-text, and a
-            byte-pair tokenizer keeps there every word that it has seen.
+        adapter_ids: The values of the input `adapter`: with `"name"` strings, empty for the base;
+            with `"index"` int32 numbers, the index in `adapters`, and -1 for the base.
+        input_signature: The inputs as a structure of `tf.TensorSpec` or `keras.InputSpec`, as
+            the model's `call` takes them. For a subclassed model whose inputs are not all of its
+            compute dtype, or for a model that needs axes of a fixed size.
+        class_names: For a model with one output: a name for each of its columns. The SavedModel
+            then has the output `label` too, for each row the name of its largest value.
+        preprocessing: For a task of KerasHub with its preprocessor: True if requests give strings
+            or images, and the graph does the rest. A text classifier takes `text` or, with the
+            names of segments such as `("premise", "hypothesis")`, an input for each; an image
+            classifier takes `image`, float32 before any scaling. Both give `probabilities`: by the
+            task's activation or, if it has none, by softmax (by sigmoid if it is compiled with a
+            binary cross-entropy). Of a language model, `generate` takes `text` and gives `text`,
+            and `serve` still takes tokens. The preprocessor decides the length of sequences. The
+            server needs the operations of tensorflow-text; a byte-pair tokenizer in it remembers
+            every word that it has seen.
         generate: False to leave out the signature `generate` of a language model.
-        max_length: Tokens of a prompt and its answer together: prompts are padded to it. None for
-            that of the preprocessor if text comes in, and else for prompts that are padded to
-            the wanted length already, each batch to its own.
-        stop_token_ids: The answer ends with one of these: `"auto"` for the end of the tokenizer,
-            None for none.
+        max_length: The number of tokens of a prompt and its answer together, to which prompts are
+            padded. With None, `text` gets the preprocessor's length, and a request of tokens gives
+            prompts that are already padded, each batch to its own length.
+        stop_token_ids: The tokens that end an answer: `"auto"` for the end token of the
+            tokenizer, None for no such token.
         overwrite: Replace `path` if it exists.
 
     Returns:
         A report on the graph.
 
     Raises:
-        ValueError: another backend than TensorFlow, an unbuilt model, a path that exists,
-            arguments that are not for this model, or a graph that a server cannot run (XLA or
-            Python operations). With `adapters`: unknown names, values that cannot differ from row
-            to row (of layers that are not `Dense` or `EinsumDense`), or layers whose input does
-            not have the batch as its first axis, as experts that route tokens; all are listed.
-            Nothing is then written.
+        ImportError: TensorFlow is not installed.
+        ValueError: the backend is not TensorFlow, the model is not built, the path exists, an
+            argument does not fit the model, or a server cannot run the graph (it has XLA or
+            Python operations). With `adapters`: a name is unknown, a value cannot differ from row
+            to row (in layers other than `Dense` and `EinsumDense`), or the first axis of a layer's
+            input is not the batch, as in experts that route tokens; all of these are listed.
+            Nothing is written.
 
     Example:
 
@@ -122,20 +126,40 @@ def export_saved_model(
     >>> served = loaded.signatures["serving_default"]
     >>> served(x=tf.zeros((3, 3)), adapter=tf.constant(["de", "", "fr"]))["up"].shape
     TensorShape([3, 5])
+
+    Reference:
+        TensorFlow Serving, https://www.tensorflow.org/tfx/guide/serving.
+        Wen and Chaudhuri 2023, "Batched Low-Rank Adaptation of Foundation Models": an adapter for
+        each row of a batch.
     """
-    target = Path(path)
+    serving = Serving(
+        adapters=adapters,
+        adapter_ids=adapter_ids,
+        input_signature=input_signature,
+        class_names=class_names,
+        preprocessing=preprocessing,
+        generate=generate,
+        max_length=max_length,
+        stop_token_ids=stop_token_ids,
+    )
+    return write_saved_model(model, Path(path), serving, overwrite)
+
+
+def write_saved_model(
+    model: keras.Model, target: Path, serving: Serving, overwrite: bool
+) -> GraphReport:
+    """`export_saved_model`, with its options as one object."""
     check_export(model, target, overwrite)
-    check_adapter_ids(adapter_ids)
-    rows = None if adapters is None else RowAdapters.of(model, adapters)
-    generation = Generation(generate, max_length, stop_token_ids)
-    endpoints = _endpoints(model, input_signature, class_names, preprocessing, generation)
+    served = None if serving.adapters is None else ServedAdapters.of(model, serving.adapters)
+    endpoints = _endpoints(model, serving)
     with replaced(target) as written:
-        if rows is None:
+        if served is None:
             write_merged(model, endpoints, written)
         else:
             # Without text: a tokenizer's graph does not know the size of the batch.
-            tried = _endpoints(model, input_signature, None, False, generation)
-            write_rows(rows, endpoints, tried, adapter_ids, written)
+            plain = dataclasses.replace(serving, class_names=None, preprocessing=False)
+            tried = _endpoints(model, plain)
+            write_mixed(served, endpoints, tried, serving.adapter_ids, written)
         report = check_saved_model(written)
         if report.problems:
             raise ValueError(
@@ -145,39 +169,34 @@ def export_saved_model(
     return report
 
 
-def _endpoints(
-    model: keras.Model,
-    given: Any | None,
-    class_names: Sequence[str] | None,
-    preprocessing: bool | Sequence[str],
-    generation: Generation,
-) -> list[Endpoint]:
+def _endpoints(model: keras.Model, serving: Serving) -> list[Endpoint]:
     if is_task(model, "CausalLM"):
-        if class_names is not None:
-            raise invalid("class_names", "None for a language model", class_names)
-        return _language_model(model, given, preprocessing, generation)
-    if generation.given:
+        return _language_model(model, serving)
+    if serving.has_generation:
         raise invalid(
             "max_length, stop_token_ids",
             "no values for a model that is not a CausalLM of KerasHub",
-            (generation.max_length, generation.stop_token_ids),
+            (serving.max_length, serving.stop_token_ids),
         )
-    served = serve(model, given) if preprocessing is False else classify(model, preprocessing)
-    return [served if class_names is None else labelled(served, class_names)]
+    if serving.preprocessing is False:
+        endpoint = serve(model, serving.input_signature)
+    else:
+        endpoint = classify(model, serving.preprocessing)
+    names = serving.class_names
+    return [endpoint if names is None else labelled(endpoint, names)]
 
 
-def _language_model(
-    model: keras.Model, given: Any | None, preprocessing: object, generation: Generation
-) -> list[Endpoint]:
-    served = serve(model, given, names=["logits"])
-    if not isinstance(preprocessing, bool) or (preprocessing and not generation.wanted):
+def _language_model(model: keras.Model, serving: Serving) -> list[Endpoint]:
+    if serving.class_names is not None:
+        raise invalid("class_names", "None for a language model", serving.class_names)
+    text = serving.preprocessing
+    if not isinstance(text, bool) or (text and not serving.generate):
         raise invalid(
             "preprocessing",
             "False, or, for the signature 'generate' of a language model, True",
-            preprocessing,
+            text,
         )
-    if not generation.wanted:
-        return [served]
-    if preprocessing:
-        return [served, generate_text(model, generation)]
-    return [served, generate_tokens(model, generation, given)]
+    logits = serve(model, serving.input_signature, names=["logits"])
+    if not serving.generate:
+        return [logits]
+    return [logits, (generate_text if text else generate_tokens)(model, serving)]

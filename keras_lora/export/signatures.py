@@ -1,8 +1,8 @@
-"""What goes into a model and comes out of it, with a name for each tensor.
+"""The inputs and outputs of a model, with a name for each tensor.
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
-    `_build_shapes_dict`: what a subclassed model was built for, which is all that is known of
-        its inputs.
+    `_build_shapes_dict`: the shapes that a subclassed model was built for. Nothing else is
+        known of its inputs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _built_for(model: keras.Model) -> Any:
 
 
 def _specs_of_shapes(structure: Any, dtype: str) -> Any:
-    """A structure of shapes, as a structure of specs: a shape is itself a tuple."""
+    """A structure of shapes as a structure of specs; each shape is a tuple in the structure."""
     if isinstance(structure, Mapping):
         return {key: _specs_of_shapes(value, dtype) for key, value in structure.items()}
     if all(size is None or isinstance(size, int) for size in structure):
@@ -67,6 +67,7 @@ def leaf_names(structure: Any, prefix: str) -> list[str]:
 
 
 def output_names(model: keras.Model, outputs: Any) -> list[str]:
+    """A name for each output: the model's own, the key in a dict, or `output_<position>`."""
     names = getattr(model, "output_names", None)
     if isinstance(model, keras.Sequential):
         return [model.layers[-1].name]

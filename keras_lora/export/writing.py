@@ -1,4 +1,4 @@
-"""What every export begins with: a model that can be exported, merged."""
+"""The steps that every export has: checking the model, and writing it merged."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from keras_lora.walker import lora_layers
 
 
 def check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
+    """Refuse another backend than TensorFlow, an unbuilt model, and a path that exists.
+
+    Raises:
+        ValueError: one of these.
+    """
     if keras.backend.backend() != "tensorflow":
         raise invalid(
             "backend",
@@ -29,6 +34,6 @@ def check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
 
 
 def write_merged(model: keras.Model, endpoints: Sequence[Endpoint], path: Path) -> None:
-    """A SavedModel of the endpoints, with the active adapters of the model merged meanwhile."""
+    """Write a SavedModel of the endpoints; the model is merged until it is written."""
     with merged(model) if lora_layers(model) else contextlib.nullcontext():
         write_endpoints(endpoints, path)

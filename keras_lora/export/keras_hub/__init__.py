@@ -1,1 +1,1 @@
-"""What the export knows of KerasHub's tasks."""
+"""The tasks of KerasHub: preprocessing and generation in the graph."""

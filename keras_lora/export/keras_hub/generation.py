@@ -1,10 +1,9 @@
-"""Language models of KerasHub that write: tokens to tokens, or text to text, in one graph."""
+"""The signature `generate` of KerasHub's language models, for tokens or for text."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -14,60 +13,37 @@ from keras_lora.checks import invalid
 from keras_lora.export.endpoints import Endpoint
 from keras_lora.export.keras_hub.operations import server_operations
 from keras_lora.export.keras_hub.preprocessing import string_spec
-from keras_lora.export.keras_hub.tasks import preprocessor_of, tables_of
+from keras_lora.export.keras_hub.tasks import preprocessor_of, tokenizer_resources
+from keras_lora.export.serving import Serving
 from keras_lora.export.signatures import input_specs
 
 Tokens = Mapping[str, tf.Tensor]
 
 
-@dataclass(frozen=True)
-class Generation:
-    """Whether a SavedModel writes, and the arguments of `model.generate` that it holds then."""
-
-    wanted: bool = True
-    max_length: int | None = None
-    stop_token_ids: Sequence[int] | str | None = "auto"
-
-    def __post_init__(self) -> None:
-        length = self.max_length
-        if length is not None and (not isinstance(length, int) or length < 1):
-            raise invalid("max_length", "None or a positive number of tokens", length)
-        stop = self.stop_token_ids
-        ids = isinstance(stop, Sequence) and not isinstance(stop, str) and len(stop) > 0
-        if stop is not None and stop != "auto" and not ids:
-            raise invalid("stop_token_ids", "'auto', None or ids of tokens", stop)
-        if self.given and not self.wanted:
-            raise invalid("generate", "True with max_length or stop_token_ids", self.wanted)
-
-    @property
-    def given(self) -> bool:
-        """Whether there is anything that only a language model has use for."""
-        return self.max_length is not None or self.stop_token_ids != "auto"
-
-
-def generate_text(model: keras.Model, options: Generation) -> Endpoint:
-    """`text` in, `text` out: the prompt and what the model adds, as `model.generate` gives them."""
+def generate_text(model: keras.Model, serving: Serving) -> Endpoint:
+    """The endpoint from prompts to the texts that `model.generate` gives: prompt and answer."""
     preprocessor = preprocessor_of(model)
-    stop = stop_tokens(model, options)
+    stop = stop_tokens(model, serving)
 
     def call(inputs: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         tokens = preprocessor.generate_preprocess(
-            inputs["text"], sequence_length=options.max_length
+            inputs["text"], sequence_length=serving.max_length
         )
         outputs = model.generate_step(tokens, stop_token_ids=stop)
         text = preprocessor.generate_postprocess(outputs)
-        # A token may be a part of a character, of which JSON has none.
+        # A token may end within a character, and JSON has whole characters alone.
         return {"text": tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace")}
 
-    endpoint = Endpoint("generate", call, {"text": string_spec("text")}, tables_of(preprocessor))
+    signature = {"text": string_spec("text")}
+    endpoint = Endpoint("generate", call, signature, tokenizer_resources(preprocessor))
     return _traceable(model, endpoint)
 
 
-def generate_tokens(model: keras.Model, options: Generation, given: Any | None = None) -> Endpoint:
-    """Tokens and their mask in, and out with what the model adds in the places of the padding."""
-    specs = input_specs(model, given)
-    stop = stop_tokens(model, options)
-    pad = _padding(model, specs, options.max_length)
+def generate_tokens(model: keras.Model, serving: Serving) -> Endpoint:
+    """The endpoint from tokens and their mask to both with the answer in the padding's place."""
+    specs = input_specs(model, serving.input_signature)
+    stop = stop_tokens(model, serving)
+    pad = _padding(model, specs, serving.max_length)
 
     def call(inputs: Tokens) -> dict[str, tf.Tensor]:
         outputs = model.generate_step(pad(inputs), stop_token_ids=stop)
@@ -77,15 +53,15 @@ def generate_tokens(model: keras.Model, options: Generation, given: Any | None =
 
 
 def _traceable(model: keras.Model, endpoint: Endpoint) -> Endpoint:
-    """Traced with operations that servers have, and a failure says what to do."""
+    """The endpoint traced with operations that servers have; a failure says how to fix it."""
 
     def call(inputs: Any) -> Mapping[str, tf.Tensor]:
         try:
             with server_operations():
                 return endpoint.call(inputs)
-        except Exception as error:  # the code of the model may fail in any way
+        except Exception as error:  # the model's own code may raise any class
             raise ValueError(
-                "Expected a language model that can write in a graph for batches of any size. "
+                "Expected a language model that can generate in a graph for batches of any size. "
                 f"Received: {type(model).__name__}, which fails with {type(error).__name__}: "
                 f"{error}. Fix the length, by an input_signature or by max_length, or leave "
                 "generation out with generate=False."
@@ -94,12 +70,12 @@ def _traceable(model: keras.Model, endpoint: Endpoint) -> Endpoint:
     return dataclasses.replace(endpoint, call=call)
 
 
-def stop_tokens(model: keras.Model, options: Generation) -> list[int] | None:
-    """As `model.generate` finds them."""
-    if options.stop_token_ids is None:
+def stop_tokens(model: keras.Model, serving: Serving) -> list[int] | None:
+    """The tokens that end an answer, found as `model.generate` finds them."""
+    if serving.stop_token_ids is None:
         return None
-    if options.stop_token_ids != "auto":
-        return [int(token) for token in options.stop_token_ids]
+    if serving.stop_token_ids != "auto":
+        return [int(token) for token in serving.stop_token_ids]
     if model.preprocessor is None:
         raise invalid(
             "stop_token_ids",
@@ -113,7 +89,7 @@ def stop_tokens(model: keras.Model, options: Generation) -> list[int] | None:
 
 
 def _padding(model: keras.Model, specs: Mapping[str, tf.TensorSpec], length: int | None) -> Any:
-    """What makes room for the answer: tokens to the length that was asked for, if any was."""
+    """The function that pads prompts to `length`; without a length they stay as they are."""
     if length is None:
         return dict
     side = "decoder_" if "decoder_token_ids" in specs else ""
@@ -130,9 +106,11 @@ def _padding(model: keras.Model, specs: Mapping[str, tf.TensorSpec], length: int
     return pad
 
 
-def _pad(rows: tf.Tensor, length: int, value: int) -> tf.Tensor:
-    missing = length - tf.shape(rows)[1]
+def _pad(tokens: tf.Tensor, length: int, value: int) -> tf.Tensor:
+    missing = length - tf.shape(tokens)[1]
     fits = tf.debugging.assert_non_negative(missing, f"Expected at most {length} tokens in a row.")
     with tf.control_dependencies([fits]):
-        padded = tf.pad(rows, [[0, 0], [0, missing]], constant_values=tf.cast(value, rows.dtype))
+        padded = tf.pad(
+            tokens, [[0, 0], [0, missing]], constant_values=tf.cast(value, tokens.dtype)
+        )
     return tf.ensure_shape(padded, (None, length))

@@ -1,7 +1,7 @@
-"""Operations of `keras.ops` as a server can run them, in their place while a graph is traced.
+"""Two operations of `keras.ops`, replaced while a graph is traced by ones that servers can run.
 
 KerasHub calls both as attributes of `keras.ops`, so no private name of Keras has to be replaced;
-`tests/test_private_api.py` watches that they do what is said here.
+`tests/test_private_api.py` watches that Keras and KerasHub still do so.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import tensorflow as tf
 
 @contextlib.contextmanager
 def server_operations() -> Iterator[None]:
-    """Trace within this context what would need XLA or NumPy outside of it.
+    """Within the context `slice_update` needs no XLA, and `convert_to_numpy` takes graph tensors.
 
-    `slice_update`, which caches of keys and values are made with, is an XLA operation in Keras,
-    and servers have XLA off. `convert_to_numpy`, which postprocessors begin with, has no meaning
-    for a tensor of a graph, and the TensorFlow operations after it take the tensor as it is.
+    Language models update their caches of keys and values by `slice_update`, which is an XLA
+    operation in Keras, and servers have XLA off. Postprocessors begin with `convert_to_numpy`,
+    which fails for a tensor of a graph. The replacement returns the tensor unchanged, and the
+    TensorFlow operations after it take it.
     """
     keras_slice_update, keras_to_numpy = keras.ops.slice_update, keras.ops.convert_to_numpy
 

@@ -1,4 +1,4 @@
-"""Classifiers of KerasHub from raw rows, strings or images, to probabilities, in one graph."""
+"""Classifiers of KerasHub in one graph, from strings or images to probabilities."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import tensorflow as tf
 
 from keras_lora.checks import invalid
 from keras_lora.export.endpoints import Endpoint
-from keras_lora.export.keras_hub.tasks import is_task, preprocessor_of, tables_of
+from keras_lora.export.keras_hub.tasks import is_task, preprocessor_of, tokenizer_resources
 
 _BINARY = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
 
 
 def classify(model: keras.Model, preprocessing: bool | Sequence[str]) -> Endpoint:
-    """Raw rows in, `probabilities` out.
+    """The endpoint that takes strings or images and gives `probabilities`.
 
     Args:
         model: A text or image classifier of KerasHub with its preprocessor.
         preprocessing: True, or the names of the segments that make one row.
 
     Raises:
-        ValueError: another model, or an activation that gives no probabilities.
+        ValueError: the model is no such classifier, or has an activation that gives no
+            probabilities.
     """
     signature = _raw_specs(model, preprocessing)
     preprocessor = preprocessor_of(model)
@@ -31,12 +32,12 @@ def classify(model: keras.Model, preprocessing: bool | Sequence[str]) -> Endpoin
 
     def call(inputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         segments = tuple(inputs[name] for name in signature)
-        # y is given, or a pair of segments would be taken for a row and its label.
+        # Without `y`, the preprocessor would take a pair of segments for a row and its label.
         features = preprocessor(segments if len(segments) > 1 else segments[0], y=None)
         outputs = tf.cast(model(features, training=False), tf.float32)
         return {"probabilities": to_probabilities(outputs)}
 
-    return Endpoint("serve", call, signature, tables_of(preprocessor))
+    return Endpoint("serve", call, signature, tokenizer_resources(preprocessor))
 
 
 def string_spec(name: str) -> tf.TensorSpec:
@@ -45,7 +46,7 @@ def string_spec(name: str) -> tf.TensorSpec:
 
 def _raw_specs(model: keras.Model, preprocessing: bool | Sequence[str]) -> dict[str, tf.TensorSpec]:
     if is_task(model, "TextClassifier"):
-        names = ["text"] if preprocessing is True else _segment_names(preprocessing)
+        names = ["text"] if isinstance(preprocessing, bool) else preprocessing
         return {name: string_spec(name) for name in names}
     if is_task(model, "ImageClassifier") and preprocessing is True:
         return {"image": _image_spec(model)}
@@ -58,15 +59,8 @@ def _raw_specs(model: keras.Model, preprocessing: bool | Sequence[str]) -> dict[
     )
 
 
-def _segment_names(names: object) -> list[str]:
-    listed = list(names) if isinstance(names, Sequence) and not isinstance(names, str) else []
-    if not listed or len(set(listed)) < len(listed) or not all(isinstance(n, str) for n in listed):
-        raise invalid("preprocessing", "True, or distinct names of segments", names)
-    return listed
-
-
 def _image_spec(model: keras.Model) -> tf.TensorSpec:
-    """Images of one size in a batch, of any where the preprocessor resizes them."""
+    """The images of a batch have one size: the model's or, if they are resized, any size."""
     shape = list(model.input.shape)
     converter = preprocessor_of(model).image_converter
     if converter is not None and converter.image_size is not None:
@@ -76,7 +70,11 @@ def _image_spec(model: keras.Model) -> tf.TensorSpec:
 
 
 def _to_probabilities(model: keras.Model) -> Any:
-    """What takes the task's outputs to probabilities; without an activation, the loss decides."""
+    """The function from the task's outputs to probabilities.
+
+    Without an activation, it is sigmoid for a binary loss or a single output, and softmax for
+    any other.
+    """
     activation = keras.activations.get(model.activation)
     if activation in (keras.activations.softmax, keras.activations.sigmoid):
         return keras.activations.linear

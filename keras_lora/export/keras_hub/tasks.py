@@ -1,4 +1,4 @@
-"""What a task of KerasHub has besides its network: a preprocessor and a tokenizer."""
+"""The parts of a KerasHub task besides its network: a preprocessor and a tokenizer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from keras_lora.checks import invalid
 
 def is_task(model: keras.Model, name: str) -> bool:
     """Whether the model is this task of `keras_hub.models`."""
-    hub = sys.modules.get("keras_hub")  # not imported by now: then no model is a task
-    return hub is not None and isinstance(model, getattr(hub.models, name))
+    # A process that has not imported KerasHub has no task.
+    keras_hub = sys.modules.get("keras_hub")
+    return keras_hub is not None and isinstance(model, getattr(keras_hub.models, name))
 
 
 def preprocessor_of(model: keras.Model) -> Any:
@@ -35,17 +36,18 @@ def preprocessor_of(model: keras.Model) -> Any:
     return preprocessor
 
 
-def tables_of(preprocessor: Any) -> Sequence[Any]:
-    """The tokenizer, if there is one, with no memory of the words that it has seen.
+def tokenizer_resources(preprocessor: Any) -> Sequence[Any]:
+    """The preprocessor's tokenizer, if it has one, as a resource of an endpoint.
 
-    A byte-pair tokenizer keeps each word with its tokens; written along, the SavedModel would
-    hold the words of the training data.
+    A byte-pair tokenizer keeps the tokens of each word that it has seen. This memory is emptied,
+    or the SavedModel would contain the words of the training data.
     """
     tokenizer = preprocessor.tokenizer
     if tokenizer is None:
         return ()
     if isinstance(tokenizer, sys.modules["keras_hub"].tokenizers.BytePairTokenizer):
         tokenizer.set_vocabulary_and_merges(tokenizer.vocabulary, tokenizer.merges)
-    tables = tf.Module()  # `track` takes no layer that was not called
-    tables.tokenizer = tokenizer
-    return (tables,)
+    # `ExportArchive.track` refuses a layer that was not called, so a module holds it.
+    module = tf.Module()
+    module.tokenizer = tokenizer
+    return (module,)

@@ -1,1 +1,1 @@
-"""One SavedModel with an adapter for each row of a request."""
+"""One SavedModel for mixed batches: each row of a request names its adapter."""

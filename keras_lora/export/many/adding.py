@@ -1,4 +1,4 @@
-"""One adapter more for an exported model: another version beside it, of the same base and graph."""
+"""One more adapter for an exported model: the next version, of the same base and graph."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from keras_lora.checks import invalid
 from keras_lora.config import AdapterSpec
 from keras_lora.export.many.endpoint import DESCRIPTION, FORMAT_VERSION
 from keras_lora.export.many.served_layers import MAGNITUDE
-from keras_lora.export.many.stored import DATA, INDEX, read_tensors, write_tensors
-from keras_lora.export.many.tables import Array, Piece, Tables
+from keras_lora.export.many.stacks import AdapterStacks, AdapterTensor, Array
+from keras_lora.export.many.stored import DATA, INDEX, read_stacks, write_stacks
 from keras_lora.files.adapter_files import (
     TENSORS_FILE,
     AdapterFiles,
@@ -34,28 +34,30 @@ _PEFT_FILE = "adapter_model.safetensors"
 def add_adapter_to_saved_model(
     path: PathLike, directory: PathLike, name: str, *, target: PathLike | None = None
 ) -> Path:
-    """Write the next version of an exported model, with one adapter more.
+    """Write the next version of an exported model, with one more adapter.
 
-    The graph and the base's weights are the same files, hard links where the file system has them,
-    and are not read: only the adapters are written anew. No model is needed. There is room for any
-    number of adapters and every rank, on the layers that the adapters of the export have. The
-    version is made whole beside its place and then renamed, as TensorFlow Serving expects, which
-    loads it, moves requests over and drops the old one.
+    The files of the graph and of the base's weights are not read: the new version has hard links
+    to them, or copies if the file system has no hard links. Only the adapters are written anew,
+    and no model is needed. An export has room for any number of adapters of every rank, on the
+    layers that its first adapters have. The version is written under another name and renamed
+    when it is whole, as TensorFlow Serving expects: the server loads it, moves requests over and
+    drops the old version.
 
     Args:
-        path: A version that `export_saved_model(model, path, adapters=[...])` wrote, or this
-            function.
-        directory: What `save_adapter` wrote, of the same base.
-        name: The adapter's name in requests. Where they give an index, it is the next one.
+        path: A version that `export_saved_model(model, path, adapters=[...])` or this function
+            wrote.
+        directory: A directory that `save_adapter` wrote, of the same base.
+        name: The adapter's name in requests. If requests give an index, the adapter has the next.
         target: The directory to write; by default the next number beside `path`.
 
     Returns:
         The directory of the new version.
 
     Raises:
-        ValueError: no such export, a name that is taken, or a target that exists.
-        AdapterFileError: damaged files, an adapter of PEFT, or one that does not fit; everything
-            that does not fit is listed. Nothing is written then.
+        ImportError: TensorFlow is not installed.
+        ValueError: `path` is no such export, the name is taken, or the target exists.
+        AdapterFileError: the files are damaged, or the adapter is one of PEFT, or it does not fit
+            the export; everything that does not fit is listed. Nothing is written.
 
     Example:
 
@@ -68,21 +70,24 @@ def add_adapter_to_saved_model(
     >>> kl.save_adapter(model, f"{folder}/de", "de")
     >>> kl.add_adapter_to_saved_model(f"{folder}/served/1", f"{folder}/de", "de").name
     '2'
+
+    Reference:
+        TensorFlow Serving Configuration, https://www.tensorflow.org/tfx/serving/serving_config
     """
     source = Path(path)
     description = _description(source)
     goal = _next_version(source) if target is None else Path(target)
     if goal.exists():
         raise invalid("target", "a path that does not exist", str(goal), "choose another")
-    pieces = [Piece(key, tuple(shape)) for key, shape in description["pieces"]]
-    values = _values(directory, pieces, description["base"])
-    tables = Tables.of(pieces, read_tensors(source / _ASSETS))
-    if check_adapter_name(name) in tables.names:
-        raise invalid("name", f"a name that is not among {tables.names[1:]}", name)
-    tables.add(name, values)
+    tensors = [AdapterTensor(key, tuple(shape)) for key, shape in description["pieces"]]
+    values = _values(directory, tensors, description["base"])
+    stacks = AdapterStacks.of(tensors, read_stacks(source / _ASSETS))
+    if check_adapter_name(name) in stacks.names:
+        raise invalid("name", f"a name that is not among {stacks.names[1:]}", name)
+    stacks.add(name, values)
     with replaced(goal) as written:
         _link_all_but_adapters(source, written)
-        write_tensors(tables.tensors(), written / _ASSETS)
+        write_stacks(stacks.stored(), written / _ASSETS)
     return goal
 
 
@@ -98,7 +103,7 @@ def _description(source: Path) -> dict[str, Any]:
     raise invalid(
         "path",
         "a version that export_saved_model(model, path, adapters=[...]) wrote",
-        f"{os.fspath(source)!r}, where {DESCRIPTION} is: {received}",
+        f"{os.fspath(source)!r}, whose {DESCRIPTION} gives {received}",
         "export the model with adapters",
     )
 
@@ -111,14 +116,14 @@ def _next_version(source: Path) -> Path:
     return source.parent / str(max(versions) + 1)
 
 
-def _values(directory: PathLike, pieces: Sequence[Piece], base: str) -> dict[str, Array]:
-    """An adapter's values by the keys of pieces, the scale in `B`.
+def _values(directory: PathLike, tensors: Sequence[AdapterTensor], base: str) -> dict[str, Array]:
+    """An adapter's values by key, with the scale in `B`.
 
     Raises:
-        AdapterFileError: all that does not fit.
+        AdapterFileError: the adapter does not fit the export; each misfit is listed.
     """
     files = _read(directory)
-    by_key = {piece.key: piece for piece in pieces}
+    by_key = {tensor.key: tensor for tensor in tensors}
     paths = {key.rpartition("/")[0] for key in files.tensors if _is_factor(by_key.get(key))}
     specs = {path: spec_of_layer(directory, files.config, path) for path in sorted(paths)}
     problems = [*_other_base(files, base), *_misfits(files, by_key, specs)]
@@ -149,23 +154,23 @@ def _other_base(files: AdapterFiles, base: str) -> list[str]:
 
 
 def _misfits(
-    files: AdapterFiles, pieces: Mapping[str, Piece], specs: Mapping[str, AdapterSpec]
+    files: AdapterFiles, expected: Mapping[str, AdapterTensor], specs: Mapping[str, AdapterSpec]
 ) -> list[str]:
     found = []
     for key, tensor in files.tensors.items():
         path = key.rpartition("/")[0]
         if key.endswith(f"/{MAGNITUDE}"):
-            found.append(f"{key}: DoRA needs the norms of the base, which is not read here")
-        elif key not in pieces:
+            found.append(f"{key}: DoRA needs the norms of the base, which is not read")
+        elif key not in expected:
             found.append(f"{key}: no adapter of the export has this")
-        elif tensor.shape != pieces[key].at(specs[path].rank if path in specs else 0):
-            found.append(f"{key}: shape {tensor.shape}, expected {pieces[key].shape}")
+        elif tensor.shape != expected[key].shape_at(specs[path].rank if path in specs else 0):
+            found.append(f"{key}: shape {tensor.shape}, expected {expected[key].shape}")
     factors = [f"{path}/{factor}" for path in specs for factor in ("lora_a", "lora_b")]
     return found + [f"{key}: missing" for key in factors if key not in files.tensors]
 
 
-def _is_factor(piece: Piece | None) -> bool:
-    return piece is not None and piece.is_factor
+def _is_factor(tensor: AdapterTensor | None) -> bool:
+    return tensor is not None and tensor.is_factor
 
 
 def _link_all_but_adapters(source: Path, goal: Path) -> None:

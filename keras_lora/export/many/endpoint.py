@@ -1,12 +1,12 @@
-"""Endpoints that serve many adapters: each row of a batch names the one that it wants.
+"""Endpoints for mixed batches: each row names its adapter, in one more input.
 
-The base's weights are stored once. Of the adapters, each request takes the factors of its rows
-alone, and every adapted layer multiplies a row with that row's factors:
+The base's weights are stored once. A request takes the tensors of its rows' adapters alone, and
+every layer that is served so computes each row with the tensors of that row's adapter:
 
     y_i = x_i W0 + (x_i A_i) B_i        for each row i of the batch; the scale is part of B_i
 
-So the first axis of what such a layer is given must be the batch. This is established before
-anything is written, by tracing the model with a batch of a size that nothing else has.
+So the first axis of the input of such a layer must be the batch. This is established before
+anything is written, by tracing the model with a batch of a size that no other axis has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import keras
 import numpy as np
@@ -28,13 +28,14 @@ from keras_lora.checks import invalid
 from keras_lora.export.endpoints import Endpoint, write_endpoints
 from keras_lora.export.many.requests import (
     INPUT,
+    numbers_of_indices,
+    numbers_of_names,
     one_for_each_row,
-    slots_of_indices,
-    slots_of_names,
 )
-from keras_lora.export.many.served_layers import Use, adapted_uses, add_owned, unplaced
-from keras_lora.export.many.stored import StoredTables, write_tensors
-from keras_lora.export.many.tables import Array, Piece, Tables
+from keras_lora.export.many.served_layers import ServedLayer, adapted_layers, add_owned, unplaced
+from keras_lora.export.many.stacks import AdapterStacks, AdapterTensor, Array
+from keras_lora.export.many.stored import StoredStacks, write_stacks
+from keras_lora.export.serving import AdapterIds
 from keras_lora.files.keys import base_fingerprint
 from keras_lora.files.saving import adapter_tensors
 from keras_lora.inject import check_names
@@ -43,23 +44,30 @@ from keras_lora.walker import lora_layers
 
 DESCRIPTION = Path("assets.extra", "keras_lora.json")
 FORMAT_VERSION = 1
-AdapterIds = Literal["name", "index"]
 # A prime, so that a reshaped batch is told from it; no dimension of a model is likely to be it.
 _TRIAL_BATCH = 1009
 
 
 @dataclass(frozen=True)
-class RowAdapters:
-    """The adapters of a model that one SavedModel is to serve."""
+class ServedAdapters:
+    """The adapters of a model that one SavedModel serves in mixed batches.
+
+    Attributes:
+        model: The model.
+        names: The adapters, in the order of their indices.
+        layers: The layers in which the adapters differ.
+        owned: The kernels and biases in which they differ, by key.
+        refusals: Reasons why a row cannot have an adapter of its own; empty if each can.
+    """
 
     model: keras.Model
     names: Sequence[str]
-    uses: Sequence[Use]
+    layers: Sequence[ServedLayer]
     owned: Mapping[str, OwnedValues]
     refusals: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: keras.Model, names: Sequence[str]) -> RowAdapters:
+    def of(cls, model: keras.Model, names: Sequence[str]) -> ServedAdapters:
         """Raises:
         ValueError: unknown names, or values that cannot differ from row to row.
         """
@@ -67,15 +75,15 @@ class RowAdapters:
         if not names:
             raise invalid("adapters", "at least one name", names, "leave it out to export merged")
         refusals: list[str] = []
-        uses = adapted_uses(model, names, refusals)
-        owned = add_owned(model, names, uses, refusals)
-        rows = cls(model, names, list(uses.values()), owned, refusals)
-        rows.check()
-        return rows
+        layers = adapted_layers(model, names, refusals)
+        owned = add_owned(model, names, layers, refusals)
+        served = cls(model, names, list(layers.values()), owned, refusals)
+        served.check()
+        return served
 
     @property
-    def pieces(self) -> list[Piece]:
-        return [piece for use in self.uses for piece in use.pieces]
+    def tensors(self) -> list[AdapterTensor]:
+        return [tensor for layer in self.layers for tensor in layer.tensors]
 
     def check(self) -> None:
         if self.refusals:
@@ -87,33 +95,33 @@ class RowAdapters:
                 "layers_to_save, bias), or export one merged model for each adapter."
             )
 
-    def tables(self) -> Tables:
+    def stacks(self) -> AdapterStacks:
         """Raises:
-        ValueError: an adapter is more than factors, kernels and biases, or is not finite.
+        ValueError: an adapter has values that cannot differ from row to row, or NaN or infinity.
         """
-        tables = Tables(self.pieces)
-        gains = [use.gain for use in self.uses if use.gain is not None]
-        ones = {piece.key: np.ones(piece.inner, "float32") for piece in gains}
-        tables.add(BASE, ones | {key: item.value(BASE) for key, item in self.owned.items()})
+        stacks = AdapterStacks(self.tensors)
+        gains = [layer.gain for layer in self.layers if layer.gain is not None]
+        ones = {gain.key: np.ones(gain.vector_shape, "float32") for gain in gains}
+        stacks.add(BASE, ones | {key: item.value(BASE) for key, item in self.owned.items()})
         for name in self.names:
             values = self._values(name)
-            strange = unplaced(self.model, name, values, self.pieces)
-            self.refusals.extend(f"'{key}': it has no form by row" for key in strange)
-            tables.add(name, values)
+            rest = unplaced(self.model, name, values, self.tensors)
+            self.refusals.extend(f"'{key}': it cannot differ from row to row" for key in rest)
+            stacks.add(name, values)
         self.check()
-        return tables
+        return stacks
 
     def description(self) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
             "base": base_fingerprint(self.model),
-            "pieces": [[piece.key, piece.shape] for piece in self.pieces],
+            "pieces": [[tensor.key, tensor.shape] for tensor in self.tensors],
         }
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Within the context the base alone acts, and every layer of `uses` can take rows."""
-        plain = [use.layer for use in self.uses if not isinstance(use.layer, LoRALayer)]
+        """Within the context the base alone is active, and `layers` can compute row by row."""
+        plain = [each.layer for each in self.layers if not isinstance(each.layer, LoRALayer)]
         with disable_adapter(self.model), contextlib.ExitStack() as stack:
             for layer in lora_layers(self.model).values():
                 stack.enter_context(layer.without_slots())
@@ -121,56 +129,59 @@ class RowAdapters:
                 stack.callback(detach, attach(layer))
             yield
 
-    def by_row(self, endpoint: Endpoint, stored: StoredTables, ids: AdapterIds) -> Endpoint:
-        """The endpoint with an input more, which says for each row which adapter acts."""
+    def for_mixed_batches(
+        self, endpoint: Endpoint, stored: StoredStacks, ids: AdapterIds
+    ) -> Endpoint:
+        """The endpoint with one more input, which names each row's adapter."""
         names = _input_names(endpoint)
         leaves = keras.tree.flatten(endpoint.signature)
-        dtype = tf.string if ids == "name" else tf.int32
         signature = dict(zip(names, leaves, strict=True))
         batched = [name for name, leaf in signature.items() if leaf.shape[:1] == (None,)]
+        dtype, find = _IDS[ids]
         signature[INPUT] = tf.TensorSpec((None,), dtype, name=INPUT)
-        find = slots_of_names if ids == "name" else slots_of_indices
 
         def call(inputs: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
-            wanted = one_for_each_row(inputs[INPUT], [inputs[name] for name in batched])
-            slots = find(wanted, stored.names)
+            named = one_for_each_row(inputs[INPUT], [inputs[name] for name in batched])
+            numbers = find(named, stored.names)
             values = [inputs[name] for name in names]
-            with self._rows(stored.take(slots)):
+            with self._computing_by_row(stored.take(numbers)):
                 outputs = endpoint.call(keras.tree.pack_sequence_as(endpoint.signature, values))
-            with tf.control_dependencies([slots]):  # those too in which no adapter acts
+            # An output that no adapter changes must fail too if a name is unknown.
+            with tf.control_dependencies([numbers]):
                 return {name: tf.identity(output) for name, output in outputs.items()}
 
         resources = (*endpoint.resources, stored)
         return dataclasses.replace(endpoint, call=call, signature=signature, resources=resources)
 
     def try_out(self, endpoint: Endpoint) -> None:
-        """Trace an endpoint with a batch of a size of its own.
+        """Trace an endpoint with a batch of the size that no other axis has.
 
         Raises:
-            ValueError: a layer is given something else than the batch.
+            ValueError: the first axis of a layer's input is not the batch, or a value that
+                differs from row to row is read by another layer than its own.
         """
         specs = {name: _with_batch(spec) for name, spec in endpoint.signature.items()}
         traced = tf.function(endpoint.call, autograph=False).get_concrete_function(specs)
         read = {id(variable) for variable in traced.variables}
         self.refusals.extend(
-            f"'{key}': it is read by something else than its own layer"
+            f"'{key}': it is read by another layer than its own"
             for key, item in self.owned.items()
             if id(item.variable.value) in read
         )
         self.check()
 
     @contextlib.contextmanager
-    def _rows(self, taken: Mapping[str, tf.Tensor]) -> Iterator[None]:
+    def _computing_by_row(self, taken: Mapping[str, tf.Tensor]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for use in self.uses:
-                stack.enter_context(use.layer.with_rows(use.rows(taken, self.refusals)))
+            for each in self.layers:
+                stack.enter_context(each.layer.with_rows(each.by_row(taken, self.refusals)))
             yield
 
     def _values(self, name: str) -> dict[str, Array]:
-        """What an adapter consists of, by the keys of pieces."""
+        """An adapter's values by key, as they are served."""
         values = adapter_tensors(self.model, name)
-        for use in self.uses:
-            use.put_update(name, values)
+        for layer in self.layers:
+            layer.scale_values(name, values)
         broken = [key for key, value in values.items() if not np.isfinite(value).all()]
         if broken:
             received = f"NaN or infinity in {broken} of {name!r}"
@@ -178,13 +189,15 @@ class RowAdapters:
         return values
 
 
-def check_adapter_ids(ids: str) -> None:
-    if ids not in get_args(AdapterIds):
-        raise invalid("adapter_ids", f"one of {get_args(AdapterIds)}", ids)
+# What the input `adapter` is, and how it becomes the numbers of adapters.
+_IDS: dict[AdapterIds, tuple[tf.DType, Any]] = {
+    "name": (tf.string, numbers_of_names),
+    "index": (tf.int32, numbers_of_indices),
+}
 
 
-def write_rows(
-    rows: RowAdapters,
+def write_mixed(
+    served: ServedAdapters,
     endpoints: Sequence[Endpoint],
     tried: Sequence[Endpoint],
     ids: AdapterIds,
@@ -193,24 +206,25 @@ def write_rows(
     """Write a SavedModel of these endpoints, each with the input `adapter`.
 
     Args:
-        rows: The adapters.
-        endpoints: What to serve.
-        tried: Endpoints that use the model in the same ways, to find what is not by row.
-        ids: Names or indices.
-        path: Where to.
+        served: The adapters.
+        endpoints: The endpoints to write.
+        tried: Endpoints that use the model in the same ways, to trace before anything is written.
+        ids: Whether requests give names or indices.
+        path: The directory to write.
 
     Raises:
-        ValueError: a layer is given something else than the batch.
+        ValueError: the first axis of a layer's input is not the batch.
     """
-    tables = path.with_name("tables")
-    stored = StoredTables(rows.pieces, tables)
-    description = json.dumps(rows.description())
-    with rows.ready():
+    folder = path.with_name(f"{path.name}.stacks")
+    stored = StoredStacks(served.tensors, folder)
+    description = json.dumps(served.description())
+    with served.ready():
         for endpoint in tried:
-            rows.try_out(rows.by_row(endpoint, stored, ids))
-        write_tensors(rows.tables().tensors(), tables)
-        write_endpoints([rows.by_row(endpoint, stored, ids) for endpoint in endpoints], path)
-    rows.check()
+            served.try_out(served.for_mixed_batches(endpoint, stored, ids))
+        write_stacks(served.stacks().stored(), folder)
+        mixed = [served.for_mixed_batches(endpoint, stored, ids) for endpoint in endpoints]
+        write_endpoints(mixed, path)
+    served.check()
     (path / DESCRIPTION).parent.mkdir()
     (path / DESCRIPTION).write_text(description)
 

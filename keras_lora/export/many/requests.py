@@ -1,6 +1,7 @@
-"""Which adapter each row of a request wants, checked within the graph.
+"""Which adapter each row of a request names, checked within the graph.
 
-What fails is the request: its outputs depend on the check, so that none can be had without it.
+A wrong name or index fails its request: the outputs depend on the check, so that no output can be
+had without it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import tensorflow as tf
 INPUT = "adapter"
 
 
-def one_for_each_row(wanted: tf.Tensor, inputs: Sequence[tf.Tensor]) -> tf.Tensor:
-    """The same, which cannot be had where the other inputs have more rows or fewer."""
+def one_for_each_row(named: tf.Tensor, inputs: Sequence[tf.Tensor]) -> tf.Tensor:
+    """`named`, which fails the request if another input has more rows or fewer."""
     sizes = [tf.shape(x)[0] for x in inputs]
-    fits = tf.reduce_all(tf.equal(tf.stack(sizes), tf.shape(wanted)[0]))
-    received = tf.strings.as_string(tf.stack([*sizes, tf.shape(wanted)[0]]))
+    fits = tf.reduce_all(tf.equal(tf.stack(sizes), tf.shape(named)[0]))
+    received = tf.strings.as_string(tf.stack([*sizes, tf.shape(named)[0]]))
     return _checked(
-        wanted,
+        named,
         fits,
         f"Expected one {INPUT} for each row. Received: {len(inputs)} other inputs and {INPUT}, of "
         "the sizes ",
@@ -27,9 +28,9 @@ def one_for_each_row(wanted: tf.Tensor, inputs: Sequence[tf.Tensor]) -> tf.Tenso
     )
 
 
-def slots_of_names(wanted: tf.Tensor, names: tf.Tensor) -> tf.Tensor:
-    """The slot of each name; that of the base is empty."""
-    same = tf.equal(wanted[:, None], names[None, :])
+def numbers_of_names(named: tf.Tensor, names: tf.Tensor) -> tf.Tensor:
+    """The number of each name among the stored names; the base is empty, with number 0."""
+    same = tf.equal(named[:, None], names[None, :])
     known = tf.reduce_any(same, axis=1)
     return _checked(
         tf.argmax(tf.cast(same, tf.int32), axis=1, output_type=tf.int32),
@@ -41,16 +42,16 @@ def slots_of_names(wanted: tf.Tensor, names: tf.Tensor) -> tf.Tensor:
                 "; or an empty string for the base. Received: ",
             ]
         ),
-        tf.boolean_mask(wanted, ~known),
+        tf.boolean_mask(named, ~known),
     )
 
 
-def slots_of_indices(wanted: tf.Tensor, names: tf.Tensor) -> tf.Tensor:
-    """The slot of each index; that of the base is -1."""
+def numbers_of_indices(named: tf.Tensor, names: tf.Tensor) -> tf.Tensor:
+    """The number of each index; the base is -1, with number 0."""
     last = tf.shape(names)[0] - 2
-    known = (wanted >= -1) & (wanted <= last)
+    known = (named >= -1) & (named <= last)
     return _checked(
-        wanted + 1,
+        named + 1,
         tf.reduce_all(known),
         tf.strings.join(
             [
@@ -61,12 +62,12 @@ def slots_of_indices(wanted: tf.Tensor, names: tf.Tensor) -> tf.Tensor:
                 "; or -1 for the base. Received: ",
             ]
         ),
-        tf.strings.as_string(tf.boolean_mask(wanted, ~known)),
+        tf.strings.as_string(tf.boolean_mask(named, ~known)),
     )
 
 
 def _checked(value: tf.Tensor, holds: tf.Tensor, message: Any, received: tf.Tensor) -> tf.Tensor:
-    """The value, which cannot be had where the condition does not hold."""
+    """The value, which fails the request if the condition does not hold."""
     text = tf.strings.join([message, tf.strings.reduce_join(received, separator=", ")])
     with tf.control_dependencies([tf.debugging.Assert(holds, [text])]):
         return tf.identity(value)

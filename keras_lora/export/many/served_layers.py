@@ -1,4 +1,4 @@
-"""What differs among the adapters of a model: factors, kernels and biases, layer by layer."""
+"""The layers of a model in which the adapters differ: in factors, kernel or bias."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_lora.export.many.tables import Array, Piece
+from keras_lora.export.many.stacks import AdapterTensor, Array
 from keras_lora.files.keys import stable_layers, variable_keys
 from keras_lora.layers import (
     BASE,
@@ -30,24 +30,40 @@ MAGNITUDE = "lora_magnitude"  # of DoRA, in an adapter's files
 
 
 @dataclass(eq=False)
-class Use:
-    """A layer whose factors, kernel or bias differ from row to row, and the keys of these."""
+class ServedLayer:
+    """A layer that computes each row of a batch with the tensors of that row's adapter.
+
+    Attributes:
+        path: Of the layer, in the model.
+        layer: Adapted, or a plain layer whose kernel or bias the adapters own.
+        factors: `A` and `B`, with the scale in `B`.
+        kernel: A kernel that is trained whole, as a head's.
+        bias: A bias that is trained.
+        gain: DoRA's `g`, in place of the magnitude, so that the norm of `W0` is not needed.
+    """
 
     path: str
     layer: keras.layers.Layer
-    factors: tuple[Piece, Piece] | None = None
-    kernel: Piece | None = None
-    bias: Piece | None = None
-    gain: Piece | None = None
+    factors: tuple[AdapterTensor, AdapterTensor] | None = None
+    kernel: AdapterTensor | None = None
+    bias: AdapterTensor | None = None
+    gain: AdapterTensor | None = None
 
     @property
-    def pieces(self) -> list[Piece]:
+    def tensors(self) -> list[AdapterTensor]:
         values = (self.kernel, self.bias, self.gain)
-        return [p for p in (*(self.factors or ()), *values) if p is not None]
+        return [t for t in (*(self.factors or ()), *values) if t is not None]
 
-    def rows(self, taken: Mapping[str, tf.Tensor], refusals: list[str]) -> Rows:
-        def of(piece: Piece | None) -> Any:
-            return piece and tf.cast(taken[piece.key], self.layer.compute_dtype)
+    def by_row(self, taken: Mapping[str, tf.Tensor], refusals: list[str]) -> Rows:
+        """The layer's part of what `StoredStacks.take` gives for a batch.
+
+        Args:
+            taken: The tensors of each row's adapter, by key.
+            refusals: Takes the reason where the layer cannot compute row by row.
+        """
+
+        def of(tensor: AdapterTensor | None) -> Any:
+            return tensor and tf.cast(taken[tensor.key], self.layer.compute_dtype)
 
         def refuse(reason: str) -> None:
             refusals.append(f"'{self.path}': {reason}")
@@ -56,8 +72,11 @@ class Use:
         gain = self.gain and taken[self.gain.key]
         return Rows(refuse, factors, of(self.kernel), of(self.bias), gain)
 
-    def put_update(self, name: str, values: dict[str, Array]) -> None:
-        """In an adapter's values, put the scale into `B`, and the gain in the magnitude's place."""
+    def scale_values(self, name: str, values: dict[str, Array]) -> None:
+        """Replace `B` by `s B` in an adapter's values and, with DoRA, by `g s B`, and `m` by `g`.
+
+        The equation of `lowrank.equations`: `y = g (x W0) + (x A) (g s B)`.
+        """
         if self.factors is None or name not in self.layer.adapters:
             return
         adapter, b = self.layer.adapters[name], self.factors[1].key
@@ -70,42 +89,57 @@ class Use:
             del values[f"{self.path}/{MAGNITUDE}"]
 
 
-def adapted_uses(model: keras.Model, names: Sequence[str], refusals: list[str]) -> dict[int, Use]:
+def adapted_layers(
+    model: keras.Model, names: Sequence[str], refusals: list[str]
+) -> dict[int, ServedLayer]:
     """The layers that these adapters adapt, by identity."""
-    uses = {}
+    served = {}
     for path, layer in stable_layers(model).items():
         if not set(names) & set(layer.adapters):
             continue
         if _is_linear(layer):
-            gain = _gain_piece(path, layer, names)
-            uses[id(layer)] = Use(path, layer, _factor_pieces(path, layer), gain=gain)
+            factors, gain = _factors(path, layer), _gain(path, layer, names)
+            served[id(layer)] = ServedLayer(path, layer, factors, gain=gain)
         else:
             kind = layer.base_class.__name__
-            refusals.append(f"'{path}': a layer of the kind {kind} has no adapters by row")
-    return uses
+            refusals.append(f"'{path}': the adapters of {kind} cannot differ from row to row")
+    return served
 
 
-def _factor_pieces(path: str, layer: LoRALayer) -> tuple[Piece, Piece]:
+def _factors(path: str, layer: LoRALayer) -> tuple[AdapterTensor, AdapterTensor]:
     split = split_kernel(layer)
     shapes: list[list[Any]] = [list(s) for s in split.factor_shapes(kernel_shape(layer), rank=0)]
     for shape, axis in zip(shapes, split.rank_axes, strict=True):
         shape[axis] = None
     a, b = map(tuple, shapes)
-    return Piece(f"{path}/lora_a", a), Piece(f"{path}/lora_b", b)
+    return AdapterTensor(f"{path}/lora_a", a), AdapterTensor(f"{path}/lora_b", b)
 
 
-def _gain_piece(path: str, layer: LoRALayer, names: Sequence[str]) -> Piece | None:
-    """Of a layer in which one of the adapters has DoRA."""
+def _gain(path: str, layer: LoRALayer, names: Sequence[str]) -> AdapterTensor | None:
+    """The gain of a layer on which one of the adapters has DoRA."""
     specs = [layer.adapters[name].spec for name in names if name in layer.adapters]
     if not any(spec.use_dora for spec in specs):
         return None
-    return Piece(f"{path}/lora_gain", split_kernel(layer).norm_shape(kernel_shape(layer)))
+    return AdapterTensor(f"{path}/lora_gain", split_kernel(layer).norm_shape(kernel_shape(layer)))
 
 
 def add_owned(
-    model: keras.Model, names: Sequence[str], uses: dict[int, Use], refusals: list[str]
+    model: keras.Model,
+    names: Sequence[str],
+    served: dict[int, ServedLayer],
+    refusals: list[str],
 ) -> dict[str, OwnedValues]:
-    """The values that differ among the adapters, by key, as pieces of their layers."""
+    """Add the kernels and biases in which the adapters differ to the layers that have them.
+
+    Args:
+        model: The model.
+        names: The adapters.
+        served: Takes the tensors, in a layer that it has or in a further one.
+        refusals: Takes the reason for each value that cannot differ from row to row.
+
+    Returns:
+        The values by key.
+    """
     keys, owners, owned = variable_keys(model), _owners(model), {}
     for item in all_owned(model.variables):
         if not _differs(item, names):
@@ -118,29 +152,30 @@ def add_owned(
             )
             continue
         path, layer, role = owner
-        use = uses.setdefault(id(layer), Use(path, layer))
-        setattr(use, role, Piece(key, tuple(item.variable.shape)))
+        into = served.setdefault(id(layer), ServedLayer(path, layer))
+        setattr(into, role, AdapterTensor(key, tuple(item.variable.shape)))
         owned[key] = item
     return owned
 
 
 def unplaced(
-    model: keras.Model, name: str, values: Mapping[str, Array], pieces: Sequence[Piece]
+    model: keras.Model, name: str, values: Mapping[str, Array], tensors: Sequence[AdapterTensor]
 ) -> list[str]:
-    """The keys of an adapter that have no piece, and are not values of the base."""
+    """The keys of an adapter's values that are neither served by row nor equal to the base's."""
     same = {id(item.variable) for item in all_owned(model.variables) if not _differs(item, [name])}
-    known = {piece.key for piece in pieces}
+    known = {tensor.key for tensor in tensors}
     known |= {key for identity, key in variable_keys(model).items() if identity in same}
     return [key for key in values if key not in known]
 
 
 def _differs(item: OwnedValues, names: Sequence[str]) -> bool:
+    """Whether the value of one of these adapters is another than the base's."""
     values = (item.value(name) for name in names if name in item.names)
     return any(not np.array_equal(value, item.value(BASE)) for value in values)
 
 
 def _owners(model: keras.Model) -> dict[int, tuple[str, keras.layers.Layer, str]]:
-    """Path, layer and role of each kernel and bias that a layer can have for each row."""
+    """Path, layer and role of each kernel and bias that can differ from row to row."""
     owners = {}
     for node in walk(model):
         layer = node.layer
@@ -153,6 +188,6 @@ def _owners(model: keras.Model) -> dict[int, tuple[str, keras.layers.Layer, str]
 
 
 def _is_linear(layer: keras.layers.Layer) -> bool:
-    """Whether the layer is of a kind that `Rows` can stand in for."""
+    """Whether `Rows` can compute the layer's product row by row."""
     known = isinstance(layer, keras.layers.Dense | keras.layers.EinsumDense)
     return known and lora_class_for(plain_class(layer)) is not None

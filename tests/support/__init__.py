@@ -1,0 +1,1 @@
+"""What the tests share: models, tables of cases, servers, and processes."""

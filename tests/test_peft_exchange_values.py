@@ -1,0 +1,147 @@
+"""Embeddings, heads, biases and the prefix of a task, between Keras and PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+import peft
+import pytest
+import torch
+from support.models import randomize_adapters, state
+from support.peft_models import (
+    CASES,
+    TOKENS,
+    TOLERANCE,
+    assert_agree,
+    classifier,
+    difference,
+    hub_model,
+    keras_model,
+    tensors,
+    wrapped,
+)
+
+import keras_lora as kl
+
+pytest_plugins = ["support.peft_models"]
+
+# Of transformers and PEFT about each other.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning",
+    "ignore:fan_in_fan_out",
+    "ignore:Setting `save_embedding_layers`",
+    "ignore:`lora_bias=True` was passed",
+    "ignore:Model has `tie_word_embeddings=True`",
+    "ignore:Adapter 'default'.*invalid shape",
+)
+
+
+# The modules that are embeddings, in both directions: BERT's tied table is a head in `MaskedLM`
+# only; that of a decoder must not be tied.
+TABLES = {
+    "bert": r".*\.(word_embeddings|token_type_embeddings|query)",
+    "xlm-roberta": r".*\.word_embeddings",
+    "albert": r".*\.(word_embeddings|token_type_embeddings)",
+    "llama": r".*\.(embed_tokens|q_proj)",
+    "qwen3": r".*\.embed_tokens",
+    "t5gemma": r".*\.embed_tokens",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_adapters_of_embeddings_both_ways(name: str, base: Path, tmp_path: Path) -> None:
+    theirs = wrapped(base, target_modules=TABLES[name])
+    theirs.save_pretrained(tmp_path / "peft")
+    backbone = keras_model(base)
+    assert difference(name, backbone, theirs) > 10 * TOLERANCE
+    kl.load_peft_adapter(backbone, tmp_path / "peft")
+    assert_agree(name, backbone, theirs)
+    prefix = CASES[name].prefix(theirs.get_base_model())
+    kl.save_peft_adapter(backbone, tmp_path / "back", prefix=prefix)
+    back, expected = tensors(tmp_path / "back"), tensors(tmp_path / "peft")
+    # Beside adapters of `embed_tokens` PEFT saves the base's table and head.
+    expected = {key: value for key, value in expected.items() if "lora_" in key}
+    assert any("lora_embedding_A" in key for key in expected)
+    assert back.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(back[key], value, strict=True)
+    again = peft.PeftModel.from_pretrained(hub_model(base), tmp_path / "back").eval()
+    assert_agree(name, backbone, again)
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_tables_that_are_saved_along_must_be_those_of_the_base(base: Path, tmp_path: Path) -> None:
+    wrapped(base, target_modules=["embed_tokens"]).save_pretrained(tmp_path / "peft")
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in tensors(tmp_path / "peft")
+    backbone = keras_model(base)
+    kl.load_peft_adapter(backbone, tmp_path / "peft")
+    kl.load_peft_adapter(backbone, tmp_path / "peft", "again")
+    assert {v.name for v in backbone.trainable_variables} == {"lora_a", "lora_b"}
+    kl.unload_lora(backbone)
+    table = backbone.token_embedding.embeddings
+    table.assign(1.1 * np.array(table))
+    before = state(backbone)
+    message = r"model\.embed_tokens\.weight: the adapter was trained with other values of it"
+    with pytest.raises(kl.AdapterFileError, match=message):
+        kl.load_peft_adapter(backbone, tmp_path / "peft")
+    assert state(backbone) == before
+
+
+def assert_logits_agree(task: keras.Model, model: Any) -> None:
+    inputs = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
+    ours = task.predict(inputs | {"segment_ids": np.zeros_like(TOKENS)}, verbose=0)
+    with torch.no_grad():
+        theirs = model(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+HEADS = {"logits": "classifier"}
+
+
+@pytest.mark.parametrize("name", ["bert"])
+def test_heads_and_biases_go_with_an_adapter_both_ways(base: Path, tmp_path: Path) -> None:
+    task = classifier(base)
+    config = kl.LoRAConfig(rank=3, targets="attention", layers_to_save=["logits"], bias="lora_only")
+    kl.apply_lora(task, config)
+    rng = np.random.default_rng(1)
+    for variable in task.trainable_variables:
+        variable.assign(rng.normal(scale=0.3, size=variable.shape))
+    with pytest.raises(ValueError, match=r"logits/kernel: .*; logits/bias: .*heads=\{"):
+        kl.save_peft_adapter(task, tmp_path / "keras")
+    kl.save_peft_adapter(task, tmp_path / "keras", heads=HEADS, base_model_name="tiny/bert")
+    written = json.loads((tmp_path / "keras" / "adapter_config.json").read_text())
+    assert written["bias"] == "lora_only"
+    assert written["modules_to_save"] == ["classifier"]
+    assert written["task_type"] == "SEQ_CLS"
+    assert written["base_model_name_or_path"] == "tiny/bert"
+    theirs = peft.PeftModel.from_pretrained(hub_model(base), tmp_path / "keras").eval()
+    assert_logits_agree(task, theirs)
+
+    options = {"target_modules": ["query"], "modules_to_save": ["classifier"], "bias": "all"}
+    other = wrapped(base, task_type="SEQ_CLS", **options)
+    other.save_pretrained(tmp_path / "peft")
+    kl.load_peft_adapter(task, tmp_path / "peft", "other", heads=HEADS)
+    assert_logits_agree(task, theirs)
+    kl.set_adapter(task, "other")
+    assert_logits_agree(task, other)
+    kl.set_adapter(task, "default")
+    assert_logits_agree(task, theirs)
+
+
+@pytest.mark.parametrize("name", ["gpt2"])
+def test_the_prefix_of_a_task_comes_from_transformers(base: Path, tmp_path: Path) -> None:
+    task = keras_hub.models.GPT2CausalLM(keras_model(base), preprocessor=None)
+    kl.apply_lora(task, kl.LoRAConfig(rank=2, targets=["query", "value"]))
+    randomize_adapters(task)
+    kl.save_peft_adapter(task, tmp_path / "keras")
+    config = json.loads((tmp_path / "keras" / "adapter_config.json").read_text())
+    expected = {"r": 4, "target_modules": ["attn.c_attn"], "task_type": "CAUSAL_LM"}
+    assert {field: config[field] for field in expected} == expected
+    assert config["fan_in_fan_out"] is True
+    theirs = peft.PeftModel.from_pretrained(hub_model(base), tmp_path / "keras").eval()
+    assert_agree("gpt2", task.backbone, theirs)
