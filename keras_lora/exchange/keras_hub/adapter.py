@@ -307,7 +307,7 @@ def _unwritable(node: Node | None, path: str, pair: Pair) -> Iterator[str]:
             f"'{path}' of shapes {a.shape} and {b.shape}, expected {expected[0]} and {expected[1]}"
         )
     elif not all((abs(x) <= np.finfo("float32").max).all() for x in pair):
-        yield f"'{path}' with values that are not finite in float32"
+        yield f"'{path}' of values that are not finite in float32"
 
 
 def _file_rank(rank: int | None, needed: int) -> int:

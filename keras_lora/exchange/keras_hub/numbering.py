@@ -92,7 +92,10 @@ def match_keras_hub_layers(
     if not skip_unsupported:
         reason = "which cannot be adapted (skip_unsupported=True leaves the layer out)"
         problems.add(*(f"{layer}, {reason}" for layer in skipped))
-    expected, fix = "factors for layers of this model", "build the backbone that was saved"
+    expected, fix = (
+        "factors for layers of this model",
+        "build the backbone that the file was saved from",
+    )
     problems.raise_any(lambda received: invalid_file(source, expected, received, fix))
     if skipped:
         warn(f"{os.fspath(source)}: left out {', '.join(skipped)}, which cannot be adapted")
