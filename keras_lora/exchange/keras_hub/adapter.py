@@ -25,7 +25,6 @@ from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
 from keras_lora.inject import (
     active_names,
-    adapted,
     check_names,
     check_no_dora,
     install,
@@ -41,7 +40,7 @@ from keras_lora.layers import (
 from keras_lora.lowrank.combining import truncate
 from keras_lora.lowrank.equations import Shape
 from keras_lora.lowrank.per_axis import Pair, from_per_axis, to_per_axis
-from keras_lora.walker import Node, backbone_of, lora_layers, walk
+from keras_lora.walker import Node, Tree, backbone_of, walk
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,9 @@ def load_keras_hub_lora(
         a, b, error = _at_rank(nodes[layer_path], pair, rank)
         factors[layer_path] = AdapterSpec(rank=a.shape[-1], alpha=a.shape[-1]), a, b
         report.append(ConvertedLayer(layer_path, file_ranks[layer_path], a.shape[-1], error))
-    plan = plan_factors(model, name, Adapter(None), factors)
-    install(model, plan, acts=not active_names(lora_layers(model)))
+    tree = Tree.of(model)
+    plan = plan_factors(tree, name, Adapter(None), factors)
+    install(tree, plan, active=not active_names(tree))
     return report
 
 
@@ -154,11 +154,12 @@ def save_keras_hub_lora(
     >>> save_keras_hub_lora(kl.apply_lora(backbone, config), f"{tempfile.mkdtemp()}/x.lora.h5")
     1
     """
-    (name,) = check_names(model, [name])
-    check_no_dora(adapted(model), [name], "Save it with save_adapter or save_peft_adapter")
+    tree = Tree.of(model)
+    (name,) = check_names(tree, [name])
+    check_no_dora(tree, [name], "Save it with save_adapter or save_peft_adapter")
     factors = {
         layer_path: (adapter.scaling * np.array(adapter.a, "float64"), np.array(adapter.b))
-        for layer_path, layer in adapted(model).items()
+        for layer_path, layer in tree.adapted_by_path.items()
         for adapter in [layer.adapters.get(name)]
         if adapter is not None
     }

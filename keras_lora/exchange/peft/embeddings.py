@@ -21,16 +21,16 @@ from keras_lora.walker import backbone_of, walk
 _LANGUAGE_MODELS = ("CausalLM", "Seq2SeqLM")
 _LEAVE_OUT = "leave this embedding out of the adapter"
 _TIED = (
-    "its matrix is the output head too, where the adapter is active in Keras and not in "
+    "its matrix is the output head too: the adapter is active in the head in Keras, and not in "
     f"transformers; {_LEAVE_OUT}"
 )
 _UNKNOWN = (
-    "its matrix may be the output head too, since the model has no other, and an adapter would be "
-    f"active in the head in Keras and not in transformers; {_LEAVE_OUT}"
+    "its matrix may be the output head too, since the model has no other: the adapter would be "
+    f"active in the head in Keras, and not in transformers; {_LEAVE_OUT}"
 )
 _SHARED = (
-    "encoder and decoder share its matrix, and an adapter is active for other inputs in "
-    f"transformers than in Keras; {_LEAVE_OUT}"
+    "encoder and decoder share its matrix: the adapter is active for other inputs in transformers "
+    f"than in Keras; {_LEAVE_OUT}"
 )
 
 

@@ -35,7 +35,7 @@ from keras_lora.layers import (
     Adapter,
     check_adapter_name,
 )
-from keras_lora.walker import lora_layers
+from keras_lora.walker import Tree
 
 # PEFT's `EMBEDDING_LAYER_NAMES`: if one of them has an adapter, PEFT may save both as a whole.
 _SAVED_ALONG = ("embed_tokens", "lm_head")
@@ -116,10 +116,11 @@ def load_peft_adapter(
     expected = f"an adapter for the {weights.model_type!r} model {model.name!r}"
     problems.raise_any(lambda received: invalid_file(directory, expected, received, _FIX))
     whole = Adapter(None, [variable for variable, _ in values])
-    plan = plan_factors(model, name, whole, factors, values)
+    tree = Tree.of(model)
+    plan = plan_factors(tree, name, whole, factors, values)
     if adapter.unknown:
         warn(f"{str(directory)!r}: left out the tensors {adapter.unknown}, of unknown meaning")
-    install(model, plan, acts=not active_names(lora_layers(model)))
+    install(tree, plan, active=not active_names(tree))
 
 
 def _copies_of_base(adapter: PeftAdapter) -> list[str]:

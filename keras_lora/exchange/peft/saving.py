@@ -37,7 +37,7 @@ from keras_lora.exchange.peft_files import (
 )
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
-from keras_lora.inject import adapted, check_names
+from keras_lora.inject import check_names
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     LayerAdapter,
@@ -48,7 +48,7 @@ from keras_lora.layers import (
     output_norms,
     split_kernel,
 )
-from keras_lora.walker import backbone_of, walk
+from keras_lora.walker import Tree, backbone_of, walk
 
 
 def save_peft_adapter(
@@ -116,14 +116,16 @@ def save_peft_adapter(
         The PEFT checkpoint format:
         https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
-    check_names(model, [name])
+    tree = Tree.of(model)
+    check_names(tree, [name])
     weights = hugging_face_weights(model, transformers_config, model_type=model_type)
     slices = find_slices(model, weights, heads or {})
-    layers = {p: x for p, x in adapted(model).items() if name in x.adapters}
+    layers = {p: x for p, x in tree.adapted_by_path.items() if name in x.adapters}
     problems = Problems()
     modules = _modules(layers, name, weights, exchanged_kernels(model, weights), problems)
     saved = gather(_own_values(model, name), slices, problems)
-    modules = _with_magnitudes(model, name, modules, weights, problems)
+    adapters = {path: layer.adapters[name] for path, layer in layers.items()}
+    modules = _with_magnitudes(model, adapters, modules, weights, problems)
     problems.raise_any(lambda received: _not_in_base(weights.model_type, received))
     names = hugging_face_names(model, weights.model_type, prefix)
     inside = _in_backbone(model, weights, slices)
@@ -189,13 +191,12 @@ def _part(layer: LoRALayer, name: str, block: Block) -> KernelPart:
 
 def _with_magnitudes(
     model: keras.Model,
-    name: str,
+    adapters: Mapping[str, LayerAdapter],
     modules: Mapping[str, PeftModule],
     weights: HuggingFaceWeights,
     problems: Problems,
 ) -> dict[str, PeftModule]:
     """The same modules; each with a magnitude, if one of the layers has DoRA."""
-    adapters = {p: x.adapters[name] for p, x in adapted(model).items() if name in x.adapters}
     if not any(adapter.spec.use_dora for adapter in adapters.values()):
         return dict(modules)
     layers = {node.path: node.layer for node in walk(model)}

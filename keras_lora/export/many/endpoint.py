@@ -40,7 +40,7 @@ from keras_lora.files.keys import base_fingerprint
 from keras_lora.files.saving import adapter_tensors
 from keras_lora.inject import check_names
 from keras_lora.layers import BASE, LoRALayer, OwnedValues, attach, detach
-from keras_lora.walker import lora_layers
+from keras_lora.walker import Tree, lora_layers
 
 DESCRIPTION = Path("assets.extra", "keras_lora.json")
 FORMAT_VERSION = 1
@@ -71,7 +71,7 @@ class ServedAdapters:
         """Raises:
         ValueError: unknown names, or values that cannot differ from row to row.
         """
-        names = check_names(model, names)
+        names = check_names(Tree.of(model), names)
         if not names:
             raise invalid("adapters", "at least one name", names, "leave it out to export merged")
         refusals: list[str] = []
@@ -114,7 +114,7 @@ class ServedAdapters:
     def description(self) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
-            "base": base_fingerprint(self.model),
+            "base": base_fingerprint(Tree.of(self.model)),
             "pieces": [[tensor.key, tensor.shape] for tensor in self.tensors],
         }
 
@@ -179,7 +179,7 @@ class ServedAdapters:
 
     def _values(self, name: str) -> dict[str, Array]:
         """An adapter's values by key, as they are served."""
-        values = adapter_tensors(self.model, name)
+        values = adapter_tensors(Tree.of(self.model), name)
         for layer in self.layers:
             layer.scale_values(name, values)
         broken = [key for key, value in values.items() if not np.isfinite(value).all()]
@@ -189,7 +189,7 @@ class ServedAdapters:
         return values
 
 
-# What the input `adapter` is, and how it becomes the numbers of adapters.
+# The type of the input `adapter`, and the function from it to the numbers of adapters.
 _IDS: dict[AdapterIds, tuple[tf.DType, Any]] = {
     "name": (tf.string, numbers_of_names),
     "index": (tf.int32, numbers_of_indices),

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_lora.export.many.stacks import AdapterTensor, Array
-from keras_lora.files.keys import stable_layers, variable_keys
+from keras_lora.files.keys import stable_layers
 from keras_lora.layers import (
     BASE,
     LoRALayer,
@@ -24,7 +24,7 @@ from keras_lora.layers import (
     plain_class,
     split_kernel,
 )
-from keras_lora.walker import walk
+from keras_lora.walker import Tree, walk
 
 MAGNITUDE = "lora_magnitude"  # of DoRA, in an adapter's files
 
@@ -55,11 +55,11 @@ class ServedLayer:
         return [t for t in (*(self.factors or ()), *values) if t is not None]
 
     def by_row(self, taken: Mapping[str, tf.Tensor], refusals: list[str]) -> Rows:
-        """The layer's part of what `StoredStacks.take` gives for a batch.
+        """The layer's part of the tensors of a batch.
 
         Args:
-            taken: The tensors of each row's adapter, by key.
-            refusals: Takes the reason where the layer cannot compute row by row.
+            taken: The tensors of each row's adapter, by key, from `StoredStacks.take`.
+            refusals: Takes the reason if the layer cannot compute row by row.
         """
 
         def of(tensor: AdapterTensor | None) -> Any:
@@ -94,7 +94,7 @@ def adapted_layers(
 ) -> dict[int, ServedLayer]:
     """The layers that these adapters adapt, by identity."""
     served = {}
-    for path, layer in stable_layers(model).items():
+    for path, layer in stable_layers(Tree.of(model)).items():
         if not set(names) & set(layer.adapters):
             continue
         if _is_linear(layer):
@@ -140,7 +140,7 @@ def add_owned(
     Returns:
         The values by key.
     """
-    keys, owners, owned = variable_keys(model), _owners(model), {}
+    keys, owners, owned = Tree.of(model).variable_keys, _owners(model), {}
     for item in all_owned(model.variables):
         if not _differs(item, names):
             continue
@@ -164,7 +164,7 @@ def unplaced(
     """The keys of an adapter's values that are neither served by row nor equal to the base's."""
     same = {id(item.variable) for item in all_owned(model.variables) if not _differs(item, [name])}
     known = {tensor.key for tensor in tensors}
-    known |= {key for identity, key in variable_keys(model).items() if identity in same}
+    known |= {key for identity, key in Tree.of(model).variable_keys.items() if identity in same}
     return [key for key in values if key not in known]
 
 

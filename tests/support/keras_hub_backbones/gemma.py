@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras_hub import models
@@ -54,8 +56,8 @@ def gemma3() -> tuple[keras.Model, Inputs]:
     }
 
 
-def gemma3n() -> tuple[keras.Model, Inputs]:
-    vision_encoder = models.MobileNetV5Backbone(
+def gemma3n_vision() -> keras.Model:
+    return models.MobileNetV5Backbone(
         stackwise_block_types=[["er"]],
         stackwise_num_blocks=[1],
         stackwise_num_filters=[[8]],
@@ -77,8 +79,10 @@ def gemma3n() -> tuple[keras.Model, Inputs]:
         image_shape=(8, 8, 3),
         use_msfa=False,
     )
-    image_token, audio_token = sizes.VOCAB - 2, sizes.VOCAB - 1
-    audio_encoder_config = {
+
+
+def gemma3n_audio_config() -> dict[str, Any]:
+    return {
         "hidden_size": 8,
         "input_feat_size": 12,
         "sscp_conv_channel_size": [2, 4],
@@ -97,6 +101,12 @@ def gemma3n() -> tuple[keras.Model, Inputs]:
         "conv_kernel_size": 3,
         "reduction_factor": 1,
     }
+
+
+def gemma3n() -> tuple[keras.Model, Inputs]:
+    vision_encoder = gemma3n_vision()
+    image_token, audio_token = sizes.VOCAB - 2, sizes.VOCAB - 1
+    audio_encoder_config = gemma3n_audio_config()
     model = models.Gemma3nBackbone(
         text_vocab_size=sizes.VOCAB,
         text_hidden_size=16,
@@ -134,20 +144,8 @@ def gemma3n() -> tuple[keras.Model, Inputs]:
     }
 
 
-def gemma4() -> tuple[keras.Model, Inputs]:
-    vision_encoder = models.Gemma4VisionEncoder(
-        image_size=16,
-        patch_size=4,
-        pool_size=2,
-        num_layers=1,
-        num_heads=3,
-        head_dim=4,
-        num_key_value_heads=3,
-        hidden_dim=12,
-        intermediate_dim=20,
-        output_dim=16,
-    )
-    audio_encoder = models.Gemma4AudioEncoder(
+def gemma4_audio() -> keras.Model:
+    return models.Gemma4AudioEncoder(
         input_feat_size=12,
         hidden_size=8,
         num_heads=2,
@@ -161,6 +159,22 @@ def gemma4() -> tuple[keras.Model, Inputs]:
         output_proj_dims=10,
         output_dim=16,
     )
+
+
+def gemma4() -> tuple[keras.Model, Inputs]:
+    vision_encoder = models.Gemma4VisionEncoder(
+        image_size=16,
+        patch_size=4,
+        pool_size=2,
+        num_layers=1,
+        num_heads=3,
+        head_dim=4,
+        num_key_value_heads=3,
+        hidden_dim=12,
+        intermediate_dim=20,
+        output_dim=16,
+    )
+    audio_encoder = gemma4_audio()
     model = models.Gemma4Backbone(
         vocabulary_size=sizes.VOCAB,
         image_size=16,

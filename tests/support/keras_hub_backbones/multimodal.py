@@ -21,6 +21,21 @@ from support.keras_hub_backbones.inputs import (
 )
 
 
+def blip2_language_model() -> keras.Model:
+    return models.BLIP2CustomOPT(
+        vocabulary_size=sizes.VOCAB,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=24,
+        num_query_tokens=3,
+        qformer_hidden_dim=16,
+        max_sequence_length=12,
+        dropout=0.0,
+        language_projection=None,
+    )
+
+
 def blip2() -> tuple[keras.Model, Inputs]:
     vision_encoder = models.BLIP2VisionEncoder(
         image_size=16,
@@ -48,18 +63,7 @@ def blip2() -> tuple[keras.Model, Inputs]:
         dropout=0.0,
         layer_norm_epsilon=1e-6,
     )
-    language_model = models.BLIP2CustomOPT(
-        vocabulary_size=sizes.VOCAB,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=24,
-        num_query_tokens=3,
-        qformer_hidden_dim=16,
-        max_sequence_length=12,
-        dropout=0.0,
-        language_projection=None,
-    )
+    language_model = blip2_language_model()
     model = models.BLIP2Backbone(
         vision_encoder=vision_encoder, qformer=qformer, language_model=language_model
     )
@@ -170,22 +174,26 @@ def parseq() -> tuple[keras.Model, Inputs]:
     return model, {"images": floats(16, 32, 3), **tokens()}
 
 
+def sam3_vision() -> keras.layers.Layer:
+    return keras_hub.layers.SAM3VisionEncoder(
+        image_shape=(28, 28, 3),
+        patch_size=14,
+        num_layers=2,
+        hidden_dim=24,
+        intermediate_dim=20,
+        num_heads=2,
+        fpn_hidden_dim=16,
+        fpn_scale_factors=[4.0, 2.0, 1.0, 0.5],
+        pretrain_image_shape=(42, 42, 3),
+        window_size=2,
+        global_attn_indexes=[1],
+    )
+
+
 def sam3() -> tuple[keras.Model, Inputs]:
     layers = keras_hub.layers
     model = models.SAM3PromptableConceptBackbone(
-        vision_encoder=layers.SAM3VisionEncoder(
-            image_shape=(28, 28, 3),
-            patch_size=14,
-            num_layers=2,
-            hidden_dim=24,
-            intermediate_dim=20,
-            num_heads=2,
-            fpn_hidden_dim=16,
-            fpn_scale_factors=[4.0, 2.0, 1.0, 0.5],
-            pretrain_image_shape=(42, 42, 3),
-            window_size=2,
-            global_attn_indexes=[1],
-        ),
+        vision_encoder=sam3_vision(),
         text_encoder=layers.SAM3TextEncoder(
             vocabulary_size=sizes.VOCAB,
             embedding_dim=12,
@@ -246,6 +254,21 @@ def siglip() -> tuple[keras.Model, Inputs]:
     return model, {"images": images(16), "token_ids": ids()}
 
 
+def clip_text_encoder(name: str, hidden_dim: int) -> keras.Model:
+    return models.CLIPTextEncoder(
+        vocabulary_size=sizes.VOCAB,
+        embedding_dim=hidden_dim,
+        hidden_dim=hidden_dim,
+        num_layers=2,
+        num_heads=2,
+        intermediate_dim=hidden_dim + 4,
+        intermediate_output_index=-2,
+        max_sequence_length=sizes.LENGTH,
+        dtype="float32",
+        name=name,
+    )
+
+
 def stable_diffusion3() -> tuple[keras.Model, Inputs]:
     vae = VAEBackbone(
         encoder_num_filters=[32, 32, 32, 32],
@@ -256,20 +279,6 @@ def stable_diffusion3() -> tuple[keras.Model, Inputs]:
         name="vae",
     )
 
-    def text_encoder(name: str, hidden_dim: int) -> keras.Model:
-        return models.CLIPTextEncoder(
-            vocabulary_size=sizes.VOCAB,
-            embedding_dim=hidden_dim,
-            hidden_dim=hidden_dim,
-            num_layers=2,
-            num_heads=2,
-            intermediate_dim=hidden_dim + 4,
-            intermediate_output_index=-2,
-            max_sequence_length=sizes.LENGTH,
-            dtype="float32",
-            name=name,
-        )
-
     model = models.StableDiffusion3Backbone(
         mmdit_patch_size=2,
         mmdit_hidden_dim=16,
@@ -279,8 +288,8 @@ def stable_diffusion3() -> tuple[keras.Model, Inputs]:
         mmdit_qk_norm="rms_norm",
         mmdit_dual_attention_indices=(0,),
         vae=vae,
-        clip_l=text_encoder("clip_l", 12),
-        clip_g=text_encoder("clip_g", 20),
+        clip_l=clip_text_encoder("clip_l", 12),
+        clip_g=clip_text_encoder("clip_g", 20),
         image_shape=(32, 32, 3),
     )
     return model, {

@@ -20,8 +20,8 @@ from support.keras_hub_backbones.inputs import (
 )
 
 
-def d_fine() -> tuple[keras.Model, Inputs]:
-    image_encoder = models.HGNetV2Backbone(
+def d_fine_images() -> keras.Model:
+    return models.HGNetV2Backbone(
         stem_channels=[3, 8, 8],
         stackwise_stage_filters=[[8, 8, 16, 1, 1, 3], [16, 8, 24, 1, 1, 3]],
         apply_downsample=[False, True],
@@ -34,6 +34,10 @@ def d_fine() -> tuple[keras.Model, Inputs]:
         image_shape=(32, 32, 3),
         out_features=["stage1", "stage2"],
     )
+
+
+def d_fine() -> tuple[keras.Model, Inputs]:
+    image_encoder = d_fine_images()
     model = models.DFineBackbone(
         backbone=image_encoder,
         decoder_in_channels=[16, 16],
