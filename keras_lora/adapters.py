@@ -16,9 +16,9 @@ from keras_lora.config import AdapterSpec
 from keras_lora.inject import (
     activate,
     active_names,
-    adapted,
     adapter_names,
     changing,
+    check_adapted,
     check_names,
     check_no_dora,
     drop,
@@ -28,11 +28,12 @@ from keras_lora.inject import (
     known_models,
     plan_factors,
     switch,
-    unload_lora,
+    unload,
     whole_adapters,
 )
 from keras_lora.layers import Adapter, LoRALayer, all_owned, kernel_shape, split_kernel
-from keras_lora.lowrank.combining import Combination, Term, combine
+from keras_lora.lowrank.combining import Combination, WeightedFactors, combine
+from keras_lora.walker import Tree
 
 
 def set_adapter(
@@ -74,7 +75,8 @@ def set_adapter(
     >>> kl.lora_layers(model)["up"].active_adapters
     ('fr',)
     """
-    switch(model, check_names(model, names), trainable)
+    tree = Tree.of(model)
+    switch(tree, check_names(tree, names), trainable)
 
 
 @contextlib.contextmanager
@@ -102,12 +104,14 @@ def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
     ...     kl.lora_layers(model)["up"].active_adapters
     ()
     """
-    names = active_names(adapted(model))
-    activate(model, [])
+    tree = Tree.of(model)
+    check_adapted(tree)
+    names = active_names(tree)
+    activate(tree, [])
     try:
         yield model
     finally:
-        activate(model, names)
+        activate(Tree.of(model), names)  # anew: the model may have changed within the context
 
 
 def delete_adapter(model: keras.Model, name: str) -> None:
@@ -134,19 +138,19 @@ def delete_adapter(model: keras.Model, name: str) -> None:
     >>> list(kl.lora_layers(model)["up"].adapters)
     ['fr']
     """
-    (name,) = check_names(model, [name])
-    layers = adapted(model)
-    if adapter_names(layers) == [name]:
-        unload_lora(model)
+    tree = Tree.of(model)
+    (name,) = check_names(tree, [name])
+    if adapter_names(tree) == [name]:
+        unload(tree)
         return
-    left = [n for n in active_names(layers) if n != name]
-    if len(left) < len(active_names(layers)):
-        switch(model, left, any(layer.trains_adapters for layer in layers.values()))
-    emptied = [layer for layer in layers.values() if set(layer.adapters) == {name}]
-    with changing(model, emptied) if emptied else contextlib.nullcontext():
-        drop(model, name)
-    guard_saving(model)
-    for inner in known_models(model):
+    left = [n for n in active_names(tree) if n != name]
+    if len(left) < len(active_names(tree)):
+        switch(tree, left, any(layer.trains_adapters for layer in tree.adapted))
+    emptied = [layer for layer in tree.adapted if set(layer.adapters) == {name}]
+    with changing(tree, emptied) if emptied else contextlib.nullcontext():
+        drop(tree, name)
+    guard_saving(tree)
+    for inner in known_models(tree):
         forget_optimizer_states(inner, name)
 
 
@@ -180,10 +184,11 @@ class scale_adapter:  # noqa: N801
     """
 
     def __init__(self, model: keras.Model, name: str, factor: float) -> None:
-        (self._name,) = check_names(model, [name])
+        tree = Tree.of(model)
+        (self._name,) = check_names(tree, [name])
         if not is_finite(factor):
             raise invalid("factor", "a finite number", factor)
-        layers = [layer for layer in adapted(model).values() if name in layer.adapters]
+        layers = [layer for layer in tree.adapted if name in layer.adapters]
         self._before = [(layer, layer.adapters[name].scale_factor) for layer in layers]
         for layer in layers:
             layer.set_scale_factor(name, float(factor))
@@ -256,36 +261,36 @@ def combine_adapters(
     References: Yadav et al. 2023 (TIES), https://arxiv.org/abs/2306.01708; Yu et al. 2023 (DARE),
     https://arxiv.org/abs/2311.03099.
     """
-    names = check_names(model, list(weights))
+    tree = Tree.of(model)
+    names = check_names(tree, list(weights))
     options = Combination(
         method=method, rank=rank, density=density, majority_sign=majority_sign, seed=seed
     )
     _check_weights(weights)
-    layers = adapted(model)
-    check_no_dora(layers, names, "Let them act together: set_adapter(model, [...])")
-    values = _values_of_one(model, names)
+    check_no_dora(tree, names, "Let them act together: set_adapter(model, [...])")
+    values = _values_of_one(tree, names)
     factors = {}
-    for index, (path, layer) in enumerate(layers.items()):
+    for index, (path, layer) in enumerate(tree.adapted_by_path.items()):
         terms = [_term(layer, n, weights[n]) for n in names if n in layer.adapters]
         if terms:
             # Of its own for each layer: else layers of one shape would lose the same entries.
             own = dataclasses.replace(options, seed=seed + index)
             factors[path] = _combined(path, layer, terms, own)
-    trained = [v for known in whole_adapters(layers, names).values() for v in known.trained]
-    plan = plan_factors(model, name, Adapter(None, trained), factors, values)
-    install(model, plan, acts=not active_names(layers))
+    trained = [v for known in whole_adapters(tree, names).values() for v in known.trained]
+    plan = plan_factors(tree, name, Adapter(None, trained), factors, values)
+    install(tree, plan, active=not active_names(tree))
 
 
-def _term(layer: LoRALayer, name: str, weight: float) -> Term:
+def _term(layer: LoRALayer, name: str, weight: float) -> WeightedFactors:
     adapter = layer.adapters[name]
     a, b = split_kernel(layer).matrices(
         np.array(adapter.a), np.array(adapter.b), kernel_shape(layer)
     )
-    return Term(a, b, weight * adapter.scaling)
+    return WeightedFactors(a, b, weight * adapter.scaling)
 
 
 def _combined(
-    path: str, layer: LoRALayer, terms: Sequence[Term], options: Combination
+    path: str, layer: LoRALayer, terms: Sequence[WeightedFactors], options: Combination
 ) -> tuple[AdapterSpec, Any, Any]:
     try:
         a, b = combine(terms, options)
@@ -304,12 +309,10 @@ def _check_weights(weights: Mapping[str, float]) -> None:
             raise invalid("weights", "finite numbers", dict(weights))
 
 
-def _values_of_one(
-    model: keras.Model, names: Sequence[str]
-) -> list[tuple[keras.Variable, np.ndarray]]:
+def _values_of_one(tree: Tree, names: Sequence[str]) -> list[tuple[keras.Variable, np.ndarray]]:
     """The values that adapters have of the base's variables, where one at most has one."""
     values = []
-    for item in all_owned(model.variables):
+    for item in all_owned(tree.root.variables):
         owners = [name for name in names if name in item.names]
         if len(owners) > 1:
             raise invalid(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import os
-import sys
 import warnings
 
 # Whose frames a warning passes over, on its way to the line that a user wrote.
@@ -60,8 +60,8 @@ def is_number(value: object) -> bool:
 
 def warn(message: str) -> None:
     """Warn at the line that called into this package, however deep in it the warning arises."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _is_passed_over(frame.f_globals.get("__name__", "")):
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and _is_passed_over(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

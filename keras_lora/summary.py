@@ -14,6 +14,7 @@ from rich.table import Table
 
 from keras_lora.inject import adapted, original_flag
 from keras_lora.layers import Factor, LoRALayer, kernel_shape
+from keras_lora.walker import Tree
 
 # Adam keeps two moments of each trained parameter, in float32.
 _OPTIMIZER_BYTES = 2 * 4
@@ -120,7 +121,7 @@ def lora_summary(model: keras.Model, console: Console | None = None) -> LoRASumm
     >>> summary.trained.parameters, summary.full.parameters
     (160, 1550)
     """
-    layers = adapted(model)
+    layers = adapted(Tree.of(model))
     rows = [
         SummaryRow(
             path,

@@ -13,9 +13,9 @@ import numpy as np
 from keras_lora.checks import AdapterFileError, warn
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.files.adapter_files import PathLike, read_adapter_files
-from keras_lora.files.keys import base_fingerprint, factor_keys, variable_keys
+from keras_lora.files.keys import base_fingerprint, factor_keys
 from keras_lora.layers import Adapter, adapter_shapes, split_kernel
-from keras_lora.walker import Target, all_targets, walk
+from keras_lora.walker import Target, Tree, all_targets
 
 _FIELDS = {
     "keras_lora_version",
@@ -39,9 +39,9 @@ class Loaded:
     directory: str
 
     @classmethod
-    def read(cls, model: keras.Model, directory: PathLike, allow_other_base: bool) -> Loaded:
+    def read(cls, tree: Tree, directory: PathLike, allow_other_base: bool) -> Loaded:
         files = read_adapter_files(directory)
-        reader = _Reader(model, directory, files.config, files.tensors)
+        reader = _Reader(tree, directory, files.config, files.tensors)
         if not allow_other_base:
             reader.check_base()
         layers, values = reader.layers(), reader.values()
@@ -54,12 +54,12 @@ class _Reader:
 
     def __init__(
         self,
-        model: keras.Model,
+        tree: Tree,
         directory: PathLike,
         config: dict[str, Any],
         tensors: dict[str, np.ndarray],
     ) -> None:
-        self._model = model
+        self._tree = tree
         self._directory = os.fspath(directory)
         self._config = config
         self._tensors = tensors
@@ -70,18 +70,18 @@ class _Reader:
 
     def check_base(self) -> None:
         base = self._config["base"]
-        if base.get("fingerprint") != base_fingerprint(self._model):
+        if base.get("fingerprint") != base_fingerprint(self._tree):
+            model = self._tree.root
             raise self._error(
-                f"an adapter of a base with the shapes of {self._model.name!r} "
-                f"({type(self._model).__name__})",
+                f"an adapter of a base with the shapes of {model.name!r} ({type(model).__name__})",
                 f"one of {base.get('name')!r} ({base.get('class')})",
                 "load it into that base; allow_other_base=True takes what fits",
             )
 
     def layers(self) -> list[tuple[Target, AdapterSpec, Sequence[np.ndarray]]]:
-        stable = {node.path: node.stable_path for node in walk(self._model)}
+        stable = {node.path: node.stable_path for node in self._tree.nodes}
         wanted = [key.removesuffix("/lora_a") for key in self._tensors if key.endswith("/lora_a")]
-        targets = {stable.get(t.path, t.path): t for t in all_targets(self._model)}
+        targets = {stable.get(t.path, t.path): t for t in all_targets(self._tree)}
         missing = [path for path in wanted if path not in targets]
         self._absent += missing
         self._used |= {
@@ -95,8 +95,8 @@ class _Reader:
         return [(target, *layer) for target, layer in found if layer is not None]
 
     def values(self) -> list[tuple[keras.Variable, np.ndarray]]:
-        by_key = {key: identity for identity, key in variable_keys(self._model).items()}
-        variables = {id(v): v for v in self._model.weights}
+        by_key = {key: identity for identity, key in self._tree.variable_keys.items()}
+        variables = {id(v): v for v in self._tree.root.weights}
         found = []
         for key in self._config["variables"]:
             value, variable = self._take(key), variables.get(by_key.get(key, 0))
@@ -107,13 +107,13 @@ class _Reader:
         return found
 
     def adapter(self) -> Adapter:
-        keys, trained = variable_keys(self._model), set(self._config["trained"])
+        keys, trained = self._tree.variable_keys, set(self._config["trained"])
         config = self._config["config"]
         return Adapter(
             None
             if config is None
             else _parsed(self._directory, "config", lambda: LoRAConfig.from_dict(config)),
-            [v for v in self._model.weights if keys[id(v)] in trained],
+            [v for v in self._tree.root.weights if keys[id(v)] in trained],
         )
 
     def report(self, allow_absent: bool, any_layer: bool) -> None:

@@ -24,7 +24,6 @@ from keras_lora.files.keys import (
     factor_keys,
     owned_by,
     stable_layers,
-    variable_keys,
 )
 from keras_lora.files.matching import Loaded
 from keras_lora.inject import (
@@ -46,7 +45,7 @@ from keras_lora.layers import (
     check_adapter_name,
 )
 from keras_lora.version import __version__
-from keras_lora.walker import lora_layers
+from keras_lora.walker import Tree
 
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -86,13 +85,14 @@ def save_adapter(
     >>> kl.read_adapter_files(directory).tensors["up/lora_a"].shape
     (3, 2)
     """
-    (name,) = check_names(model, [name])
+    tree = Tree.of(model)
+    (name,) = check_names(tree, [name])
     if dtype not in _DTYPES:
         raise invalid("dtype", f"one of {sorted(_DTYPES)}", dtype)
-    tensors = adapter_tensors(model, name)
+    tensors = adapter_tensors(tree, name)
     with np.errstate(over="ignore"):  # an overflow is refused below, with its key
         tensors = {key: value.astype(_DTYPES[dtype]) for key, value in tensors.items()}
-    write_adapter_files(directory, _description(model, name), tensors, overwrite=overwrite)
+    write_adapter_files(directory, _description(tree, name), tensors, overwrite=overwrite)
 
 
 def load_adapter(
@@ -143,49 +143,51 @@ def load_adapter(
     check_adapter_name(name)
     if not isinstance(model, keras.layers.Layer):
         raise invalid("model", "a built Keras model", model)
+    tree = Tree.of(model)
     if replace:
-        check_names(model, [name])
-    loaded = Loaded.read(model, directory, allow_other_base)
+        check_names(tree, [name])
+    loaded = Loaded.read(tree, directory, allow_other_base)
     if replace:
-        _replace(model, name, loaded)
+        _replace(tree, name, loaded)
         return
     factors: dict[str, tuple[AdapterSpec, *tuple[np.ndarray, ...]]] = {
         t.path: (spec, *values) for t, spec, values in loaded.layers
     }
-    plan = plan_factors(model, name, loaded.adapter, factors, loaded.values)
-    install(model, plan, acts=not active_names(lora_layers(model)))
+    plan = plan_factors(tree, name, loaded.adapter, factors, loaded.values)
+    install(tree, plan, active=not active_names(tree))
 
 
-def adapter_tensors(model: keras.Model, name: str) -> dict[str, np.ndarray]:
+def adapter_tensors(tree: Tree, name: str) -> dict[str, np.ndarray]:
     """What an adapter consists of, by key."""
     tensors: dict[str, np.ndarray] = {}
-    for path, layer in stable_layers(model).items():
+    for path, layer in stable_layers(tree).items():
         if name in layer.adapters:
             adapter = layer.adapters[name]
             values = map(np.array, adapter.factors)
             tensors |= dict(zip(factor_keys(path, adapter.spec), values, strict=True))
-    keys = variable_keys(model)
-    return tensors | {keys[id(item.variable)]: item.value(name) for item in owned_by(model, name)}
+    keys = tree.variable_keys
+    return tensors | {keys[id(item.variable)]: item.value(name) for item in owned_by(tree, name)}
 
 
-def _description(model: keras.Model, name: str) -> dict[str, Any]:
+def _description(tree: Tree, name: str) -> dict[str, Any]:
     """What `adapter_config.json` says."""
-    layers = {p: x.adapters[name] for p, x in stable_layers(model).items() if name in x.adapters}
+    layers = {p: x.adapters[name] for p, x in stable_layers(tree).items() if name in x.adapters}
     specs = {path: dataclasses.asdict(adapter.acting_spec) for path, adapter in layers.items()}
     common = next(iter(specs.values()))
-    keys, whole = variable_keys(model), whole_adapters(adapted(model), [name]).get(name)
+    keys, whole = tree.variable_keys, whole_adapters(tree, [name]).get(name)
+    model = tree.root
     return {
         "keras_lora_version": __version__,
         "keras_version": keras.__version__,
         "config": _plain_config(whole, list(layers)),
         "spec": common,
         "layer_specs": {path: spec for path, spec in specs.items() if spec != common},
-        "variables": [keys[id(item.variable)] for item in owned_by(model, name)],
+        "variables": [keys[id(item.variable)] for item in owned_by(tree, name)],
         "trained": [keys[id(v)] for v in (whole.trained if whole else ()) if id(v) in keys],
         "base": {
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
             "name": model.name,
-            "fingerprint": base_fingerprint(model),
+            "fingerprint": base_fingerprint(tree),
         },
     }
 
@@ -200,10 +202,10 @@ def _plain_config(whole: Adapter | None, paths: Sequence[str]) -> dict[str, Any]
     ).to_dict()
 
 
-def _replace(model: keras.Model, name: str, loaded: Loaded) -> None:
-    layers = adapted(model)
-    active = active_names(layers)
-    _check_replaceable(model, name, loaded)
+def _replace(tree: Tree, name: str, loaded: Loaded) -> None:
+    layers = adapted(tree)
+    active = active_names(tree)
+    _check_replaceable(tree, name, loaded)
     for target, spec, factors in loaded.layers:
         layer = layers[target.path]
         layer.put_adapter(name, layer.adapter_of(_maskable(layer, spec), factors, loaded.adapter))
@@ -216,7 +218,7 @@ def _replace(model: keras.Model, name: str, loaded: Loaded) -> None:
             layer.activate(names, layer.trains_adapters)
     for variable, value in loaded.values:
         add_owner(variable, name).assign(name, value)
-    for inner in known_models(model):
+    for inner in known_models(tree):
         forget_optimizer_states(inner, name)
         if name in active:
             reset_optimizer(inner)
@@ -226,15 +228,17 @@ def _maskable(layer: LoRALayer, spec: AdapterSpec) -> AdapterSpec:
     return spec if layer.has_dropout else dataclasses.replace(spec, dropout=0.0)
 
 
-def _check_replaceable(model: keras.Model, name: str, loaded: Loaded) -> None:
+def _check_replaceable(tree: Tree, name: str, loaded: Loaded) -> None:
     """Whether the adapter fits where the old one is, so that no function is traced again."""
-    layers = adapted(model)
-    problems = [p for t, spec, _ in loaded.layers if (p := _misfit(t.path, layers, name, spec))]
-    received, live = (
-        {id(v) for v, _ in loaded.values},
-        {id(i.variable) for i in owned_by(model, name)},
-    )
-    keys = variable_keys(model)
+    layers, active = adapted(tree), active_names(tree)
+    problems = [
+        problem
+        for target, spec, _ in loaded.layers
+        if (problem := _misfit(target.path, layers, active, name, spec))
+    ]
+    received = {id(variable) for variable, _ in loaded.values}
+    live = {id(item.variable) for item in owned_by(tree, name)}
+    keys = tree.variable_keys
     problems += [f"{keys[i]}: of one of the two only" for i in received ^ live]
     if problems:
         raise AdapterFileError(
@@ -249,12 +253,14 @@ def _check_replaceable(model: keras.Model, name: str, loaded: Loaded) -> None:
         )
 
 
-def _misfit(path: str, layers: Mapping[str, LoRALayer], name: str, spec: AdapterSpec) -> str | None:
+def _misfit(
+    path: str, layers: Mapping[str, LoRALayer], active: Sequence[str], name: str, spec: AdapterSpec
+) -> str | None:
     if path not in layers:
         return f"{path}: not adapted in this model"
     layer = layers[path]
-    acting = [n for n in active_names(layers) if n == name or n in layer.adapters]
-    specs = [spec if n == name else layer.adapters[n].spec for n in acting]
+    names = [n for n in active if n == name or n in layer.adapters]
+    specs = [spec if n == name else layer.adapters[n].spec for n in names]
     if layer.fits([dataclasses.replace(spec, dropout=0.0) for spec in specs]):
         return None
     if spec.use_dora and any(slot.magnitude is None for slot in layer.slots):

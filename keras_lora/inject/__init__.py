@@ -3,7 +3,7 @@
 from keras_lora.inject.apply import apply_lora, drop, install
 from keras_lora.inject.compiled import changing
 from keras_lora.inject.freezing import original_flag
-from keras_lora.inject.merge import merge_lora, merged, unload_lora
+from keras_lora.inject.merge import merge_lora, merged, unload, unload_lora
 from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
 from keras_lora.inject.plan import plan_factors
 from keras_lora.inject.saving import guard_saving
@@ -12,6 +12,7 @@ from keras_lora.inject.switching import (
     active_names,
     adapted,
     adapter_names,
+    check_adapted,
     check_names,
     check_no_dora,
     known_models,
@@ -26,6 +27,7 @@ __all__ = [
     "adapter_names",
     "apply_lora",
     "changing",
+    "check_adapted",
     "check_names",
     "check_no_dora",
     "drop",
@@ -39,6 +41,7 @@ __all__ = [
     "plan_factors",
     "reset_optimizer",
     "switch",
+    "unload",
     "unload_lora",
     "whole_adapters",
 ]

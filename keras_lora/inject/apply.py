@@ -21,7 +21,7 @@ from keras_lora.layers import (
     detach,
     remove_owner,
 )
-from keras_lora.walker import lora_layers
+from keras_lora.walker import Tree
 
 
 def apply_lora(
@@ -85,34 +85,36 @@ def apply_lora(
         raise invalid("config", "a LoRAConfig", config)
     if not isinstance(model, keras.layers.Layer):
         raise invalid("model", "a built Keras model", model)
-    plan = make_plan(model, config, name)
+    tree = Tree.of(model)
+    plan = make_plan(tree, config, name)
     if not inplace:
-        if lora_layers(model):
+        if tree.adapted:
             raise invalid("inplace", "True for a model that has adapters", inplace)
-        model = plain_copy(model)
-        plan = make_plan(model, config, name)
+        model = plain_copy(tree)
+        tree = Tree.of(model)
+        plan = make_plan(tree, config, name)
     warn_of_high_ranks(plan)
-    install(model, plan)
+    install(tree, plan)
     return model
 
 
-def install(model: keras.Model, plan: Plan, acts: bool = True, trainable: bool = True) -> None:
-    """Add an adapter as planned. It acts and trains alone, or waits."""
-    before = active_names(lora_layers(model))
-    switched = (before, [plan.name]) if acts else None
-    with changing(model, [target.layer for target, _ in plan.specs], switched):
+def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True) -> None:
+    """Add an adapter as planned. It is active and trains alone, or waits for `set_adapter`."""
+    before = active_names(tree)
+    switched = (before, [plan.name]) if active else None
+    with changing(tree, [target.layer for target, _ in plan.specs], switched):
         try:
             _add(plan)
-            if acts:
-                activate(model, [plan.name], trainable)
+            if active:
+                activate(tree, [plan.name], trainable)
         except BaseException:
-            activate(model, before)
-            drop(model, plan.name)
+            activate(tree, before)
+            drop(tree, plan.name)
             raise
-        if acts:
-            refreeze(model, plan.adapter.trained if trainable else ())
-        guard_saving(model)
-        known_models(model)
+        if active:
+            refreeze(tree, plan.adapter.trained if trainable else ())
+        guard_saving(tree)
+        known_models(tree)
 
 
 def _add(plan: Plan) -> None:
@@ -131,12 +133,12 @@ def _add(plan: Plan) -> None:
             item.assign(plan.name, plan.values[id(variable)])
 
 
-def drop(model: keras.Model, name: str) -> None:
-    """Take an adapter that does not act out of a model; a layer without any is plain again."""
-    for layer in lora_layers(model).values():
+def drop(tree: Tree, name: str) -> None:
+    """Take an inactive adapter out of a model; a layer without adapters is plain again."""
+    for layer in tree.adapted:
         if name in layer.adapters:
             layer.remove_adapter(name)
         if not layer.adapters:
             detach(layer)
-    for variable in model.variables:
+    for variable in tree.root.variables:
         remove_owner(variable, name)

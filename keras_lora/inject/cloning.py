@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -11,19 +12,20 @@ from keras import ops
 from keras_lora.checks import warn
 from keras_lora.inject.freezing import original_flag
 from keras_lora.layers import LoRALayer, plain_class
-from keras_lora.walker import all_layers, lora_layers
+from keras_lora.walker import Tree
 
 
-def plain_copy(model: keras.Model) -> keras.Model:
+def plain_copy(tree: Tree) -> Any:
     """A copy without adapters: the base's architecture, values, flags and compile settings.
 
     Raises:
         ValueError: the model cannot be made from its config, or what is made from it has other
             variables. (`LlamaBackbone.get_config` of KerasHub 0.32 forgets tied embeddings.)
     """
-    with _as_plain(list(lora_layers(model).values())):
+    model: Any = tree.root
+    with _as_plain(tree.adapted):
         copy = _from_config(model)
-    originals, copies = base_variables(model), copy.variables
+    originals, copies = base_variables(tree), copy.variables
     shapes = [[(tuple(v.shape), v.dtype) for v in variables] for variables in (originals, copies)]
     if shapes[0] != shapes[1]:
         raise ValueError(
@@ -34,18 +36,17 @@ def plain_copy(model: keras.Model) -> keras.Model:
     for original, variable in zip(originals, copies, strict=True):
         # A copy: on JAX training donates the arrays of the original.
         variable.assign(ops.copy(original.value))
-    pairs = list(zip(all_layers(model), all_layers(copy), strict=True))
+    pairs = list(zip(tree.layers, Tree.of(copy).layers, strict=True))
     for original, layer in pairs + list(zip(originals, copies, strict=True)):
         layer.trainable = original_flag(original)
     _compile_like(copy, model)
     return copy
 
 
-def base_variables(model: keras.layers.Layer) -> list[keras.Variable]:
-    """All variables of a model but those of its adapters."""
-    layers = lora_layers(model).values()
-    ours = {id(v) for layer in layers for v in layer.adapter_variables}
-    return [v for v in model.variables if id(v) not in ours]
+def base_variables(tree: Tree) -> list[keras.Variable]:
+    """The variables of a model without those of its adapters."""
+    ours = {id(v) for layer in tree.adapted for v in layer.adapter_variables}
+    return [v for v in tree.root.variables if id(v) not in ours]
 
 
 def _from_config(model: keras.Model) -> keras.Model:

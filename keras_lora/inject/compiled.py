@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import keras
 
 from keras_lora.distribution import strategy_scope
 from keras_lora.inject.optimizers import fresh_optimizer, switch_optimizer
-from keras_lora.walker import walk
+from keras_lora.walker import Tree, all_layers
 
 FUNCTIONS = ("train_function", "test_function", "predict_function", "generate_function")
 
 
-def models_around(layers: Iterable[keras.layers.Layer]) -> list[keras.Model]:
-    """Every live model that contains one of the layers, however deep.
+def models_around(tree: Tree, layers: Iterable[keras.layers.Layer]) -> list[keras.Model]:
+    """Every live model that contains one of the layers of a tree, however deep.
 
     A layer does not know what contains it, and an outer model that has run `predict` keeps a
     graph of the layer as it was. So all live objects are looked through: the types first,
@@ -29,19 +30,23 @@ def models_around(layers: Iterable[keras.layers.Layer]) -> list[keras.Model]:
     wanted = {id(layer) for layer in layers}
     found = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
     models = [m for m in found if getattr(m, "_layers", None)]  # one may have failed in __init__
-    return [m for m in models if any(id(node.layer) in wanted for node in walk(m))]
+    return [m for m in models if any(id(v) in wanted for v in _layers_of(m, tree) if v is not m)]
 
 
-def around(model: keras.Model, layers: Sequence[keras.layers.Layer]) -> list[keras.Model]:
+def _layers_of(model: keras.Model, tree: Tree) -> Sequence[keras.layers.Layer]:
+    return tree.within(model) if id(model) in tree.children else all_layers(model)
+
+
+def around(tree: Tree, layers: Sequence[keras.layers.Layer]) -> list[Any]:
     """The models whose compiled functions a change of these layers makes stale."""
-    found = models_around(layers)
+    found, model = models_around(tree, layers), tree.root
     inside = any(m is model for m in found) or not isinstance(model, keras.Model)
     return found if inside else [*found, model]
 
 
 @contextlib.contextmanager
 def changing(
-    model: keras.Model,
+    tree: Tree,
     layers: Sequence[keras.layers.Layer],
     switched: tuple[Sequence[str], Sequence[str]] | None = None,
     functions: Sequence[str] = FUNCTIONS,
@@ -50,7 +55,7 @@ def changing(
 
     `switched` are the names of the adapters that act before and after.
     """
-    models = around(model, layers)
+    models = around(tree, layers)
     with strategy_scope(layers[0]):
         renewed = [fresh_optimizer(m) for m in models]
     before = [[id(v) for v in m.trainable_variables] for m in models]

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeAlias
 
 import keras
 
 from keras_lora.layers import WAS_TRAINABLE, remember_flag
-from keras_lora.walker import all_layers
-
-Layer: TypeAlias = "keras.layers.Layer"
+from keras_lora.walker import Layer, Tree
 
 
-def freeze(model: Layer, selected: Iterable[keras.Variable]) -> None:
+def freeze(tree: Tree, selected: Iterable[keras.Variable]) -> None:
     """Let exactly the selected variables of a model train.
 
     A layer without any of them is frozen as a layer too: a frozen `BatchNormalization` must not
     move its statistics.
     """
     chosen = {id(v) for v in selected}
-    layers = all_layers(model)
-    for layer in layers:
+    for layer in tree.layers:
         remember_flag(layer)
-    for variable in model.variables:
+    for variable in tree.root.variables:
         remember_flag(variable)
-    for layer in layers:
+    for layer in tree.layers:
         layer.trainable = any(id(v) in chosen for v in layer.variables)
-    for variable in model.variables:
+    for variable in tree.root.variables:
         variable.trainable = id(variable) in chosen
 
 
-def thaw(model: Layer) -> None:
+def thaw(tree: Tree) -> None:
     """Give every layer and variable the flag that it had before `freeze`."""
-    variables = [(v, original_flag(v)) for v in model.variables]
-    layers = [(layer, original_flag(layer)) for layer in all_layers(model)]
+    variables = [(v, original_flag(v)) for v in tree.root.variables]
+    layers = [(layer, original_flag(layer)) for layer in tree.layers]
     # Parents first: to set a layer's flag sets those of all that is below it.
     for item, flag in layers + variables:
         item.trainable = flag
@@ -47,10 +43,10 @@ def original_flag(item: Layer | keras.Variable) -> bool:
     return bool(getattr(item, WAS_TRAINABLE, item.trainable))
 
 
-def own_trainable_variables(layer: Layer) -> list[keras.Variable]:
+def own_trainable_variables(tree: Tree, layer: Layer) -> list[keras.Variable]:
     """The variables of a layer that train once nothing is frozen (no moving statistics)."""
     flags = [(v, v.trainable) for v in layer.variables]
-    layers = [(item, item.trainable) for item in all_layers(layer)]
+    layers = [(item, item.trainable) for item in tree.within(layer)]
     layer.trainable = False  # on TensorFlow to set the flag that is there does nothing
     layer.trainable = True
     trainable = list(layer.trainable_variables)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -14,9 +14,15 @@ from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import around, changing, refresh
 from keras_lora.inject.freezing import freeze, thaw
 from keras_lora.inject.saving import allow_saving, guard_saving
-from keras_lora.inject.switching import activate, active_names, adapted, adapter_names
+from keras_lora.inject.switching import (
+    activate,
+    active_names,
+    adapted,
+    adapter_names,
+    check_adapted,
+)
 from keras_lora.layers import LoRALayer, attach, base_kernel, detach, forget_owners
-from keras_lora.walker import lora_layers, walk
+from keras_lora.walker import Tree
 
 
 def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
@@ -51,16 +57,17 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
 
     Reference: Hu et al. 2021, section 4.1, "No Additional Inference Latency".
     """
-    layers = _mergeable(model)
+    tree = Tree.of(model)
+    layers = _mergeable(tree)
     if not inplace:
-        return _merged_copy(model, layers)
-    dropped = sorted({*adapter_names(layers)} - {*active_names(layers)})
+        return _merged_copy(tree)
+    dropped = sorted({*adapter_names(tree)} - {*active_names(tree)})
     if dropped:
         warn(f"Merging drops the adapters that are not active: {dropped}.")
-    with changing(model, list(layers.values())):
-        for layer in layers.values():
+    with changing(tree, layers):
+        for layer in layers:
             layer.fold()
-        _strip(model)
+        _strip(tree)
     return model
 
 
@@ -87,11 +94,16 @@ def unload_lora(model: keras.Model) -> keras.Model:
     >>> len(kl.unload_lora(model).weights)
     2
     """
-    layers = adapted(model)
-    with changing(model, list(layers.values())):
-        activate(model, [])
-        _strip(model)
+    unload(Tree.of(model))
     return model
+
+
+def unload(tree: Tree) -> None:
+    """`unload_lora` for a model whose tree is known."""
+    check_adapted(tree)
+    with changing(tree, tree.adapted):
+        activate(tree, [])
+        _strip(tree)
 
 
 @contextlib.contextmanager
@@ -121,49 +133,50 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     >>> [v.name for v in model.trainable_weights]
     ['lora_a', 'lora_b']
     """
-    layers = list(_mergeable(model).values())
-    models = around(model, layers)
+    tree = Tree.of(model)
+    layers = _mergeable(tree)
+    models = around(tree, layers)
     trainable = list(model.trainable_variables)
     # A copy: on torch the array would share the memory of the variable.
     kernels = [np.array(ops.convert_to_numpy(layer.base_kernel), copy=True) for layer in layers]
     for layer in layers:
         layer.fold()
     states = [detach(layer) for layer in layers]
-    thaw(model)
-    allow_saving(model)
+    thaw(tree)
+    allow_saving(tree)
     refresh(models)
     try:
         yield model
     finally:
         for layer, state, kernel in zip(layers, states, kernels, strict=True):
             attach(layer, state).assign_base(kernel)
-        freeze(model, trainable)
-        guard_saving(model)
+        tree = Tree.of(model)  # anew: the model may have changed within the context
+        freeze(tree, trainable)
+        guard_saving(tree)
         refresh(models)
 
 
-def _merged_copy(model: keras.Model, layers: Mapping[str, LoRALayer]) -> keras.Model:
-    copy = plain_copy(model)
-    twins = zip(walk(model), walk(copy), strict=True)
-    for node, twin in twins:
-        if node.path in layers:
-            base_kernel(twin.layer).assign(ops.stop_gradient(node.layer.kernel))
+def _merged_copy(tree: Tree) -> keras.Model:
+    copy: keras.Model = plain_copy(tree)
+    for layer, twin in zip(tree.layers, Tree.of(copy).layers, strict=True):
+        if isinstance(layer, LoRALayer):
+            base_kernel(twin).assign(ops.stop_gradient(layer.kernel))
     return copy
 
 
-def _strip(model: keras.Model) -> None:
-    for layer in lora_layers(model).values():
+def _strip(tree: Tree) -> None:
+    for layer in tree.adapted:
         detach(layer)
-    for variable in model.variables:
+    for variable in tree.root.variables:
         forget_owners(variable)
-    thaw(model)
-    allow_saving(model)
+    thaw(tree)
+    allow_saving(tree)
 
 
-def _mergeable(model: keras.Model) -> dict[str, LoRALayer]:
+def _mergeable(tree: Tree) -> list[LoRALayer]:
     """The adapted layers, once every kernel is known to be finite after merging."""
-    layers = adapted(model)
-    if not active_names(layers):
+    layers = adapted(tree)
+    if not active_names(tree):
         raise ValueError(
             "Expected at least one active adapter to merge. Received: a model whose adapters are "
             "all inactive. Activate one with set_adapter, or drop them with unload_lora."
@@ -176,4 +189,4 @@ def _mergeable(model: keras.Model) -> dict[str, LoRALayer]:
             "adapter weights (or base weights) that are not finite, or from a delta too large "
             "for the dtype of the base. Train again, or drop the adapters: unload_lora(model)."
         )
-    return layers
+    return list(layers.values())

@@ -13,7 +13,6 @@ from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.inject.freezing import own_trainable_variables
 from keras_lora.layers import (
     Adapter,
-    LoRALayer,
     adapter_shapes,
     all_owned,
     bias_of,
@@ -22,7 +21,7 @@ from keras_lora.layers import (
     plain_class,
     split_kernel,
 )
-from keras_lora.walker import Node, Target, find_targets, lora_layers, match_names, matches, walk
+from keras_lora.walker import Node, Target, Tree, match_names, matches, select_targets
 
 
 @dataclass(frozen=True)
@@ -38,25 +37,24 @@ class Plan:
     values: Mapping[int, Any] = field(default_factory=dict)
 
 
-def make_plan(model: keras.Model, config: LoRAConfig, name: str) -> Plan:
-    nodes = list(walk(model))
-    targets = find_targets(model, config.targets, config.exclude)
-    trained = match_names(config.layers_to_save, nodes, "layers_to_save")
-    targets = _without_trained(targets, trained, config)
-    check_name_is_new(model, name)
-    _check_disjoint(model, targets, trained)
+def make_plan(tree: Tree, config: LoRAConfig, name: str) -> Plan:
+    targets = select_targets(tree, config.targets, config.exclude)
+    trained = match_names(config.layers_to_save, tree.nodes, "layers_to_save")
+    targets = _without_trained(tree, targets, trained, config)
+    check_name_is_new(tree, name)
+    _check_disjoint(tree, targets, trained)
     ranks = _by_pattern(config.rank_pattern, targets, "rank_pattern")
     alphas = _by_pattern(config.alpha_pattern, targets, "alpha_pattern")
     specs = [(t, config.spec(rank=ranks.get(t.path), alpha=alphas.get(t.path))) for t in targets]
     _check_dora(specs)
-    full = [v for node in trained for v in own_trainable_variables(node.layer)]
-    whole = Adapter(config, unique([*_biases(model, targets, config.bias), *full]))
+    full = [v for node in trained for v in own_trainable_variables(tree, node.layer)]
+    whole = Adapter(config, unique([*_biases(tree, targets, config.bias), *full]))
     owned = unique([*whole.trained, *(v for node in trained for v in node.layer.weights)])
     return Plan(name, specs, whole, owned)
 
 
 def plan_factors(
-    model: keras.Model,
+    tree: Tree,
     name: str,
     adapter: Adapter,
     factors: Mapping[str, tuple[AdapterSpec, *tuple[Any, ...]]],
@@ -68,8 +66,8 @@ def plan_factors(
         ValueError: a name that is taken or malformed, or layers that cannot take the factors.
     """
     check_adapter_name(name)
-    check_name_is_new(model, name)
-    targets = find_targets(model, lambda target: target.path in factors)
+    check_name_is_new(tree, name)
+    targets = select_targets(tree, lambda target: target.path in factors)
     wrong = sorted(set(factors) - {target.path for target in targets})
     wrong += [t.path for t in targets if not _takes(t, *factors[t.path])]
     if wrong:
@@ -114,8 +112,8 @@ def unique(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
     return list({id(v): v for v in variables}.values())
 
 
-def check_name_is_new(model: keras.Model, name: str) -> None:
-    taken = [p for p, layer in lora_layers(model).items() if name in layer.adapters]
+def check_name_is_new(tree: Tree, name: str) -> None:
+    taken = [p for p, layer in tree.adapted_by_path.items() if name in layer.adapters]
     if taken:
         raise ValueError(
             f"Expected a new adapter name. Received: name={name!r}, which the model has on "
@@ -124,30 +122,30 @@ def check_name_is_new(model: keras.Model, name: str) -> None:
         )
 
 
-def _biases(model: keras.Model, targets: Sequence[Target], which: str) -> list[keras.Variable]:
+def _biases(tree: Tree, targets: Sequence[Target], which: str) -> list[keras.Variable]:
     if which == "lora_only":
         return [bias for t in targets if (bias := bias_of(t.layer)) is not None]
-    return [v for v in model.variables if v.name == "bias"] if which == "all" else []
+    return [v for v in tree.root.variables if v.name == "bias"] if which == "all" else []
 
 
-def _check_disjoint(model: keras.Model, targets: Sequence[Target], trained: Sequence[Node]) -> None:
+def _check_disjoint(tree: Tree, targets: Sequence[Target], trained: Sequence[Node]) -> None:
     """A layer is adapted or trains in full, for all adapters alike: its kernel is frozen or not."""
-    nodes = [n for t in trained for n in [t, *walk(t.layer)]]
-    both = [n.path for n in nodes if isinstance(n.layer, LoRALayer)]
+    full = tree.ids_within(node.layer for node in trained)
+    both = [path for path, layer in tree.adapted_by_path.items() if id(layer) in full]
     both += [t.path for t in targets if all_owned(t.layer.weights[:1])]
     if both:
         raise ValueError(
             "Expected layers that every adapter either adapts or trains in full (layers_to_save). "
-            f"Received: {both}, which another adapter of {model.name!r} uses the other way. "
+            f"Received: {both}, which another adapter of {tree.root.name!r} uses the other way. "
             "Exclude them from the new one, or delete the other."
         )
 
 
 def _without_trained(
-    targets: Sequence[Target], trained: Sequence[Node], config: LoRAConfig
+    tree: Tree, targets: Sequence[Target], trained: Sequence[Node], config: LoRAConfig
 ) -> list[Target]:
     """A layer that trains in full takes no adapter; to ask for both by name is an error."""
-    full = {id(n.layer) for t in trained for n in [t, *walk(t.layer)]}
+    full = tree.ids_within(node.layer for node in trained)
     both = [t.path for t in targets if id(t.layer) in full]
     named = not callable(config.targets) and not isinstance(config.targets, str)
     kept = [t for t in targets if id(t.layer) not in full]

@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NoReturn
 
-import keras
-
 from keras_lora.inject.freezing import own_trainable_variables
 from keras_lora.layers import BASE, LoRALayer, all_owned, is_registered
-from keras_lora.walker import all_layers, lora_layers, walk
+from keras_lora.walker import Layer, Tree
 
 
-def guard_saving(model: keras.Model) -> None:
+def guard_saving(tree: Tree) -> None:
     """Refuse, before a file is touched, to write a file that could not be read back.
 
     Keras opens the file first and serializes then, so that an error from a layer would destroy
     an older file; `LoRALayer.save_assets` is the second line, for outer models.
     """
-    layers = lora_layers(model)
-    _keep_owned_values(model, list(layers.values()))
-    message = None if _config_holds(model, layers) else _UNSAVEABLE.format(model=model.name)
-    for layer in layers.values():
+    _keep_owned_values(tree)
+    refusal = _UNSAVEABLE.format(model=tree.root.name)
+    message = None if _config_holds(tree) else refusal
+    for layer in tree.adapted:
         layer._lora.unsaveable = message
-    for inner in models_in(model):
+    for inner in tree.models:
         if message:
             inner.save = partial(_refuse, message)
         if hasattr(inner, "save_to_preset"):
-            inner.save_to_preset = partial(_refuse, _UNSAVEABLE.format(model=model.name))
+            inner.save_to_preset = partial(_refuse, refusal)
 
 
-def _keep_owned_values(model: keras.Model, layers: Sequence[LoRALayer]) -> None:
+def _keep_owned_values(tree: Tree) -> None:
     """Let the first adapted layer write, into weights files, values that no variable has now."""
+    layers = tree.adapted
     for layer in layers:
         layer._lora.owned = []
-    layers[0]._lora.owned = all_owned(model.variables)
+    layers[0]._lora.owned = all_owned(tree.root.variables)
 
 
-def allow_saving(model: keras.Model) -> None:
-    for inner in models_in(model):
+def allow_saving(tree: Tree) -> None:
+    """The inverse of `guard_saving`."""
+    for inner in tree.models:
         for name in {"save", "save_to_preset"} & vars(inner).keys():
             delattr(inner, name)
 
@@ -56,33 +56,28 @@ def _refuse(message: str, *_: Any, **__: Any) -> NoReturn:
     raise ValueError(message)
 
 
-def models_in(model: keras.Model) -> list[keras.Model]:
-    """A model and those that are layers of it."""
-    return [part for part in all_layers(model) if isinstance(part, keras.Model)]
-
-
-def _config_holds(model: keras.Model, layers: Mapping[str, LoRALayer]) -> bool:
+def _config_holds(tree: Tree) -> bool:
     """Whether a model made from the config would have the same adapters and the same flags."""
-    if not all(is_registered(layer) for layer in layers.values()):
+    layers = tree.adapted
+    if not all(is_registered(layer) for layer in layers):
         return False
-    if any(_mixed_flags(node.layer) for node in walk(model)):
+    if any(_mixed_flags(tree, layer) for layer in tree.layers[1:]):
         return False
-    # A file has one value for a variable.
-    if any(item.names != {BASE, item.owner} for item in all_owned(model.variables)):
-        return False
-    if any(item.owner == BASE for item in all_owned(model.variables)):
+    owned = all_owned(tree.root.variables)
+    # A file has one value for a variable, the present owner's, which must be an adapter.
+    if any(item.owner == BASE or item.names != {BASE, item.owner} for item in owned):
         return False
     try:
-        return _count_adapted(model.get_config()) == len(layers)
+        return _count_adapted(tree.root.get_config()) == len(layers)
     except Exception:  # a get_config of somebody else's that fails, in whatever way
         return False
 
 
-def _mixed_flags(layer: keras.layers.Layer) -> bool:
+def _mixed_flags(tree: Tree, layer: Layer) -> bool:
     """Whether only some of a plain layer's variables train; a config has one flag a layer."""
-    if isinstance(layer, LoRALayer) or not layer.trainable or any(walk(layer)):
+    if isinstance(layer, LoRALayer) or not layer.trainable or tree.children[id(layer)]:
         return False
-    return any(not v.trainable for v in own_trainable_variables(layer))
+    return any(not v.trainable for v in own_trainable_variables(tree, layer))
 
 
 def _count_adapted(config: Any) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import keras
 
@@ -12,36 +11,41 @@ from keras_lora.distribution import strategy_scope
 from keras_lora.inject.compiled import FUNCTIONS, changing, stale_when_flags_change
 from keras_lora.inject.freezing import freeze
 from keras_lora.inject.optimizers import switch_optimizer
-from keras_lora.inject.saving import guard_saving, models_in
+from keras_lora.inject.saving import guard_saving
 from keras_lora.layers import BASE, Adapter, LoRALayer, OwnedValues, all_owned
-from keras_lora.walker import all_layers, lora_layers
-
-Layers = Mapping[Any, LoRALayer]
+from keras_lora.walker import Tree
 
 
-def adapted(model: keras.Model) -> dict[str, LoRALayer]:
+def adapted(tree: Tree) -> dict[str, LoRALayer]:
     """The adapted layers by path.
 
     Raises:
         ValueError: there are none.
     """
-    layers = lora_layers(model)
-    if not layers:
+    check_adapted(tree)
+    return tree.adapted_by_path
+
+
+def check_adapted(tree: Tree) -> None:
+    """
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    if not tree.adapted:
         raise ValueError(
-            f"Expected a model with adapters. Received: {model.name!r}, which has none. It was "
+            f"Expected a model with adapters. Received: {tree.root.name!r}, which has none. It was "
             "never adapted, or its adapters were merged or unloaded: call apply_lora first."
         )
-    return layers
 
 
-def adapter_names(layers: Layers) -> list[str]:
+def adapter_names(tree: Tree) -> list[str]:
     """All names, in the order in which they were added."""
-    return list(dict.fromkeys(name for layer in layers.values() for name in layer.adapters))
+    return list(dict.fromkeys(name for layer in tree.adapted for name in layer.adapters))
 
 
-def active_names(layers: Layers) -> list[str]:
-    """The names of the adapters that act, in an order that is each layer's own."""
-    return _in_order([layer.active_adapters for layer in layers.values()])
+def active_names(tree: Tree) -> list[str]:
+    """The names of the active adapters, in an order that each layer agrees with."""
+    return _in_order([layer.active_adapters for layer in tree.adapted])
 
 
 def _in_order(orders: Iterable[Sequence[str]]) -> list[str]:
@@ -55,30 +59,30 @@ def _in_order(orders: Iterable[Sequence[str]]) -> list[str]:
     return names
 
 
-def check_names(model: keras.Model, names: str | Sequence[str] | None) -> list[str]:
+def check_names(tree: Tree, names: str | Sequence[str] | None) -> list[str]:
     """The names as a list.
 
     Raises:
         ValueError: no adapters, a name that the model does not have, or twice the same.
     """
-    layers = _layers(model) or adapted(model)
-    wanted = [names] if isinstance(names, str) else list(names or ())
-    unknown = [n for n in wanted if not any(n in layer.adapters for layer in layers.values())]
+    check_adapted(tree)
+    wanted, known = [names] if isinstance(names, str) else list(names or ()), adapter_names(tree)
+    unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise invalid("names", f"names among {adapter_names(layers)}", unknown)
+        raise invalid("names", f"names among {known}", unknown)
     if len(set(wanted)) < len(wanted):
         raise invalid("names", "each name once", wanted, "scale it with scale_adapter")
     return wanted
 
 
-def check_no_dora(layers: Layers, names: Iterable[str], fix: str) -> None:
+def check_no_dora(tree: Tree, names: Iterable[str], fix: str) -> None:
     """Refuse adapters that are more than the sum `s A B`.
 
     Raises:
         ValueError: one of them has DoRA.
     """
     wanted = set(names)
-    found = {n for x in layers.values() for n, a in x.adapters.items() if a.spec.use_dora} & wanted
+    found = {n for x in tree.adapted for n, a in x.adapters.items() if a.spec.use_dora} & wanted
     if found:
         raise ValueError(
             "Expected adapters without DoRA (use_dora=False), whose update A and B tell alone. "
@@ -86,13 +90,13 @@ def check_no_dora(layers: Layers, names: Iterable[str], fix: str) -> None:
         )
 
 
-def whole_adapters(layers: Layers, names: Iterable[str]) -> dict[str, Adapter]:
+def whole_adapters(tree: Tree, names: Iterable[str]) -> dict[str, Adapter]:
     """What is known of these adapters beyond their layers. Layers made by hand have none."""
-    adapters = ((n, x.adapters[n]) for n in names for x in layers.values() if n in x.adapters)
+    adapters = ((n, x.adapters[n]) for n in names for x in tree.adapted if n in x.adapters)
     return {name: adapter.adapter for name, adapter in adapters if adapter.adapter is not None}
 
 
-def switch(model: keras.Model, names: Sequence[str], trainable: bool = True) -> None:
+def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
     """Let exactly these adapters act and, if `trainable`, train with what belongs to them.
 
     Nothing that is compiled changes, and no optimizer is made anew, unless variables are missing
@@ -101,64 +105,62 @@ def switch(model: keras.Model, names: Sequence[str], trainable: bool = True) -> 
     Raises:
         ValueError: two of the adapters have a value for the same variable.
     """
-    layers, owned, trained = _layers(model), all_owned(model.variables), model.trainable_variables
+    layers, owned = tree.adapted, all_owned(tree.root.variables)
+    trained = tree.root.trainable_variables
     trainable = trainable and bool(names)
     extra = unowned_variables(layers, owned, trained)
     if trainable:
-        extra += _group_variables(model, layers, names)
-    entered = _in_order([n for n in names if n in x.adapters] for x in layers.values())
-    switched = active_names(layers), entered
+        extra += _trained_beside(tree, names)
+    entered = _in_order([n for n in names if n in x.adapters] for x in layers)
+    switched = active_names(tree), entered
     fit = _all_fit(layers, names)
     if fit and _same_flags(layers, trained, extra, trainable):
         _move(layers, owned, names, trainable)
-        for known in known_models(model):
+        for known in known_models(tree):
             switch_optimizer(known, *switched)
     else:
         stale = stale_when_flags_change() if fit else FUNCTIONS
-        with changing(model, list(layers.values()), switched, stale):
+        with changing(tree, layers, switched, stale):
             _move(layers, owned, names, trainable)
-            refreeze(model, extra)
+            refreeze(tree, extra)
     if owned:
-        guard_saving(model)
+        guard_saving(tree)
 
 
-def activate(model: keras.Model, names: Sequence[str], trainable: bool | None = None) -> None:
+def activate(tree: Tree, names: Sequence[str], trainable: bool | None = None) -> None:
     """Move adapters into the slots, and their values into the variables of the base.
 
     Flags of slots change as asked, those of other variables and optimizers do not.
     """
-    _move(_layers(model), all_owned(model.variables), names, trainable)
+    _move(tree.adapted, all_owned(tree.root.variables), names, trainable)
 
 
-def known_models(model: keras.Model) -> list[keras.Model]:
+def known_models(tree: Tree) -> list[keras.Model]:
     """The models that were adapted or switched with layers of this one, and those in it.
 
     Where one encoder serves several models, each has an optimizer with moments of the same slots.
     """
-    inside = models_in(model)
     known = {}
-    for layer in _layers(model).values():
-        layer._lora.models.update(inside)
+    for layer in tree.adapted:
+        layer._lora.models.update(tree.models)
         known.update({id(m): m for m in layer._lora.models})
     return list(known.values())
 
 
-def refreeze(model: keras.Model, extra: Iterable[keras.Variable]) -> None:
-    """Freeze all but the slots that train and these variables."""
-    slots = [v for x in _layers(model).values() for slot in x.slots for v in slot.factors]
-    freeze(model, [*(v for v in slots if v.trainable), *extra])
-
-
-def _layers(model: keras.Model) -> dict[int, LoRALayer]:
-    """The adapted layers, in the order of `lora_layers`."""
-    return {id(part): part for part in all_layers(model) if isinstance(part, LoRALayer)}
+def refreeze(tree: Tree, extra: Iterable[keras.Variable]) -> None:
+    """Freeze everything except the slots that train and these variables."""
+    slots = [v for x in tree.adapted for slot in x.slots for v in slot.factors]
+    freeze(tree, [*(v for v in slots if v.trainable), *extra])
 
 
 def _move(
-    layers: Layers, owned: Iterable[OwnedValues], names: Sequence[str], trainable: bool | None
+    layers: Iterable[LoRALayer],
+    owned: Iterable[OwnedValues],
+    names: Sequence[str],
+    trainable: bool | None,
 ) -> None:
     owners = [(item, _owner(item, names)) for item in owned]
-    for layer in layers.values():
+    for layer in layers:
         trains = layer.trains_adapters if trainable is None else trainable
         with strategy_scope(layer):
             layer.activate([n for n in names if n in layer.adapters], trains)
@@ -179,32 +181,29 @@ def _owner(item: OwnedValues, names: Sequence[str]) -> str:
 
 
 def unowned_variables(
-    layers: Layers, owned: Iterable[OwnedValues], trained: Iterable[keras.Variable]
+    layers: Iterable[LoRALayer], owned: Iterable[OwnedValues], trained: Iterable[keras.Variable]
 ) -> list[keras.Variable]:
     """What trains and belongs to no adapter: of layers made by hand, or from a `.keras` file."""
     known = {id(item.variable) for item in owned}
-    known |= {id(v) for layer in layers.values() for v in layer.adapter_variables}
+    known |= {id(v) for layer in layers for v in layer.adapter_variables}
     return [v for v in trained if id(v) not in known]
 
 
-def _group_variables(
-    model: keras.Model, layers: Layers, names: Sequence[str]
-) -> list[keras.Variable]:
+def _trained_beside(tree: Tree, names: Sequence[str]) -> list[keras.Variable]:
     """The base's variables that are to train beside these adapters."""
-    wanted = {id(v) for whole in whole_adapters(layers, names).values() for v in whole.trained}
-    return [v for v in model.variables if id(v) in wanted] if wanted else []
+    wanted = {id(v) for whole in whole_adapters(tree, names).values() for v in whole.trained}
+    return [v for v in tree.root.variables if id(v) in wanted] if wanted else []
 
 
-def _all_fit(layers: Layers, names: Sequence[str]) -> bool:
-    adapters = [[x.adapters[n].spec for n in names if n in x.adapters] for x in layers.values()]
-    return all(x.fits(specs) for x, specs in zip(layers.values(), adapters, strict=True))
+def _all_fit(layers: Iterable[LoRALayer], names: Sequence[str]) -> bool:
+    return all(x.fits([x.adapters[n].spec for n in names if n in x.adapters]) for x in layers)
 
 
 def _same_flags(
-    layers: Layers,
+    layers: Iterable[LoRALayer],
     trained: Iterable[keras.Variable],
     extra: Iterable[keras.Variable],
     trainable: bool,
 ) -> bool:
-    slots = [v for layer in layers.values() for slot in layer.slots for v in slot.factors]
+    slots = [v for layer in layers for slot in layer.slots for v in slot.factors]
     return {id(v) for v in trained} == {id(v) for v in [*extra, *(slots if trainable else [])]}

@@ -21,12 +21,11 @@ from keras_lora.files.adapter_files import (
     read_adapter_files,
     write_adapter_files,
 )
-from keras_lora.files.keys import variable_keys
 from keras_lora.files.saving import save_adapter
 from keras_lora.inject import active_names, check_names
 from keras_lora.layers import DEFAULT_ADAPTER, all_owned
 from keras_lora.training.fitting import improves_upwards, skip_batches, start_fit_at, stop_skipping
-from keras_lora.walker import lora_layers
+from keras_lora.walker import Tree
 
 STATE_DIRECTORY = "training_state"
 _METRICS = "metrics/"
@@ -181,13 +180,13 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             raise invalid("save_freq", "'epoch' or a number of batches", self.save_freq)
 
     def _check_model(self, model: keras.Model) -> None:
-        check_names(model, [self.name])
-        layers = lora_layers(model)
-        trains = [x for x in layers.values() if self.name in x.active_adapters]
+        tree = Tree.of(model)
+        check_names(tree, [self.name])
+        trains = [x for x in tree.adapted if self.name in x.active_adapters]
         if not any(layer.trains_adapters for layer in trains):
             raise ValueError(
                 f"Expected an adapter that trains. Received: name={self.name!r}, while "
-                f"{active_names(layers)} act. Call set_adapter(model, {self.name!r}) first."
+                f"{active_names(tree)} act. Call set_adapter(model, {self.name!r}) first."
             )
 
     def _found_state(self) -> _State | None:
@@ -288,14 +287,15 @@ class _State:
         best: float | None,
         ended: int | None,
     ) -> _State:
-        variables = _variables(model) | _metrics(model)
+        keys = Tree.of(model).variable_keys
+        variables = _variables(model, keys) | _metrics(model)
         return cls(
             epoch,
             batches,
             best,
             ended,
             type(model.optimizer).__name__,
-            _trained(model),
+            _trained(model, keys),
             {key: _array(variable) for key, variable in variables.items()},
         )
 
@@ -316,7 +316,8 @@ class _State:
         Raises:
             AdapterFileError: the state is of another run; everything that differs is listed.
         """
-        expected = {key: tuple(v.shape) for key, v in _variables(model).items()}
+        keys = Tree.of(model).variable_keys
+        expected = {key: tuple(v.shape) for key, v in _variables(model, keys).items()}
         saved = {k: x.shape for k, x in self.values.items() if not k.startswith(_METRICS)}
         wrong = [
             f"{key}: {saved.get(key, 'nothing')}, expected {expected.get(key, 'nothing')}"
@@ -325,13 +326,13 @@ class _State:
         ]
         if self.optimizer != type(model.optimizer).__name__:
             wrong.append(f"{self.optimizer}, expected {type(model.optimizer).__name__}")
-        if not wrong and list(self.trained) != _trained(model):
+        if not wrong and list(self.trained) != _trained(model, keys):
             wrong.append("the variables that train in another order")
         if wrong:
             raise _mismatch(directory, wrong)
 
     def assign(self, model: keras.Model) -> None:
-        for key, variable in _variables(model).items():
+        for key, variable in _variables(model, Tree.of(model).variable_keys).items():
             variable.assign(self.values[key].astype(variable.dtype))
 
     def assign_metrics(self, model: keras.Model) -> None:
@@ -347,9 +348,8 @@ class _State:
             variable.assign(self.values[key].astype(variable.dtype))
 
 
-def _variables(model: keras.Model) -> dict[str, keras.Variable]:
+def _variables(model: keras.Model, keys: Mapping[int, str]) -> dict[str, keras.Variable]:
     """The variables that training changes, by key."""
-    keys = variable_keys(model)
     owned = [item.variable for item in all_owned(model.variables)]
     trained = {keys[id(v)]: v for v in [*model.trainable_variables, *owned]}
     return (
@@ -364,8 +364,7 @@ def _metrics(model: keras.Model) -> dict[str, keras.Variable]:
     return _numbered(_METRICS, model.metrics_variables)
 
 
-def _trained(model: keras.Model) -> list[str]:
-    keys = variable_keys(model)
+def _trained(model: keras.Model, keys: Mapping[int, str]) -> list[str]:
     return [keys[id(v)] for v in model.trainable_variables]
 
 

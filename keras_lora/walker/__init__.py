@@ -2,12 +2,14 @@
 
 from keras_lora.walker.heads import backbone_of, is_backbone, output_heads
 from keras_lora.walker.names import match_names, matches
-from keras_lora.walker.targets import Target, all_targets, find_targets
-from keras_lora.walker.tree import Node, all_layers, lora_layers, numbered, walk
+from keras_lora.walker.targets import Target, all_targets, find_targets, select_targets
+from keras_lora.walker.tree import Layer, Node, Tree, all_layers, lora_layers, numbered, walk
 
 __all__ = [
+    "Layer",
     "Node",
     "Target",
+    "Tree",
     "all_layers",
     "all_targets",
     "backbone_of",
@@ -18,5 +20,6 @@ __all__ = [
     "matches",
     "numbered",
     "output_heads",
+    "select_targets",
     "walk",
 ]

@@ -1,7 +1,6 @@
 """Which layers make a model's outputs, and which model is a KerasHub backbone.
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
-    `_flatten_layers`: the only way to the sublayers of a layer that is not a model.
     `_keras_history`, `_inbound_nodes`: the only way from a model's outputs back to the layer
         that made them.
 """
@@ -14,28 +13,33 @@ import keras
 
 from keras_lora.checks import invalid
 from keras_lora.layers import is_table, plain_class, supported_base
-from keras_lora.walker.tree import Layer, walk
+from keras_lora.walker.tree import Layer, Tree
 
 
-def output_heads(model: Layer) -> set[int]:
+def output_heads(tree: Tree) -> set[int]:
     """The ids of the linear layers that make a model's outputs; see `find_targets`."""
+    return _output_heads(tree, tree.root)
+
+
+def _output_heads(tree: Tree, model: Layer) -> set[int]:
     if is_backbone(model):
         return set()
     if isinstance(model, keras.Sequential) or not _is_functional(model):
-        children = model._flatten_layers(include_self=False, recursive=False)
+        # A model that gives an input back leads to the maker of the input, outside the tree.
+        children = tree.children.get(id(model), ())
         weighted = [layer for layer in children if layer.weights]
-        return _heads_at(weighted[-1]) if weighted else set()
+        return _heads_at(tree, weighted[-1]) if weighted else set()
     outputs = keras.tree.flatten(model.outputs)
     makers = [maker for output in outputs if (maker := _maker(output)) is not None]
-    return {head for maker in makers for head in _heads_at(maker)}
+    return {head for maker in makers for head in _heads_at(tree, maker)}
 
 
-def _heads_at(layer: Layer) -> set[int]:
+def _heads_at(tree: Tree, layer: Layer) -> set[int]:
     if supported_base(plain_class(layer)) is not None:
         return set() if is_table(layer) else {id(layer)}
     if isinstance(layer, keras.layers.Wrapper):
-        return _heads_at(layer.layer)
-    return output_heads(layer) if isinstance(layer, keras.Model) else set()
+        return _heads_at(tree, layer.layer)
+    return _output_heads(tree, layer) if isinstance(layer, keras.Model) else set()
 
 
 def _maker(tensor: Any) -> Layer | None:
@@ -69,8 +73,9 @@ def backbone_of(model: Layer) -> Any:
     Raises:
         ValueError: there is none, or several side by side.
     """
-    found = [v for v in (model, *(n.layer for n in walk(model))) if is_backbone(v)]
-    inside = {id(node.layer) for backbone in found for node in walk(backbone)}
+    tree = Tree.of(model)
+    found = [layer for layer in tree.layers if is_backbone(layer)]
+    inside = tree.ids_within(inner for backbone in found for inner in tree.children[id(backbone)])
     outermost = [backbone for backbone in found if id(backbone) not in inside]
     if len(outermost) != 1:
         raise invalid(

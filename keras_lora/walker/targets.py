@@ -19,7 +19,7 @@ from keras_lora.layers import (
 )
 from keras_lora.walker.heads import output_heads
 from keras_lora.walker.names import listed, match_names, matches, shortened, unmatched
-from keras_lora.walker.tree import Layer, Node, walk
+from keras_lora.walker.tree import Layer, Node, Tree
 
 _KINDS = "Dense, EinsumDense, Embedding or ReversibleEmbedding"
 
@@ -91,18 +91,24 @@ def find_targets(
     >>> [(t.path, t.kind, t.kernel_shape) for t in kl.find_targets(model)]
     [('up', 'Dense', (3, 5))]
     """
-    nodes = list(walk(model))
-    candidates, left_out = _candidates(model, nodes)
+    return select_targets(Tree.of(model), targets, exclude)
+
+
+def select_targets(
+    tree: Tree, targets: Targets = "all-linear", exclude: Sequence[str] = ()
+) -> list[Target]:
+    """`find_targets` for a model whose tree is known."""
+    candidates, left_out = _candidates(tree)
     if isinstance(targets, str) and not targets.startswith("re:"):
-        selected = _preset(model, targets, candidates, left_out)
+        selected = _preset(tree, targets, candidates, left_out)
     elif callable(targets):
         selected = [t for t in candidates if targets(t)]
     else:
         patterns = [targets] if isinstance(targets, str) else targets
-        selected = _named(patterns, nodes, candidates, left_out)
+        selected = _named(patterns, tree.nodes, candidates, left_out)
     if not selected:
-        raise _nothing_matched(targets, model, candidates)
-    kept = _without(selected, exclude, nodes)
+        raise _nothing_matched(targets, tree.root, candidates)
+    kept = _without(tree, selected, exclude)
     for target in kept:
         if not isinstance(target.layer, LoRALayer):
             check_adaptable(target.layer)
@@ -110,12 +116,13 @@ def find_targets(
     return kept
 
 
-def all_targets(model: Layer) -> list[Target]:
+def all_targets(tree: Tree) -> list[Target]:
     """Every layer of a kind that can be adapted, whatever speaks against it in the layer itself."""
-    return _candidates(model, list(walk(model)))[0]
+    return _candidates(tree)[0]
 
 
-def _check_built(model: Layer, nodes: Sequence[Node]) -> None:
+def _check_built(tree: Tree) -> None:
+    model, nodes = tree.root, tree.nodes
     supported = [n for n in nodes if supported_base(plain_class(n.layer))]
     if not model.built or (supported and not any(n.layer.built for n in supported)):
         raise ValueError(
@@ -124,11 +131,11 @@ def _check_built(model: Layer, nodes: Sequence[Node]) -> None:
         )
 
 
-def _candidates(model: Layer, nodes: Sequence[Node]) -> tuple[list[Target], list[Node]]:
+def _candidates(tree: Tree) -> tuple[list[Target], list[Node]]:
     """What can be adapted; and what cannot, being unbuilt or of a class that computes its own."""
-    _check_built(model, nodes)
+    _check_built(tree)
     targets, left_out = [], []
-    for node in nodes:
+    for node in tree.nodes:
         layer_class = plain_class(node.layer)
         base = supported_base(layer_class)
         if base is None:
@@ -143,7 +150,7 @@ def _candidates(model: Layer, nodes: Sequence[Node]) -> tuple[list[Target], list
 
 
 def _preset(
-    model: Layer, preset: str, candidates: Sequence[Target], left_out: Sequence[Node]
+    tree: Tree, preset: str, candidates: Sequence[Target], left_out: Sequence[Node]
 ) -> list[Target]:
     tables = preset == "all"
     candidates = [t for t in candidates if tables or not is_table(t.layer)]
@@ -151,7 +158,7 @@ def _preset(
     if left_out:
         reasons = "; ".join(dict.fromkeys(_why_left_out(node) for node in left_out))
         warn(f"targets={preset!r} leaves out {listed(left_out)}: {reasons}")
-    heads = output_heads(model)
+    heads = output_heads(tree)
     selected = [t for t in candidates if id(t.layer) not in heads]
     if candidates and not selected:
         raise ValueError(
@@ -200,12 +207,10 @@ def _named(
     return [t for t in candidates if any(matches(p, t.path) for p in patterns)]
 
 
-def _without(
-    selected: Sequence[Target], exclude: Sequence[str], nodes: Sequence[Node]
-) -> list[Target]:
-    excluded = {id(node.layer) for node in match_names(exclude, nodes, "exclude")}
-    inside = {id(n.layer) for e in nodes if id(e.layer) in excluded for n in walk(e.layer)}
-    kept = [t for t in selected if id(t.layer) not in excluded | inside]
+def _without(tree: Tree, selected: Sequence[Target], exclude: Sequence[str]) -> list[Target]:
+    excluded = match_names(exclude, tree.nodes, "exclude")
+    left_out = tree.ids_within(node.layer for node in excluded)
+    kept = [t for t in selected if id(t.layer) not in left_out]
     if not kept:
         raise ValueError(
             f"Expected at least one target to remain. Received: exclude={list(exclude)}, which "

@@ -1,4 +1,4 @@
-"""The layers of a model as a tree.
+"""The layers of a model as a tree, from one walk over the model.
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_flatten_layers`: the only way to the sublayers of a layer that is not a model.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import keras
@@ -33,36 +34,129 @@ class Node:
     stable_path: str
 
 
-def walk(model: Layer) -> Iterator[Node]:
-    """Every layer below `model`, parents first, each object once: at the first path to it."""
-    yield from _walk(model, "", "", {id(model)})
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """A model and every layer below it.
+
+    A verb makes one tree of its model and passes the tree on. To adapt a layer changes its class
+    and its variables, and no layer is exchanged for another: so a tree stays true while its verb
+    works. `adapted` and `adapted_by_path` say which layers are adapted at the moment.
+
+    Attributes:
+        root: The model.
+        layers: The model and the layers below, parents first, each object once.
+        children: The direct sublayers of each layer, by the id of the layer.
+    """
+
+    root: Layer
+    layers: Sequence[Layer]
+    children: Mapping[int, Sequence[Layer]]
+
+    @classmethod
+    def of(cls, root: Layer) -> Tree:
+        """Walk over a model."""
+        children: dict[int, Sequence[Layer]] = {}
+
+        def noted(layer: Layer) -> Sequence[Layer]:
+            children[id(layer)] = _sublayers(layer)
+            return children[id(layer)]
+
+        return cls(root, _preorder(root, noted), children)
+
+    @cached_property
+    def nodes(self) -> Sequence[Node]:
+        """The layers below the root with their paths, each at the first path to it."""
+        return list(_nodes(self.root, self.children, "", "", {id(self.root)}))
+
+    @cached_property
+    def models(self) -> Sequence[keras.Model]:
+        """The root and the layers below that are models."""
+        return [layer for layer in self.layers if isinstance(layer, keras.Model)]
+
+    @property
+    def adapted(self) -> list[LoRALayer]:
+        """The layers that are adapted at the moment."""
+        return [layer for layer in self.layers if isinstance(layer, LoRALayer)]
+
+    @property
+    def adapted_by_path(self) -> dict[str, LoRALayer]:
+        """The layers that are adapted at the moment, by path; the root goes by its name."""
+        found = {n.path: n.layer for n in self.nodes if isinstance(n.layer, LoRALayer)}
+        root = {self.root.name: self.root} if isinstance(self.root, LoRALayer) else {}
+        return root | found
+
+    @cached_property
+    def variable_keys(self) -> Mapping[int, str]:
+        """The key of each weight, by its id: the stable path of its layer, and its name.
+
+        Of the weights that the model has when this is first asked: the variables of an adapter
+        that is added later have no key, and the keys of the others stay.
+        """
+        keys: dict[int, str] = {}
+        nodes = [("", self.root), *((f"{n.stable_path}/", n.layer) for n in self.nodes)]
+        # From below: a layer's weights contain those of the layers in it.
+        for prefix, layer in reversed(nodes):
+            seen: Counter[str] = Counter()
+            for variable in layer.weights:
+                if id(variable) not in keys:
+                    keys[id(variable)] = prefix + numbered(variable.name, seen)
+        return keys
+
+    def within(self, layer: Layer) -> list[Layer]:
+        """A layer of the tree and every layer below it, each once."""
+        return _preorder(layer, lambda parent: self.children[id(parent)])
+
+    def ids_within(self, layers: Iterable[Layer]) -> set[int]:
+        """The ids of these layers and of every layer below them."""
+        return {id(inner) for layer in layers for inner in self.within(layer)}
 
 
-def _walk(parent: Layer, prefix: str, stable_prefix: str, seen: set[int]) -> Iterator[Node]:
+def _sublayers(layer: Layer) -> Sequence[Layer]:
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def _preorder(root: Layer, children: Callable[[Layer], Sequence[Layer]]) -> list[Layer]:
+    found: dict[int, Layer] = {id(root): root}
+    _gather(root, children, found)
+    return list(found.values())
+
+
+def _gather(
+    parent: Layer, children: Callable[[Layer], Sequence[Layer]], found: dict[int, Layer]
+) -> None:
+    for layer in children(parent):
+        if id(layer) not in found:
+            found[id(layer)] = layer
+            _gather(layer, children, found)
+
+
+def _nodes(
+    parent: Layer,
+    children: Mapping[int, Sequence[Layer]],
+    prefix: str,
+    stable_prefix: str,
+    seen: set[int],
+) -> Iterator[Node]:
     names: Counter[str] = Counter()
     stable_names: Counter[str] = Counter()
-    for layer in parent._flatten_layers(include_self=False, recursive=False):
+    for layer in children[id(parent)]:
         if id(layer) in seen:
             continue
         seen.add(id(layer))
         path = prefix + numbered(layer.name, names)
         stable = stable_prefix + numbered(_unnumbered(layer), stable_names)
         yield Node(path, layer, parent, stable)
-        yield from _walk(layer, f"{path}/", f"{stable}/", seen)
+        yield from _nodes(layer, children, f"{path}/", f"{stable}/", seen)
+
+
+def walk(model: Layer) -> Sequence[Node]:
+    """Every layer below `model`, parents first, each object once: at the first path to it."""
+    return Tree.of(model).nodes
 
 
 def all_layers(model: Layer) -> list[Layer]:
-    """A model and every layer below, in the order of `walk`: without paths, which cost the most."""
-    found: dict[int, Layer] = {id(model): model}
-    _gather(model, found)
-    return list(found.values())
-
-
-def _gather(parent: Layer, found: dict[int, Layer]) -> None:
-    for layer in parent._flatten_layers(include_self=False, recursive=False):
-        if id(layer) not in found:
-            found[id(layer)] = layer
-            _gather(layer, found)
+    """A model and every layer below: `Tree.of(model).layers`."""
+    return _preorder(model, _sublayers)
 
 
 def numbered(name: str, seen: Counter[str]) -> str:
@@ -95,5 +189,4 @@ def lora_layers(model: Layer) -> dict[str, LoRALayer]:
     >>> kl.lora_layers(model)
     {}
     """
-    found = {n.path: n.layer for n in walk(model) if isinstance(n.layer, LoRALayer)}
-    return {model.name: model} | found if isinstance(model, LoRALayer) else found
+    return Tree.of(model).adapted_by_path

@@ -10,10 +10,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_lora.exchange.keras_hub.adapter import (
-    keras_hub_layers,
-)
 from keras_lora.exchange.keras_hub.h5 import write_keras_hub_arrays
+from keras_lora.exchange.keras_hub.numbering import keras_hub_layers
 from keras_lora.layers import kernel_shape, split_kernel
 from keras_lora.lowrank.per_axis import Pair
 from keras_lora.walker import walk

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora.exchange.converters import Block, HubWeights
+from keras_lora.exchange.converters import Block, HuggingFaceWeights
 from keras_lora.layers import base_kernel, split_kernel
 
 
@@ -18,7 +18,7 @@ def matrices(layer: keras.layers.Layer) -> np.ndarray[Any, Any]:
     return kernel.transpose(order).reshape(-1, *split.matrix_shape(kernel.shape))
 
 
-def assert_same(a: HubWeights, b: HubWeights) -> None:
+def assert_same(a: HuggingFaceWeights, b: HuggingFaceWeights) -> None:
     def plain(block: Block) -> tuple[Any, ...]:
         where = block.rows.tolist(), block.columns.tolist()
         return block.weight, block.shape, block.stored_transposed, where
