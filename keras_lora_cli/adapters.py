@@ -19,7 +19,7 @@ from keras_lora.files.saving import adapter_tensors
 from keras_lora.layers import (
     site_of,
 )
-from keras_lora.lowrank.combining import Array, Term
+from keras_lora.lowrank.combining import Array, WeightedFactors
 from keras_lora.walker import Tree
 from keras_lora_cli.paths import ADAPTER_CONFIG_FILE, ADAPTERS, Kind, check_kind, read_json
 
@@ -48,9 +48,9 @@ class Layer:
     extras: Mapping[str, Array] = field(default_factory=dict)
 
     @property
-    def term(self) -> Term | None:
+    def term(self) -> WeightedFactors | None:
         """The delta, with copies of the factors in float64; None if the matrices are not known."""
-        return Term(*self.matrices, self.scale) if self.matrices else None
+        return WeightedFactors(*self.matrices, self.scale) if self.matrices else None
 
     @property
     def parameters(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_lora.checks import invalid, is_finite
-from keras_lora.lowrank.combining import Array, Term
+from keras_lora.lowrank.combining import Array, WeightedFactors
 from keras_lora.lowrank.distances import Distance, array_distance, delta_distance
 from keras_lora_cli.adapters import Adapter, Layer, PeftOptions, adapter_of, load_into, read_adapter
 from keras_lora_cli.bases import Base, load_base
@@ -117,10 +117,10 @@ def _layer(name: str, first: Layer | None, second: Layer | None) -> dict[str, An
     }
 
 
-def _nothing(like: Term | None) -> Term:
+def _nothing(like: WeightedFactors | None) -> WeightedFactors:
     """A zero delta of rank 0, for an adapter that does not adapt the layer."""
     assert like is not None
-    return Term(like.a[..., :0], like.b[:, :0], 0.0)
+    return WeightedFactors(like.a[..., :0], like.b[:, :0], 0.0)
 
 
 def _values(first: Adapter, second: Adapter) -> list[dict[str, Any]]:

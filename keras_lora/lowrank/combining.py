@@ -39,7 +39,7 @@ _SPARSE = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
+class WeightedFactors:
     """One adapter's share `c A B` of the sum.
 
     Args:
@@ -52,8 +52,8 @@ class Term:
 
     Example:
 
-    >>> Term(np.ones((1, 11, 2), "float32"), np.ones((1, 2, 13), "float32"), -0.5).a.dtype
-    dtype('float64')
+    >>> WeightedFactors(np.ones((1, 11, 2)), np.ones((1, 2, 13)), -0.5).shape
+    (1, 11, 13)
     """
 
     a: Array
@@ -191,7 +191,7 @@ def truncate(a: Array, b: Array, rank: int) -> Truncation:
     return Truncation(q_a @ (u[..., :rank] * root), (q_b @ (vt.mT[..., :rank] * root)).mT, s)
 
 
-def combine(terms: Sequence[Term], options: Combination) -> tuple[Array, Array]:
+def combine(terms: Sequence[WeightedFactors], options: Combination) -> tuple[Array, Array]:
     """Factors `A`, `B` of one adapter whose scaling is 1, from those of several.
 
     With `X` for `A` or `B`, `w_i = sign(c_i) sqrt|c_i|` for `A`, and `w_i = sqrt|c_i|` for `B`:
@@ -225,7 +225,7 @@ def combine(terms: Sequence[Term], options: Combination) -> tuple[Array, Array]:
 
     Example:
 
-    >>> term = Term(np.ones((1, 11, 2)), np.ones((1, 2, 13)), -0.5)
+    >>> term = WeightedFactors(np.ones((1, 11, 2)), np.ones((1, 2, 13)), -0.5)
     >>> a, b = combine([term, term], Combination(method="cat"))
     >>> a.shape, b.shape, float((a @ b)[0, 0, 0])
     ((1, 11, 4), (1, 4, 13), -2.0)
@@ -295,7 +295,7 @@ def _checked(a: Array, b: Array) -> tuple[Array, Array]:
     return a, b
 
 
-def _check_terms(terms: Sequence[Term], method: str) -> None:
+def _check_terms(terms: Sequence[WeightedFactors], method: str) -> None:
     if not terms:
         raise invalid("terms", "one adapter at least", list(terms), "name the adapters to combine")
     shapes = [term.shape for term in terms]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from keras_lora.checks import invalid
-from keras_lora.lowrank.combining import Array, Term
+from keras_lora.lowrank.combining import Array, WeightedFactors
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Distance:
         return self.distance / max(self.norms) if any(self.norms) else 0.0
 
 
-def delta_distance(first: Term, second: Term) -> Distance:
+def delta_distance(first: WeightedFactors, second: WeightedFactors) -> Distance:
     """How far the deltas of two adapters of one layer are apart.
 
     Args:
@@ -51,7 +51,8 @@ def delta_distance(first: Term, second: Term) -> Distance:
     Example:
 
     >>> a, b = np.eye(11, 2)[None], np.eye(2, 13)[None]
-    >>> distance = delta_distance(Term(a, b, 1.0), Term(a[..., :1], b[:, :1], 2.0))
+    >>> first, second = WeightedFactors(a, b, 1.0), WeightedFactors(a[..., :1], b[:, :1], 2.0)
+    >>> distance = delta_distance(first, second)
     >>> distance.norms == (2**0.5, 2), distance.distance == 2**0.5, round(distance.relative, 3)
     (True, True, 0.707)
     """

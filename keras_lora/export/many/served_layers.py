@@ -22,7 +22,7 @@ from keras_lora.layers import (
     site_of,
     sites_of,
 )
-from keras_lora.walker import Tree, walk
+from keras_lora.walker import Tree
 
 MAGNITUDE = "lora_magnitude"  # of DoRA, in an adapter's files
 
@@ -87,12 +87,10 @@ class ServedLayer:
             del values[f"{self.path}/{MAGNITUDE}"]
 
 
-def adapted_layers(
-    model: keras.Model, names: Sequence[str], refusals: list[str]
-) -> dict[int, ServedLayer]:
+def adapted_layers(tree: Tree, names: Sequence[str], refusals: list[str]) -> dict[int, ServedLayer]:
     """The layers that these adapters adapt, by identity."""
     served = {}
-    for path, layer in stable_layers(Tree.of(model)).items():
+    for path, layer in stable_layers(tree).items():
         if not set(names) & set(layer.adapters):
             continue
         if _takes_rows(layer):
@@ -124,7 +122,7 @@ def _gain(path: str, layer: LoRALayer, names: Sequence[str]) -> AdapterTensor | 
 
 
 def add_owned(
-    model: keras.Model,
+    tree: Tree,
     names: Sequence[str],
     served: dict[int, ServedLayer],
     refusals: list[str],
@@ -132,7 +130,7 @@ def add_owned(
     """Add the kernels and biases in which the adapters differ to the layers that have them.
 
     Args:
-        model: The model.
+        tree: The layers of the model.
         names: The adapters.
         served: Takes the tensors, in a layer that it has or in a further one.
         refusals: Takes the reason for each value that cannot differ from row to row.
@@ -140,8 +138,8 @@ def add_owned(
     Returns:
         The values by key.
     """
-    keys, owners, owned = Tree.of(model).variable_keys, _owners(model), {}
-    for item in all_owned(model.variables):
+    keys, owners, owned = tree.variable_keys, _owners(tree), {}
+    for item in all_owned(tree.root.variables):
         if not _differs(item, names):
             continue
         key, owner = keys[id(item.variable)], owners.get(id(item.variable))
@@ -159,12 +157,13 @@ def add_owned(
 
 
 def unplaced(
-    model: keras.Model, name: str, values: Mapping[str, Array], tensors: Sequence[AdapterTensor]
+    tree: Tree, name: str, values: Mapping[str, Array], tensors: Sequence[AdapterTensor]
 ) -> list[str]:
     """The keys of an adapter's values that are neither served by row nor equal to the base's."""
-    same = {id(item.variable) for item in all_owned(model.variables) if not _differs(item, [name])}
+    owned = all_owned(tree.root.variables)
+    same = {id(item.variable) for item in owned if not _differs(item, [name])}
     known = {tensor.key for tensor in tensors}
-    known |= {key for identity, key in Tree.of(model).variable_keys.items() if identity in same}
+    known |= {key for identity, key in tree.variable_keys.items() if identity in same}
     return [key for key in values if key not in known]
 
 
@@ -174,10 +173,10 @@ def _differs(item: OwnedValues, names: Sequence[str]) -> bool:
     return any(not np.array_equal(value, item.value(BASE)) for value in values)
 
 
-def _owners(model: keras.Model) -> dict[int, tuple[str, keras.layers.Layer, str]]:
+def _owners(tree: Tree) -> dict[int, tuple[str, keras.layers.Layer, str]]:
     """Path, layer and role of each kernel and bias that can differ from row to row."""
     owners = {}
-    for node in walk(model):
+    for node in tree.nodes:
         layer = node.layer
         if not layer.built or not _takes_rows(layer):
             continue
