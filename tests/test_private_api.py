@@ -73,11 +73,11 @@ def test_what_keras_notes_of_call_is_renewed_with_the_class() -> None:
     """Every note that the constructor takes of the signature of `call`, in a converted layer."""
 
     class Plain(keras.layers.Dense):
-        def call(self, inputs: object) -> object:
+        def call(self, inputs: Any) -> Any:
             return super().call(inputs)
 
     class Masked(kl.LoRADense, Plain):
-        def call(self, inputs: object, mask: object = None, training: object = None) -> object:
+        def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
             assert mask is None
             return super().call(inputs, training)
 
