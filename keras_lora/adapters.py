@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from keras_lora.checks import invalid, is_finite
 from keras_lora.config import AdapterSpec
 from keras_lora.inject import (
+    PlannedLayer,
     activate,
     active_names,
     adapter_names,
@@ -33,7 +33,7 @@ from keras_lora.inject import (
 )
 from keras_lora.layers import Adapter, LoRALayer, all_owned, kernel_shape, split_kernel
 from keras_lora.lowrank.combining import Combination, Term, combine
-from keras_lora.walker import Tree
+from keras_lora.walker import Target, Tree, all_targets
 
 
 def set_adapter(
@@ -269,15 +269,16 @@ def combine_adapters(
     _check_weights(weights)
     check_no_dora(tree, names, "Let them act together: set_adapter(model, [...])")
     values = _values_of_one(tree, names)
-    factors = {}
+    targets = {target.path: target for target in all_targets(tree)}
+    planned = []
     for index, (path, layer) in enumerate(tree.adapted_by_path.items()):
         terms = [_term(layer, n, weights[n]) for n in names if n in layer.adapters]
         if terms:
-            # Of its own for each layer: else layers of one shape would lose the same entries.
+            # A seed for each layer: otherwise layers of one shape would lose the same entries.
             own = dataclasses.replace(options, seed=seed + index)
-            factors[path] = _combined(path, layer, terms, own)
+            planned.append(_combined(targets[path], terms, own))
     trained = [v for known in whole_adapters(tree, names).values() for v in known.trained]
-    plan = plan_factors(tree, name, Adapter(None, trained), factors, values)
+    plan = plan_factors(tree, name, Adapter(None, trained), planned, values)
     install(tree, plan, active=not active_names(tree))
 
 
@@ -289,16 +290,14 @@ def _term(layer: LoRALayer, name: str, weight: float) -> Term:
     return Term(a, b, weight * adapter.scaling)
 
 
-def _combined(
-    path: str, layer: LoRALayer, terms: Sequence[Term], options: Combination
-) -> tuple[AdapterSpec, Any, Any]:
+def _combined(target: Target, terms: Sequence[Term], options: Combination) -> PlannedLayer:
     try:
         a, b = combine(terms, options)
     except ValueError as error:
-        raise ValueError(f"Layer '{path}': {error}") from error
+        raise ValueError(f"Layer '{target.path}': {error}") from error
     rank = a.shape[-1]
-    factors = split_kernel(layer).factors(a, b, kernel_shape(layer))
-    return AdapterSpec(rank=rank, alpha=rank), *factors
+    factors = split_kernel(target.layer).factors(a, b, target.kernel_shape)
+    return PlannedLayer(target, AdapterSpec(rank=rank, alpha=rank), factors)
 
 
 def _check_weights(weights: Mapping[str, float]) -> None:

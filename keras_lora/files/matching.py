@@ -14,6 +14,7 @@ from keras_lora.checks import AdapterFileError, warn
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.files.adapter_files import PathLike, read_adapter_files
 from keras_lora.files.keys import base_fingerprint, factor_keys
+from keras_lora.inject import PlannedLayer
 from keras_lora.layers import Adapter, adapter_shapes, split_kernel
 from keras_lora.walker import Target, Tree, all_targets
 
@@ -33,7 +34,7 @@ _FIELDS = {
 class Loaded:
     """An adapter read from files, and what of a model it is for."""
 
-    layers: Sequence[tuple[Target, AdapterSpec, Sequence[np.ndarray]]]
+    layers: Sequence[PlannedLayer]
     values: Sequence[tuple[keras.Variable, np.ndarray]]
     adapter: Adapter
     directory: str
@@ -78,7 +79,7 @@ class _Reader:
                 "load it into that base; allow_other_base=True takes what fits",
             )
 
-    def layers(self) -> list[tuple[Target, AdapterSpec, Sequence[np.ndarray]]]:
+    def layers(self) -> list[PlannedLayer]:
         stable = {node.path: node.stable_path for node in self._tree.nodes}
         wanted = [key.removesuffix("/lora_a") for key in self._tensors if key.endswith("/lora_a")]
         targets = {stable.get(t.path, t.path): t for t in all_targets(self._tree)}
@@ -89,10 +90,8 @@ class _Reader:
             for path in missing
             for key in factor_keys(path, spec_of_layer(self._directory, self._config, path))
         }
-        found = [
-            (targets[path], self._layer(path, targets[path])) for path in wanted if path in targets
-        ]
-        return [(target, *layer) for target, layer in found if layer is not None]
+        found = [self._layer(path, targets[path]) for path in wanted if path in targets]
+        return [layer for layer in found if layer is not None]
 
     def values(self) -> list[tuple[keras.Variable, np.ndarray]]:
         by_key = {key: identity for identity, key in self._tree.variable_keys.items()}
@@ -133,13 +132,13 @@ class _Reader:
                 f"{self._absent}"
             )
 
-    def _layer(self, path: str, target: Target) -> tuple[AdapterSpec, Sequence[np.ndarray]] | None:
+    def _layer(self, path: str, target: Target) -> PlannedLayer | None:
         spec = self._spec(path)
         names = factor_keys(path, spec)
         shapes = adapter_shapes(split_kernel(target.layer), target.kernel_shape, spec)
         factors = [self._take(name) for name in names]
         fit = [self._fits(n, x, s) for n, x, s in zip(names, factors, shapes, strict=True)]
-        return (spec, factors) if all(fit) else None
+        return PlannedLayer(target, spec, factors) if all(fit) else None
 
     def _spec(self, path: str) -> AdapterSpec:
         return spec_of_layer(self._directory, self._config, path)

@@ -2,7 +2,13 @@
 
 from keras_lora.walker.heads import backbone_of, is_backbone, output_heads
 from keras_lora.walker.names import match_names, matches
-from keras_lora.walker.targets import Target, all_targets, find_targets, select_targets
+from keras_lora.walker.targets import (
+    Target,
+    all_targets,
+    check_target,
+    find_targets,
+    select_targets,
+)
 from keras_lora.walker.tree import Layer, Node, Tree, all_layers, lora_layers, numbered, walk
 
 __all__ = [
@@ -13,6 +19,7 @@ __all__ = [
     "all_layers",
     "all_targets",
     "backbone_of",
+    "check_target",
     "find_targets",
     "is_backbone",
     "lora_layers",

@@ -110,10 +110,18 @@ def select_targets(
         raise _nothing_matched(targets, tree.root, candidates)
     kept = _without(tree, selected, exclude)
     for target in kept:
-        if not isinstance(target.layer, LoRALayer):
-            check_adaptable(target.layer)
-            split_kernel(target.layer)
+        check_target(target)
     return kept
+
+
+def check_target(target: Target) -> None:
+    """
+    Raises:
+        ValueError: the layer is of a kind that can be adapted, and cannot be adapted itself.
+    """
+    if not isinstance(target.layer, LoRALayer):
+        check_adaptable(target.layer)
+        split_kernel(target.layer)
 
 
 def all_targets(tree: Tree) -> list[Target]:

@@ -38,7 +38,7 @@ from keras_lora.exchange.peft_files import (
     write_peft_adapter,
 )
 from keras_lora.files.adapter_files import PathLike
-from keras_lora.inject import active_names, check_names, install, plan_factors
+from keras_lora.inject import active_names, check_names, install, plan_factors, plan_layers
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     Adapter,
@@ -210,7 +210,7 @@ def load_peft_adapter(
         )
     whole = Adapter(None, [variable for variable, _ in values])
     tree = Tree.of(model)
-    plan = plan_factors(tree, name, whole, factors, values)
+    plan = plan_factors(tree, name, whole, plan_layers(tree, factors), values)
     if adapter.unknown:
         warn(f"{str(directory)!r}: left out, since they are not understood: {adapter.unknown}")
     install(tree, plan, active=not active_names(tree))
