@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 
 import keras
 import numpy as np
@@ -23,10 +22,10 @@ from keras_lora.inject import (
     check_no_dora,
     drop,
     forget_optimizer_states,
-    guard_saving,
     install,
     known_models,
     plan_factors,
+    prepare_saving,
     switch,
     unload,
     whole_adapters,
@@ -149,13 +148,15 @@ def delete_adapter(model: keras.Model, name: str) -> None:
     emptied = [layer for layer in tree.adapted if set(layer.adapters) == {name}]
     with changing(tree, emptied) if emptied else contextlib.nullcontext():
         drop(tree, name)
-    guard_saving(tree)
+    prepare_saving(tree)
     for inner in known_models(tree):
         forget_optimizer_states(inner, name)
 
 
-class scale_adapter:  # noqa: N801
-    """Let an adapter act more or less: `h = x W0 + factor * s (x A) B`.
+def scale_adapter(
+    model: keras.Model, name: str, factor: float
+) -> contextlib.AbstractContextManager[None]:
+    """Let an adapter count more or less: `h = x W0 + factor * s (x A) B`.
 
     Of DoRA the factor is on `s A B` alone, so that 0 leaves the magnitude:
     `W = m (W0 + factor * s A B) / |W0 + factor * s A B|`, as in PEFT.
@@ -167,6 +168,9 @@ class scale_adapter:  # noqa: N801
         model: An adapted model.
         name: The adapter, active or not.
         factor: A finite number; 1 is the adapter as it was trained, and -1 takes its delta away.
+
+    Returns:
+        A context manager, for a `with` statement at whose end the old factor returns.
 
     Raises:
         ValueError: the model has no such adapter, or a factor that is not finite.
@@ -182,29 +186,26 @@ class scale_adapter:  # noqa: N801
     >>> kl.lora_layers(model)["up"].adapters["default"].scaling
     1.0
     """
+    tree = Tree.of(model)
+    (name,) = check_names(tree, [name])
+    if not is_finite(factor):
+        raise invalid("factor", "a finite number", factor)
+    layers = [layer for layer in tree.adapted if name in layer.adapters]
+    before = [(layer, layer.adapters[name].scale_factor) for layer in layers]
+    for layer in layers:
+        layer.set_scale_factor(name, float(factor))
+    return _scaled(name, before)
 
-    def __init__(self, model: keras.Model, name: str, factor: float) -> None:
-        tree = Tree.of(model)
-        (self._name,) = check_names(tree, [name])
-        if not is_finite(factor):
-            raise invalid("factor", "a finite number", factor)
-        layers = [layer for layer in tree.adapted if name in layer.adapters]
-        self._before = [(layer, layer.adapters[name].scale_factor) for layer in layers]
-        for layer in layers:
-            layer.set_scale_factor(name, float(factor))
 
-    def __enter__(self) -> None:
-        """The factor is set already."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for layer, scale_factor in self._before:
-            if self._name in layer.adapters:
-                layer.set_scale_factor(self._name, scale_factor)
+@contextlib.contextmanager
+def _scaled(name: str, before: Sequence[tuple[LoRALayer, float]]) -> Iterator[None]:
+    """Entered once the factor is set; the old factors return on leaving."""
+    try:
+        yield
+    finally:
+        for layer, factor in before:
+            if name in layer.adapters:
+                layer.set_scale_factor(name, factor)
 
 
 def combine_adapters(

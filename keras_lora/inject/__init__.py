@@ -7,7 +7,7 @@ from keras_lora.inject.merge import merge_lora, merged, unload, unload_lora
 from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
 from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers, plan_of
 from keras_lora.inject.replacing import loses_dropout, misfits, replace
-from keras_lora.inject.saving import guard_saving
+from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.switching import (
     activate,
     active_names,
@@ -35,7 +35,6 @@ __all__ = [
     "check_no_dora",
     "drop",
     "forget_optimizer_states",
-    "guard_saving",
     "install",
     "known_models",
     "loses_dropout",
@@ -46,6 +45,7 @@ __all__ = [
     "plan_factors",
     "plan_layers",
     "plan_of",
+    "prepare_saving",
     "replace",
     "reset_optimizer",
     "switch",

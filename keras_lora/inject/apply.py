@@ -10,7 +10,7 @@ from keras_lora.distribution import strategy_scope
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import changing
 from keras_lora.inject.plan import Plan, PlannedLayer, make_plan, warn_of_high_ranks
-from keras_lora.inject.saving import guard_saving
+from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.switching import activate, active_names, known_models, refreeze
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
@@ -113,7 +113,7 @@ def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True)
             raise
         if active:
             refreeze(tree, plan.adapter.trained if trainable else ())
-        guard_saving(tree)
+        prepare_saving(tree)
         known_models(tree)
 
 

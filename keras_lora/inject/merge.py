@@ -13,7 +13,7 @@ from keras_lora.checks import warn
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import around, changing, refresh
 from keras_lora.inject.freezing import freeze, thaw
-from keras_lora.inject.saving import allow_saving, guard_saving
+from keras_lora.inject.saving import allow_saving, prepare_saving
 from keras_lora.inject.switching import (
     activate,
     active_names,
@@ -152,7 +152,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
             attach(layer, state).assign_base(kernel)
         tree = Tree.of(model)  # anew: the model may have changed within the context
         freeze(tree, trainable)
-        guard_saving(tree)
+        prepare_saving(tree)
         refresh(models)
 
 

@@ -11,7 +11,7 @@ from keras_lora.distribution import strategy_scope
 from keras_lora.inject.compiled import FUNCTIONS, changing, stale_when_flags_change
 from keras_lora.inject.freezing import freeze
 from keras_lora.inject.optimizers import switch_optimizer
-from keras_lora.inject.saving import guard_saving
+from keras_lora.inject.saving import prepare_saving
 from keras_lora.layers import BASE, Adapter, LoRALayer, OwnedValues, all_owned
 from keras_lora.walker import Tree
 
@@ -124,7 +124,7 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
             _move(layers, owned, names, trainable)
             refreeze(tree, extra)
     if owned:
-        guard_saving(tree)
+        prepare_saving(tree)
 
 
 def activate(tree: Tree, names: Sequence[str], trainable: bool | None = None) -> None:
