@@ -1,4 +1,4 @@
-"""Several adapters on one model: which of them act, how strongly, and which are there."""
+"""Several adapters on one model: to activate, disable, delete, scale and combine them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from keras_lora.walker import Target, Tree, all_targets
 def set_adapter(
     model: keras.Model, names: str | Sequence[str] | None, trainable: bool = True
 ) -> None:
-    """Let exactly these adapters act, and train; their deltas add up.
+    """Activate exactly these adapters, and train them; their deltas add up.
 
         h = x W0 + sum_i s_i (x A_i) B_i        over the adapters named
 
@@ -46,10 +46,10 @@ def set_adapter(
     functions that they have compiled, in a time that does not grow with the number of adapters.
     A new trace is needed only where
 
-    - more adapters act on a layer than ever did, or one of a higher rank, or the first with
+    - more adapters are active on a layer than ever were, or one of a higher rank, or the first with
       dropout or DoRA: the layer then gets new variables;
     - other variables of the base train (adapters with other `layers_to_save` or `bias`), or
-      `trainable` is not what it was: for `fit`, and the optimizer is made anew.
+      `trainable` changes: for `fit`, and the optimizer is made anew.
 
     An optimizer's moments move with the adapters, of this model and of those inside it: to train
     one adapter, then another, and then the first one again is to train it without a break. A layer
@@ -58,7 +58,7 @@ def set_adapter(
     Args:
         model: An adapted model.
         names: A name, several, or None for the base alone.
-        trainable: Whether the adapters, and what belongs to them, train.
+        trainable: Whether the adapters train, with their biases and `layers_to_save`.
 
     Raises:
         ValueError: no adapters, a name that the model does not have, or two adapters that each
@@ -80,7 +80,7 @@ def set_adapter(
 
 @contextlib.contextmanager
 def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
-    """Within the context no adapter acts: the model computes what its base does.
+    """Within the context no adapter is active: the model computes the outputs of its base.
 
     Up to the rounding of the products, which are computed as they are for adapters, so that
     nothing is traced again. No flag and no optimizer changes.
@@ -116,9 +116,9 @@ def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
 def delete_adapter(model: keras.Model, name: str) -> None:
     """Take an adapter out: its factors, and its values of biases and `layers_to_save`.
 
-    The others act as before. Where it was the last one, the model is plain again, as after
-    `unload_lora`. Layers that no other adapter uses become plain, and what is compiled is made
-    anew; else nothing is traced again.
+    The others are active, or not, as before. Where it was the last one, the model is plain again,
+    as after `unload_lora`. Layers that no other adapter uses become plain, and compiled functions
+    are made anew; where there are no such layers, nothing is traced again.
 
     Args:
         model: An adapted model.
@@ -230,10 +230,10 @@ def combine_adapters(
     - `"magnitude_prune"`, `"ties"`, `"dare_linear"`, `"dare_ties"`: as `"linear"`, of factors of
       which a share `density` is kept, in the way of each method. The ranks must be equal.
 
-    Of DoRA there is no combination: `W0 + s A B` is divided by a norm of its own in each adapter.
+    Adapters with DoRA cannot be combined: each divides `W0 + s A B` by a norm of its own.
 
-    The new adapter has the scale 1. It waits for `set_adapter`, or acts at once where none does. A
-    head or bias that one of the adapters trained goes along.
+    The new adapter has the scale 1. It waits for `set_adapter`, or is active at once where none is.
+    A head or bias that one of the adapters trained goes along.
 
     Args:
         model: An adapted model.
@@ -268,7 +268,7 @@ def combine_adapters(
         method=method, rank=rank, density=density, majority_sign=majority_sign, seed=seed
     )
     _check_weights(weights)
-    check_no_dora(tree, names, "Let them act together: set_adapter(model, [...])")
+    check_no_dora(tree, names, "Activate them together: set_adapter(model, [...])")
     values = _values_of_one(tree, names)
     targets = {target.path: target for target in all_targets(tree)}
     planned = []
@@ -319,7 +319,7 @@ def _values_of_one(tree: Tree, names: Sequence[str]) -> list[tuple[keras.Variabl
                 "weights",
                 f"adapters of which one at most has its own '{item.variable.path}'",
                 owners,
-                "there is no combination of heads: leave all but one out",
+                "heads cannot be combined: leave out all of these except one",
             )
         values += [(item.variable, item.value(name)) for name in owners]
     return values

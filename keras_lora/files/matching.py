@@ -1,4 +1,4 @@
-"""An adapter from files meets a model: what belongs to which layer, and what does not fit."""
+"""An adapter from files meets a model: its layers are found, and misfits are reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter read from files, and what of a model it is for."""
+    """An adapter read from files, and the layers and variables of a model that it is for."""
 
     layers: Sequence[PlannedLayer]
     values: Sequence[tuple[keras.Variable, np.ndarray]]
@@ -76,7 +76,7 @@ class _Reader:
             raise self._error(
                 f"an adapter of a base with the shapes of {model.name!r} ({type(model).__name__})",
                 f"one of {base.get('name')!r} ({base.get('class')})",
-                "load it into that base; allow_other_base=True takes what fits",
+                "load it into that base; allow_other_base=True takes the layers that fit",
             )
 
     def layers(self) -> list[PlannedLayer]:
@@ -116,7 +116,7 @@ class _Reader:
         )
 
     def report(self, allow_absent: bool, any_layer: bool) -> None:
-        """Raises all that does not fit as one error; warns of what is left out."""
+        """Raise all misfits as one error; warn of keys that are left out."""
         problems = [*self._wrong, *(f"{key}: not expected" for key in self._surplus())]
         if not allow_absent:
             problems += [f"{key}: the model has no such layer or variable" for key in self._absent]
@@ -166,7 +166,7 @@ class _Reader:
 
 def check_fields(directory: PathLike, config: dict[str, Any]) -> None:
     """Raises:
-    AdapterFileError: a config without what every adapter's has.
+    AdapterFileError: a config without a field that every adapter's config has.
     """
     kinds = {"spec": dict, "layer_specs": dict, "base": dict, "variables": list}
     kinds |= {"trained": list}

@@ -54,20 +54,20 @@ def save_adapter(
 ) -> None:
     """Write one adapter: its factors, and its values of biases and `layers_to_save`.
 
-    `adapter.safetensors` holds everything; `adapter_config.json` says the same for people, without
-    the tensors. A process that is killed at any moment leaves the old adapter or the new one.
+    `adapter.safetensors` has everything; `adapter_config.json` repeats the config for people. A
+    process that is killed at any moment leaves the old adapter or the new one.
 
     Args:
         model: An adapted model.
         directory: Where to; made if it does not exist.
         name: The adapter, active or not. Its name is not written: it is given when loading.
-        overwrite: Replace an adapter that is there.
+        overwrite: Replace an adapter that the directory contains.
         dtype: `"float32"`, or `"float16"` or `"bfloat16"` for half the bytes, rounded once.
 
     Raises:
         ValueError: the model has no such adapter, or an unknown dtype.
-        AdapterFileError: an adapter is there and `overwrite` is false, values are not finite (in
-            that dtype), or the files cannot be written.
+        AdapterFileError: the directory contains an adapter and `overwrite` is false, values are
+            not finite (in that dtype), or the files cannot be written.
 
     Example:
 
@@ -99,11 +99,11 @@ def load_adapter(
 ) -> None:
     """Add an adapter from files to a model, which need not be adapted yet.
 
-    Where no adapter acts, it acts and trains at once; else it waits for `set_adapter`, and nothing
-    changes for the others.
+    Where no adapter is active, the new one is active and trains at once. Otherwise it waits for
+    `set_adapter`, and nothing changes for the others.
 
     With `replace`, it takes the place of the adapter of that name, with another scale and of the
-    same rank or a lower one, and with DoRA only where one with DoRA acted before. Only values
+    same rank or a lower one, and with DoRA only where one with DoRA was active before. Only values
     change: nothing is traced again, and a service changes its task between two requests. Layers of
     the old adapter that the new one lacks have none.
 
@@ -116,8 +116,8 @@ def load_adapter(
             left out is listed in a warning.
 
     Raises:
-        ValueError: a name that is taken (or, to replace, is not there), or layers that cannot be
-            adapted.
+        ValueError: a name that is taken (or, to replace, that the model does not have), or layers
+            that cannot be adapted.
         AdapterFileError: the files are damaged, belong to another base, or do not fit; everything
             that does not fit is listed. The model is then as it was.
 
@@ -189,7 +189,7 @@ def _plain_config(whole: Adapter | None, paths: Sequence[str]) -> dict[str, Any]
     if whole is None or whole.config is None:
         return None
     config = whole.config
-    # A function has no place in a file, and what it selected has.
+    # A file cannot contain a function: it gets the paths that the function selected.
     return (
         dataclasses.replace(config, targets=paths) if callable(config.targets) else config
     ).to_dict()

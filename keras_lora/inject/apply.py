@@ -38,7 +38,7 @@ def apply_lora(
     checkpoints of the base still fit. Afterwards exactly the adapters, the biases that
     `config.bias` selects and `config.layers_to_save` train. A fresh adapter changes no output.
 
-    Called again with another name it adds a second adapter, which then acts and trains alone;
+    Called again with another name it adds a second adapter, which is then active and trains alone;
     `set_adapter` switches. Each adapter has its own values of the biases and layers that it trains.
 
     The compiled functions of every model around the layers are dropped and made anew when next

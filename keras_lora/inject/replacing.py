@@ -36,14 +36,14 @@ def replace(tree: Tree, plan: Plan) -> None:
 
 
 def misfits(tree: Tree, plan: Plan) -> list[str]:
-    """What keeps an adapter from the place of the one of its name, so that none is traced again."""
+    """Reasons why an adapter cannot take the place of the one of its name without a new trace."""
     layers, active = tree.adapted_by_path, active_names(tree)
     found = [_misfit(layers.get(x.target.path), x, active, plan.name) for x in plan.layers]
     owned = {
         id(item.variable) for item in all_owned(tree.root.variables) if plan.name in item.names
     }
     of_one = owned ^ {id(variable) for variable in plan.owned}
-    keys = [f"{tree.variable_keys[i]}: of one of the two only" for i in of_one]
+    keys = [f"{tree.variable_keys[i]}: owned by one of the two adapters only" for i in of_one]
     return [problem for problem in found if problem is not None] + keys
 
 

@@ -1,4 +1,4 @@
-"""Which files can hold an adapted model, and the refusal of the others."""
+"""The files that can contain an adapted model, and the refusal of the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keras_lora.walker import Layer, Tree
 
 
 def prepare_saving(tree: Tree) -> None:
-    """Tell Keras's savers of an adapted model: what to write beside it, and what to refuse."""
+    """Prepare an adapted model for Keras's savers: further values to write, and files to refuse."""
     keep_owned_values(tree)
     guard_saving(tree)
 
@@ -75,7 +75,7 @@ def _config_holds(tree: Tree) -> bool:
         return False
     try:
         return _count_adapted(tree.root.get_config()) == len(layers)
-    except Exception:  # a get_config of somebody else's that fails, in whatever way
+    except Exception:  # a user's get_config may fail in any way
         return False
 
 

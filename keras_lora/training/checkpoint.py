@@ -1,4 +1,4 @@
-"""What acts during training: `AdapterCheckpoint`."""
+"""`AdapterCheckpoint`: an adapter is saved while it trains, and a killed run goes on."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     - in `directory` the adapter, as `save_adapter` writes it. With `save_best_only` it is the best
       one so far;
-    - in `directory/training_state` what it takes to go on: every value that trains, the optimizer,
+    - in `directory/training_state` the state of the run: every value that trains, the optimizer,
       the seeds of dropout, the metrics, the epoch and the batch, and the best value so far. It is
       written when training begins, at every save and when training ends.
 
-    When `fit` begins and such a state is there, the run goes on from it: an epoch that was done is
-    not trained again, and in a broken epoch the batches that were done are read and passed over.
-    What was lost is the work since the last save. The weights at the end are those of an unbroken
-    run, given that the data of an epoch come in the same order again: `shuffle=False`, or a
-    dataset whose order does not depend on the epochs before. Of a run that has ended only the
-    weights are loaded, with a warning, unless `fit` is asked for more epochs now.
+    When `fit` begins and the directory has such a state, the run goes on from it: an epoch that was
+    done is not trained again, and in a broken epoch the batches that were done are read and passed
+    over. Only the work since the last save is lost. The weights at the end are those of an unbroken
+    run, given that the data of an epoch come in the same order again: `shuffle=False`, or a dataset
+    whose order does not depend on the epochs before. Of a run that has ended only the weights are
+    loaded, with a warning, unless `fit` is asked for more epochs now.
 
     Not part of the state: other callbacks (the patience of `EarlyStopping`), and variables that
     change though they are frozen. One directory belongs to one call of `fit`.
 
     Args:
         directory: Where to.
-        name: The adapter that is saved. It must act and train.
+        name: The adapter that is saved. It must be active and train.
         monitor: The name in the logs that tells the best, such as `"val_loss"`.
         verbose: 1 prints a line for each save.
         save_best_only: Replace the adapter only where `monitor` improved.
-        mode: `"min"`, `"max"`, or `"auto"`: what Keras knows of the metric of that name.
+        mode: `"min"`, `"max"`, or `"auto"`: as Keras knows the metric of that name.
         save_freq: `"epoch"`, or a number of batches.
         initial_value_threshold: The value that the first best has to beat.
         overwrite: Start anew where another run has ended, and replace its adapter.
@@ -165,7 +165,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         if "{" in os.fspath(self.directory):
             raise invalid(
                 "directory",
-                "a plain path: there is one adapter, which is replaced",
+                "a plain path: it contains one adapter, which is replaced",
                 self.directory,
                 "give each run a directory of its own",
             )
@@ -182,7 +182,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         if not any(layer.trains_adapters for layer in trains):
             raise ValueError(
                 f"Expected an adapter that trains. Received: name={self.name!r}, while "
-                f"{active_names(tree)} act. Call set_adapter(model, {self.name!r}) first."
+                f"{active_names(tree)} are active. Call set_adapter(model, {self.name!r}) first."
             )
 
     def _found_state(self) -> RunState | None:
@@ -193,9 +193,9 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             return None if anew else state
         if (self.directory / TENSORS_FILE).exists() and not (self.overwrite or self._own):
             raise AdapterFileError(
-                f"Invalid {str(self.directory)!r}: expected no adapter there, or one with the "
-                "state of its training. Received: an adapter without; choose another directory, "
-                "or pass overwrite=True to replace it."
+                f"Invalid {str(self.directory)!r}: expected a directory without an adapter, or "
+                "with the state of its training too. Received: an adapter alone; choose another "
+                "directory, or pass overwrite=True to replace it."
             )
         return None
 
