@@ -43,10 +43,9 @@ from keras_lora.layers import (
     LayerAdapter,
     LoRALayer,
     all_owned,
-    is_table,
-    kernel_shape,
+    family_of,
     output_norms,
-    split_kernel,
+    site_of,
 )
 from keras_lora.walker import Tree, backbone_of, walk
 
@@ -207,8 +206,8 @@ def _modules(
 def _part(layer: LoRALayer, name: str, block: Block) -> KernelPart:
     adapter = layer.adapters[name]
     factors = np.array(adapter.a), np.array(adapter.b)
-    a, b = split_kernel(layer).matrices(*factors, kernel_shape(layer))
-    return KernelPart(block, a[0], b[0], adapter.acting_spec, is_table(layer))
+    a, b = site_of(layer).split().matrices(*factors, site_of(layer).shape)
+    return KernelPart(block, a[0], b[0], adapter.acting_spec, family_of(layer) == "embedding")
 
 
 def _with_magnitudes(
@@ -234,7 +233,7 @@ def _with_magnitudes(
 
 def _magnitude(layer: keras.layers.Layer, adapter: LayerAdapter | None) -> Array:
     if adapter is None or adapter.magnitude is None:
-        return output_norms(layer, adapter)
+        return output_norms(site_of(layer), adapter)
     return np.array(adapter.magnitude)
 
 
@@ -256,7 +255,7 @@ def _trained_apart(saved: Collection[str], modules: Collection[str]) -> tuple[st
 
 def _stored_transposed(layers: Mapping[str, LoRALayer], weights: HuggingFaceWeights) -> bool:
     """PEFT's `fan_in_fan_out`, which concerns only linear modules."""
-    linear = [path for path, layer in layers.items() if not is_table(layer)]
+    linear = [path for path, layer in layers.items() if family_of(layer) != "embedding"]
     return any(weights.blocks[path][0].stored_transposed for path in linear)
 
 
