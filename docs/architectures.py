@@ -26,10 +26,10 @@ from support.models import randomize_adapters
 from support.peft_models import CASES, KERAS_OPTIONS
 
 import keras_lora as kl
-from keras_lora.exchange.converters import HubWeights, hub_blocks
+from keras_lora.exchange.converters import HuggingFaceWeights, hugging_face_weights
 from keras_lora.exchange.converters.converters import converter_modules
-from keras_lora.exchange.peft.embeddings import refused_tables
-from keras_lora.exchange.peft.factors import blocks_by_module
+from keras_lora.exchange.peft.embeddings import refused_embeddings
+from keras_lora.exchange.peft.kernels import blocks_by_module
 
 PAGE = Path("docs/architectures.md")
 HEAD = """\
@@ -88,7 +88,7 @@ class Row:
     def cells(self) -> list[str]:
         config = NEEDS_CONFIG.get(self.model_type)
         options: dict[str, Any] = {"transformers_config": config, "model_type": self.model_type}
-        weights = exchanged(self.backbone, hub_blocks(self.backbone, **options))
+        weights = exchanged(self.backbone, hugging_face_weights(self.backbone, **options))
         check_exchange(self.backbone, weights, options)
         return [
             f"`{type(self.backbone).__name__}`",
@@ -99,14 +99,16 @@ class Row:
         ]
 
 
-def exchanged(backbone: keras.Model, weights: HubWeights) -> HubWeights:
-    """Without the tables that are refused."""
-    tables = refused_tables(backbone, weights)
-    blocks = {path: found for path, found in weights.blocks.items() if path not in tables}
-    return dataclasses.replace(weights, blocks=blocks, refused={**weights.refused, **tables})
+def exchanged(backbone: keras.Model, weights: HuggingFaceWeights) -> HuggingFaceWeights:
+    """Without the embeddings that are refused."""
+    embeddings = refused_embeddings(backbone, weights)
+    blocks = {path: found for path, found in weights.blocks.items() if path not in embeddings}
+    return dataclasses.replace(weights, blocks=blocks, refused={**weights.refused, **embeddings})
 
 
-def check_exchange(backbone: keras.Model, weights: HubWeights, options: dict[str, Any]) -> None:
+def check_exchange(
+    backbone: keras.Model, weights: HuggingFaceWeights, options: dict[str, Any]
+) -> None:
     """An adapter on all layers that have a place is the same after PEFT's files."""
     placed = placed_layers(weights)
     config = kl.LoRAConfig(rank=2, targets=lambda target: target.path in placed)
@@ -124,13 +126,13 @@ def check_exchange(backbone: keras.Model, weights: HubWeights, options: dict[str
     kl.unload_lora(backbone)
 
 
-def placed_layers(weights: HubWeights) -> set[str]:
+def placed_layers(weights: HuggingFaceWeights) -> set[str]:
     return {path for blocks in blocks_by_module(weights).values() for path in blocks}
 
 
-def layers_cell(weights: HubWeights) -> str:
+def layers_cell(weights: HuggingFaceWeights) -> str:
     placed = placed_layers(weights)
-    bare = dict.fromkeys(set(weights.blocks) - placed, "a bare parameter there")
+    bare = dict.fromkeys(set(weights.blocks) - placed, "a bare parameter in the Hugging Face model")
     refused = {**weights.refused, **bare}
     found, total = len(placed), len(placed) + len(refused)
     if found == total:
@@ -141,7 +143,7 @@ def layers_cell(weights: HubWeights) -> str:
     return f"{found} of {total}; not {names}: {'; '.join(reasons)}"
 
 
-def modules_of(weights: HubWeights) -> list[str]:
+def modules_of(weights: HuggingFaceWeights) -> list[str]:
     """The names of the modules, in the order of the model; how many layers share one."""
     fused: dict[str, int] = {}
     for module, blocks in blocks_by_module(weights).items():

@@ -19,7 +19,8 @@ from keras_lora.exchange.keras_hub.adapter import (
     load_keras_hub_lora,
     save_keras_hub_lora,
 )
-from keras_lora.exchange.peft.adapter import load_peft_adapter, save_peft_adapter
+from keras_lora.exchange.peft.loading import load_peft_adapter
+from keras_lora.exchange.peft.saving import save_peft_adapter
 from keras_lora.export import on_first_use
 from keras_lora.export.reports import GraphReport, RuntimeReport
 from keras_lora.files.adapter_files import read_adapter_config, read_adapter_files

@@ -31,7 +31,7 @@ from keras_lora.inject import (
     whole_adapters,
 )
 from keras_lora.layers import Adapter, LoRALayer, all_owned, kernel_shape, split_kernel
-from keras_lora.lowrank.combining import Combination, Term, combine
+from keras_lora.lowrank.combining import Combination, WeightedFactors, combine
 from keras_lora.walker import Target, Tree, all_targets
 
 
@@ -283,15 +283,17 @@ def combine_adapters(
     install(tree, plan, active=not active_names(tree))
 
 
-def _term(layer: LoRALayer, name: str, weight: float) -> Term:
+def _term(layer: LoRALayer, name: str, weight: float) -> WeightedFactors:
     adapter = layer.adapters[name]
     a, b = split_kernel(layer).matrices(
         np.array(adapter.a), np.array(adapter.b), kernel_shape(layer)
     )
-    return Term(a, b, weight * adapter.scaling)
+    return WeightedFactors(a, b, weight * adapter.scaling)
 
 
-def _combined(target: Target, terms: Sequence[Term], options: Combination) -> PlannedLayer:
+def _combined(
+    target: Target, terms: Sequence[WeightedFactors], options: Combination
+) -> PlannedLayer:
     try:
         a, b = combine(terms, options)
     except ValueError as error:

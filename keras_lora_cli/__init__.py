@@ -1,7 +1,7 @@
 """The command `keras-lora`.
 
-A package of its own, since `keras_lora` imports TensorFlow, which takes seconds: help, completion
-and errors of typing come at once, and what a command needs is imported when it runs.
+A package of its own, since `keras_lora` imports Keras and its backend, which take seconds: help,
+completion and errors of typing come at once, and each command imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: What is typed after `keras-lora`; by default what was.
+        arguments: The words after `keras-lora`; by default the words of this process.
 
     Returns:
-        The exit code: 0 where all is well, 1 for a negative answer, 2 for an error.
+        The exit code: 0 if all is well, 1 for a negative answer, 2 for an error.
     """
-    # TensorFlow's notices of processors that it found.
+    # Without TensorFlow's notices of the processors that it found.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         importlib.import_module("typer")

@@ -1,6 +1,6 @@
 """The commands whose subject is an adapter: arguments, options and help.
 
-What they do imports TensorFlow, which takes seconds; so each imports it when it runs.
+What a command needs is imported when it runs: Keras and its backend take seconds.
 """
 
 from __future__ import annotations
@@ -38,25 +38,27 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the tensors in a directory: float32, float16 or bfloat16.")
+        str,
+        typer.Option(help="Of a directory's tensors: float32, float16 or bfloat16."),
     ] = "float32",
     rank: Annotated[
-        int | None, typer.Option(help="Truncate a .lora.h5 file to this rank, and say the error.")
+        int | None,
+        typer.Option(help="Truncate a .lora.h5 file to this rank; prints the error."),
     ] = None,
     prefix: Annotated[
         str | None,
-        typer.Option(help="To PEFT: what the modules' names begin with, such as 'transformer.'."),
+        typer.Option(help="To PEFT: the prefix of the modules' names, such as 'transformer.'."),
     ] = None,
     base_model_name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="To PEFT: its base_model_name_or_path."),
+        typer.Option(metavar="NAME", help="To PEFT: the field base_model_name_or_path."),
     ] = None,
     layer_names: Annotated[
         list[str] | None,
         typer.Option(
             "--layer",
             metavar="NAME",
-            help="To .lora.h5: a name of enable_lora's target_layer_names.",
+            help="To .lora.h5: a name in the target_layer_names of enable_lora.",
         ),
     ] = None,
     task: o.Task = None,
@@ -71,8 +73,8 @@ def convert(
     """Write an adapter in another format.
 
     PEFT, KerasHub and keras_lora name and shape the factors in their own ways, so the base is
-    needed: its architecture, not its weights. Without one, an adapter can be written in its own
-    format with another dtype.
+    needed: its architecture, not its weights. Without a base, an adapter can be written in its
+    own format with another dtype.
     """
     with steps(3) as bar:
         with bar.starting():
@@ -115,11 +117,12 @@ def diff(
     config_file: o.ConfigFile = None,
     as_json: o.AsJson = False,  # noqa: ARG001
 ) -> Answer:
-    """Compare two adapters: what each adds to a layer, their heads and biases, their configs.
+    """Compare two adapters: their deltas of each layer, their heads and biases, their configs.
 
-    The distance of two deltas D = s A B is |D1 - D2| by the larger of |D1| and |D2| (Frobenius),
-    so it does not matter how a delta is factored. Exit code 0 where all distances are within the
-    tolerance, and 1 where one is not; the configs have no vote. Two formats need --base.
+    The distance of two deltas D = s A B is |D1 - D2| divided by the larger of |D1| and |D2|
+    (Frobenius norms), so it does not matter how a delta is factored. The exit code is 0 if all
+    distances are within the tolerance, and 1 otherwise; differences of the configs are listed and
+    do not count. Adapters of two formats need --base.
     """
     with steps(3) as bar:
         with bar.starting():

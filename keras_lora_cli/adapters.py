@@ -1,4 +1,4 @@
-"""Adapters of every format in one form: read without a model, or through the one they belong to."""
+"""Adapters of every format in one form, read from files alone or through their model."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from keras_lora.exchange.keras_hub.h5 import read_keras_hub_lora
 from keras_lora.exchange.peft_files import PeftModule, read_peft_adapter
 from keras_lora.files.keys import owned_by, stable_layers
 from keras_lora.files.saving import adapter_tensors
-from keras_lora.layers import kernel_shape, split_kernel
-from keras_lora.lowrank.combining import Array, Term
+from keras_lora.layers import (
+    site_of,
+)
+from keras_lora.lowrank.combining import Array, WeightedFactors
 from keras_lora.walker import Tree
 from keras_lora_cli.paths import ADAPTER_CONFIG_FILE, ADAPTERS, Kind, check_kind, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What an adapter adds to one layer: `scale * a @ b`, in the shapes of the file.
+    """An adapter's part on one layer: the delta `scale * a @ b`, in the shapes of the file.
 
     Attributes:
         rank: The inner size.
-        alpha: Numerator of the scale; None in files that have none.
+        alpha: Numerator of the scale; None if the files have no alpha.
         scale: The factor in front of the product.
         a: The first factor as it is stored.
-        b: The second one.
-        matrices: Both as `(shared, d, r)` and `(shared, r, k)`; None where the shapes alone do
-            not tell them.
+        b: The second factor as it is stored.
+        matrices: The factors as `(shared, d, r)` and `(shared, r, k)`; None if the shapes alone
+            do not say which axes these are.
         extras: Further values of the layer, such as DoRA's magnitude, by name.
     """
 
@@ -46,9 +48,9 @@ class Layer:
     extras: Mapping[str, Array] = field(default_factory=dict)
 
     @property
-    def term(self) -> Term | None:
-        """The delta, where the matrices are known; a copy of them in float64."""
-        return Term(*self.matrices, self.scale) if self.matrices else None
+    def term(self) -> WeightedFactors | None:
+        """The delta, with copies of the factors in float64; None if the matrices are not known."""
+        return WeightedFactors(*self.matrices, self.scale) if self.matrices else None
 
     @property
     def parameters(self) -> int:
@@ -62,9 +64,9 @@ class Adapter:
     Attributes:
         kind: The format of its files.
         layers: By the path or the number of the layer, or the name of the module.
-        values: Heads and biases that belong to it, by name.
-        config: What its files say beside the tensors; empty for a `.lora.h5` file.
-        unknown: Tensors that are not understood.
+        values: Its heads and biases, by name.
+        config: The configuration in its files; empty for a `.lora.h5` file.
+        unknown: The names of tensors that are no known part of an adapter.
     """
 
     kind: Kind
@@ -76,7 +78,7 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class PeftOptions:
-    """What the exchange with PEFT may need to be told; see `keras_lora.load_peft_adapter`."""
+    """The options of `keras_lora.load_peft_adapter`, which explains each."""
 
     heads: Mapping[str, str] = field(default_factory=dict)
     model_type: str | None = None
@@ -87,7 +89,7 @@ def read_adapter(path: str) -> Adapter:
     """Read an adapter of any format, without the model that it belongs to.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the path has no adapter.
         AdapterFileError: its files are damaged.
     """
     return _READERS[check_kind(path, ADAPTERS)](path)
@@ -104,7 +106,7 @@ def load_into(
     """Add an adapter of any format to a model.
 
     Returns:
-        What came of the layers of a KerasHub file; nothing for the other formats.
+        The converted layers of a KerasHub file; an empty list for the other formats.
     """
     kind = check_kind(path, ADAPTERS)
     if kind is Kind.KERAS_HUB:
@@ -117,17 +119,18 @@ def load_into(
 
 
 def adapter_of(model: keras.Model, name: str, path: str) -> Adapter:
-    """What `load_into` has added to a model from a path, in the same form."""
+    """The adapter that `load_into` has added to a model from a path, in this module's form."""
     kind, tree = check_kind(path, ADAPTERS), Tree.of(model)
     keys, tensors = tree.variable_keys, adapter_tensors(tree, name)
     values = {keys[id(item.variable)]: item.value(name) for item in owned_by(tree, name)}
     factors = {key: value for key, value in tensors.items() if key not in values}
     layers = {}
-    for place, layer in stable_layers(tree).items():
+    for owner, layer in stable_layers(tree).items():
         if name in layer.adapters:
-            found = _layer(layer.adapters[name].acting_spec, _at(place, factors))
-            matrices = split_kernel(layer).matrices(found.a, found.b, kernel_shape(layer))
-            layers[place] = replace(found, matrices=matrices)
+            found = _layer(layer.adapters[name].acting_spec, _at(owner, factors))
+            site = site_of(layer)
+            matrices = site.split().matrices(found.a, found.b, site.shape)
+            layers[owner] = replace(found, matrices=matrices)
     config = _CONFIG_READERS[kind](path)
     return Adapter(kind=kind, layers=layers, values=values, config=config)
 
@@ -138,45 +141,45 @@ def _read_native(path: str) -> Adapter:
     values = {key: tensors[key] for key in config.get("variables", ()) if key in tensors}
     factors = {key: value for key, value in tensors.items() if key not in values}
     layers, unknown = {}, []
-    for place in dict.fromkeys(key.rpartition("/")[0] for key in factors):
-        found = _at(place, factors)
+    for owner in dict.fromkeys(key.rpartition("/")[0] for key in factors):
+        found = _at(owner, factors)
         if found.keys() >= {"lora_a", "lora_b"}:
-            layer = _layer(_native_spec(path, place, config), found)
-            layers[place] = replace(layer, matrices=_matrices(layer))
+            layer = _layer(_native_spec(path, owner, config), found)
+            layers[owner] = replace(layer, matrices=_matrices(layer))
         else:
-            unknown += [f"{place}/{name}" for name in found]
+            unknown += [f"{owner}/{name}" for name in found]
     return Adapter(
         kind=Kind.NATIVE, layers=layers, values=values, config=config, unknown=tuple(unknown)
     )
 
 
-def _at(place: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+def _at(owner: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
     """The tensors of one layer, by the last part of their keys."""
     keys = {key: key.rpartition("/") for key in tensors}
-    return {name: tensors[key] for key, (owner, _, name) in keys.items() if owner == place}
+    return {name: tensors[key] for key, (of, _, name) in keys.items() if of == owner}
 
 
-def _native_spec(path: str, place: str, config: Mapping[str, Any]) -> kl.AdapterSpec:
+def _native_spec(path: str, owner: str, config: Mapping[str, Any]) -> kl.AdapterSpec:
     try:
-        return kl.AdapterSpec(**config["layer_specs"].get(place, config["spec"]))
+        return kl.AdapterSpec(**config["layer_specs"].get(owner, config["spec"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterFileError(
-            f"Invalid {path!r}: expected a spec for each layer. Received for {place!r}: "
+            f"Invalid {path!r}: expected a spec for each layer. Received for {owner!r}: "
             f"{type(error).__name__}: {error}; save the adapter again."
         ) from error
 
 
 def _layer(spec: kl.AdapterSpec, tensors: Mapping[str, Array]) -> Layer:
-    """A layer from the tensors that this package has for it; the matrices are to be found."""
+    """A layer from the tensors of a native adapter, without its matrices."""
     extras = dict(tensors)
     a, b = extras.pop("lora_a"), extras.pop("lora_b")
     return Layer(rank=spec.rank, alpha=spec.alpha, scale=spec.scaling, a=a, b=b, extras=extras)
 
 
 def _matrices(layer: Layer) -> tuple[Array, Array] | None:
-    """Those of factors `(shared..., d..., r)` and `(shared..., r, k...)`.
+    """The matrices of factors `(shared..., d..., r)` and `(shared..., r, k...)`.
 
-    None where the shapes fit several numbers of shared axes, or none.
+    None if the shapes fit several numbers of shared axes, or no number.
     """
     a, b, rank = layer.a, layer.b, layer.rank
     fitting = [

@@ -1,4 +1,4 @@
-"""What all commands have in common: how they are declared, run, answered and refused."""
+"""The frame of all commands: how they are declared and run, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TRACEBACK = "KERAS_LORA_TRACEBACK"
 
 app = typer.Typer(
     name="keras-lora",
-    help="LoRA adapters of Keras models: look at them, merge, convert, compare and export them.\n\n"
+    help="LoRA adapters of Keras models: inspect, merge, convert, compare and export them.\n\n"
     "Exit codes: 0 all is well, 1 the answer is no (diff: they differ; check: a server cannot run "
-    f"it), 2 an error. With {TRACEBACK}=1 an error shows where it comes from.",
+    f"it), 2 an error. With {TRACEBACK}=1 an error has its traceback.",
     rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -27,7 +27,7 @@ EXAMPLES: dict[str, Sequence[str]] = {}
 
 
 def command(*examples: str) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
-    """Make a function a command, whose docstring and examples are its help."""
+    """Make a function a command; its docstring and the examples are the help."""
 
     def decorate(function: Callable[..., Answer]) -> Callable[..., None]:
         name = function.__name__.replace("_", "-")
@@ -50,9 +50,9 @@ def _show(function: Callable[[], Answer], as_json: bool) -> None:
         with speaking():
             answer = function()
         answer.show(as_json)
-    except BrokenPipeError:  # as of `| head`, which typer ends quietly
+    except BrokenPipeError:  # from `| head`, for example; typer ends quietly
         raise
-    except Exception as error:  # whatever Keras and TensorFlow may raise
+    except Exception as error:  # Keras and its backend may raise any class
         if os.environ.get(TRACEBACK):
             raise
         known = isinstance(error, ValueError | OSError | ImportError)
@@ -67,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return app(list(arguments), prog_name="keras-lora", standalone_mode=False) or 0
     except typer.TyperException as error:
-        if error.format_message():  # none where help was shown instead
+        if error.format_message():  # empty if the help was shown
             complain("error", error.format_message())
         return 2
 
@@ -87,4 +87,4 @@ def _main(
         ),
     ] = False,
 ) -> None:
-    """Only for its options."""
+    """The command without a subcommand: its options alone."""

@@ -27,17 +27,17 @@ from keras_lora_cli.paths import (
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """Where a model is, and how to load it.
+    """The path of a model, and how to load it.
 
     Attributes:
         path: A `.keras` file, the directory of a preset or of a Hugging Face model, or a handle
             that KerasHub's `from_preset` takes.
-        task: The class of KerasHub that a preset is loaded as; that of its `task.json` by
-            default, or the backbone.
+        task: The KerasHub class to load a preset as; by default the class in its `task.json`,
+            or the backbone.
         arguments: Further arguments of `from_preset`.
         preprocessor: Whether a task gets its preprocessor, for which a directory needs the
             tokenizer's files.
-        modules: Modules to import first, which register classes of one's own.
+        modules: Modules to import first, which register the user's own classes.
     """
 
     path: str
@@ -51,12 +51,12 @@ def load_base(base: Base, *, weights: bool = True) -> keras.Model:
     """Load a model; nothing is unpickled.
 
     Args:
-        base: What to load.
-        weights: False where the architecture is enough. A preset then gets random weights and
-            no preprocessor.
+        base: The model to load.
+        weights: False if the architecture is enough. A preset then gets random weights and no
+            preprocessor.
 
     Raises:
-        ValueError: there is no such model, or it cannot be loaded.
+        ValueError: the path has no such model, or the model cannot be loaded.
     """
     kind = check_kind(base.path, BASES)
     _import(base.modules)
@@ -77,8 +77,10 @@ def keras_hub() -> Any:
     try:
         return importlib.import_module("keras_hub")
     except ImportError as error:
-        message = 'KerasHub is needed for this model: pip install "keras-lora[nlp]"'
-        raise ImportError(f"{message} ({error})") from error
+        raise ImportError(
+            f"Expected KerasHub, which this model needs. Received: {error}; "
+            'pip install "keras-lora[nlp]".'
+        ) from error
 
 
 def _from_file(path: str) -> keras.Model:
@@ -113,7 +115,7 @@ def _from_preset(base: Base, weights: bool) -> keras.Model:
 
 
 def _task_class(base: Base, models: Any) -> Any:
-    """The class that is asked for, or that a local preset was saved from."""
+    """The class of `--task`, or the class that a local preset was saved from."""
     if base.task is not None:
         if not isinstance(vars(models).get(base.task), type):
             fix = "for example CausalLM, TextClassifier or BertTextClassifier"
@@ -130,7 +132,7 @@ def _task_class(base: Base, models: Any) -> Any:
 
 
 def _import(modules: Sequence[str]) -> None:
-    # As `python -m` has it; a command has not.
+    # The working directory, from which `python -m` imports and an installed command does not.
     if modules and "" not in sys.path:
         sys.path.insert(0, "")
     for module in modules:

@@ -25,17 +25,17 @@ _NAME = "converted"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What to write.
+    """The adapter to write.
 
     Attributes:
-        path: Where to.
-        kind: The format; told by the path and the source where it is None.
-        dtype: Of the tensors; a `.lora.h5` file has float32 only.
-        rank: To truncate a `.lora.h5` source to.
+        path: The path to write.
+        kind: The format; if None, the path and the source decide.
+        dtype: The type of the tensors; a `.lora.h5` file has float32 only.
+        rank: The rank to truncate a `.lora.h5` source to.
         prefix: As in `keras_lora.save_peft_adapter`.
-        base_model_name: As there.
-        layer_names: As `target_layer_names` in `keras_lora.save_keras_hub_lora`.
-        overwrite: Replace an adapter that is there.
+        base_model_name: As in `keras_lora.save_peft_adapter`.
+        layer_names: The `target_layer_names` of `keras_lora.save_keras_hub_lora`.
+        overwrite: Replace an adapter at the path.
     """
 
     path: str
@@ -77,11 +77,11 @@ def _default_kind(source: Kind, path: str) -> Kind:
 
 
 def _rewrite(source: str, kind: Kind, to: Kind, target: Target) -> None:
-    """Without a model: the tensors under the names that they have."""
+    """Write the tensors under the names that they have, without a model."""
     if kind is not to or kind is Kind.KERAS_HUB:
         raise ValueError(
-            "Expected a --base, whose layers tell the names and the shapes. Received: none, to "
-            f"make {NAMES[to]} of {NAMES[kind]}; give the model that the adapter belongs to."
+            "Expected a --base, whose layers give the names and the shapes. Received: none, to "
+            f"convert {NAMES[kind]} to {NAMES[to]}; give the model that the adapter belongs to."
         )
     if kind is Kind.PEFT:
         _rewrite_peft(source, target)
@@ -96,7 +96,7 @@ def _rewrite(source: str, kind: Kind, to: Kind, target: Target) -> None:
 def _rewrite_peft(source: str, target: Target) -> None:
     adapter = read_peft_adapter(source)
     if adapter.unknown:
-        complain("warning", f"left out, since they are not understood: {list(adapter.unknown)}")
+        complain("warning", f"unknown tensors are left out: {list(adapter.unknown)}")
     named = {"base_model_name_or_path": target.base_model_name} if target.base_model_name else {}
     write_peft_adapter(
         target.path,
@@ -124,7 +124,7 @@ def _write(model: keras.Model, to: Kind, target: Target, options: PeftOptions) -
 def _answer(
     source: str, kind: Kind, path: str, to: Kind, converted: Sequence[kl.ConvertedLayer]
 ) -> Answer:
-    """What was written, read again."""
+    """A description of the adapter that was written, read again from its files."""
     written = read_adapter(path)
     data: dict[str, Any] = {
         "source": source,
@@ -141,5 +141,5 @@ def _answer(
     views: list[Any] = [facts({**shown, "size": shown_bytes(data["bytes"])})]
     if converted:
         rows = [(x.path, x.file_rank, x.rank, x.error) for x in converted]
-        views.append(table("Converted", ("layer", "rank there", "rank here", "error"), rows))
+        views.append(table("Converted", ("layer", "rank in the file", "rank", "error"), rows))
     return Answer(data, views)

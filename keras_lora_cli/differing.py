@@ -1,4 +1,4 @@
-"""`diff`: what sets two adapters apart."""
+"""`diff`: the differences of two adapters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_lora.checks import invalid, is_finite
-from keras_lora.lowrank.combining import Array, Term
+from keras_lora.lowrank.combining import Array, WeightedFactors
 from keras_lora.lowrank.distances import Distance, array_distance, delta_distance
 from keras_lora_cli.adapters import Adapter, Layer, PeftOptions, adapter_of, load_into, read_adapter
 from keras_lora_cli.bases import Base, load_base
@@ -25,7 +25,7 @@ def diff(
     tolerance: float,
     steps: Steps,
 ) -> Answer:
-    """Compare what two adapters compute, layer by layer, and what else they hold and say."""
+    """Compare two adapters: deltas layer by layer, further values, and configs."""
     if not (is_finite(tolerance) and tolerance >= 0):
         raise invalid("tolerance", "a finite number that is not negative", tolerance)
     with steps.step("reading"):
@@ -83,7 +83,7 @@ def _needs_base(received: str) -> ValueError:
 
 
 def _check_shapes(first: Adapter, second: Adapter) -> None:
-    """Refuse adapters of two bases."""
+    """Refuse adapters of different bases: layers or values of different shapes."""
     problems = []
     for name, layers in _paired(first.layers, second.layers).items():
         terms = [layer.term for layer in layers if layer is not None]
@@ -101,7 +101,7 @@ def _check_shapes(first: Adapter, second: Adapter) -> None:
 
 
 def _layers(first: Adapter, second: Adapter) -> list[dict[str, Any]]:
-    """Each layer of either, those farthest apart first."""
+    """A row for each layer of either adapter; the layers farthest apart come first."""
     rows = [_layer(n, *pair) for n, pair in _paired(first.layers, second.layers).items()]
     return sorted(rows, key=lambda row: -row["relative_distance"])
 
@@ -117,10 +117,10 @@ def _layer(name: str, first: Layer | None, second: Layer | None) -> dict[str, An
     }
 
 
-def _nothing(like: Term | None) -> Term:
-    """The delta of an adapter that leaves a layer alone: zero, of rank 0."""
+def _nothing(like: WeightedFactors | None) -> WeightedFactors:
+    """A zero delta of rank 0, for an adapter that does not adapt the layer."""
     assert like is not None
-    return Term(like.a[..., :0], like.b[:, :0], 0.0)
+    return WeightedFactors(like.a[..., :0], like.b[:, :0], 0.0)
 
 
 def _values(first: Adapter, second: Adapter) -> list[dict[str, Any]]:
@@ -131,10 +131,10 @@ def _values(first: Adapter, second: Adapter) -> list[dict[str, Any]]:
 def _value(name: str, first: Array | None, second: Array | None) -> dict[str, Any]:
     if first is not None and second is not None:
         return {"name": name, **_plain(array_distance(first, second))}
-    there = [v if v is None else array_distance(v, v).norms[0] for v in (first, second)]
+    norms = [v if v is None else array_distance(v, v).norms[0] for v in (first, second)]
     return {
         "name": name,
-        "norms": there,
+        "norms": norms,
         "distance": None,
         "relative_distance": 1.0,
         "cosine": None,
@@ -156,12 +156,12 @@ def _plain(distance: Distance) -> dict[str, Any]:
 
 
 def _paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What two mappings have under each key of either."""
+    """The values of two mappings by each key of either; None for a missing value."""
     return {key: (first.get(key), second.get(key)) for key in {**first, **second}}
 
 
 def _settings(first: Adapter, second: Adapter) -> list[dict[str, Any]]:
-    """What the configs say differently, where they are of one format."""
+    """The fields in which the configs differ; nothing for configs of different formats."""
     if first.kind is not second.kind:
         return []
     pairs = _paired(_flat(first.config), _flat(second.config))
@@ -199,6 +199,6 @@ def _views(data: Mapping[str, Any]) -> list[Any]:
 
 
 def _both(values: list[Any]) -> str:
-    """`4`, or `4 | 8` where two differ, with `-` for what is not there."""
+    """`4`, or `4 | 8` if two values differ, with `-` for a missing value."""
     texts = [shown(value) for value in values]
     return texts[0] if len(set(texts)) == 1 else " | ".join(texts)

@@ -1,4 +1,4 @@
-"""`inspect` and `check`: what a model or an adapter is, without changing it."""
+"""`inspect`: a description of a model, an adapter or a SavedModel."""
 
 from __future__ import annotations
 
@@ -6,30 +6,26 @@ import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
-import tensorflow as tf
 from rich.console import Console
 
 import keras_lora as kl
-from keras_lora.export.checking import read_graph
-from keras_lora.export.many.endpoint import DESCRIPTION
-from keras_lora.export.many.stacks import NAMES
-from keras_lora.export.many.stored import ADAPTERS as STORED
-from keras_lora.layers import split_kernel
+from keras_lora.layers import (
+    site_of,
+)
 from keras_lora.summary import shown_bytes
 from keras_lora_cli.adapters import Adapter, read_adapter
 from keras_lora_cli.bases import Base, load_base
-from keras_lora_cli.output import Answer, Steps, facts, shown, table
+from keras_lora_cli.output import Answer, Steps, facts, shown, shown_shape, table
 from keras_lora_cli.paths import ADAPTERS, BASES, Kind, check_kind, is_handle, size_of
 
 _FLOAT_BYTES = 4  # adapters are float32
 
 
 def inspect(base: Base, config: kl.LoRAConfig, steps: Steps) -> Answer:
-    """Say what is at a path: an adapter, a SavedModel, or a model that a config would adapt."""
+    """Describe an adapter, a SavedModel, or a model and the layers that a config would adapt."""
     kind = check_kind(base.path, (*BASES, Kind.SAVED_MODEL, *ADAPTERS))
     with steps.step("reading"):
         if kind is Kind.SAVED_MODEL:
@@ -41,91 +37,11 @@ def inspect(base: Base, config: kl.LoRAConfig, steps: Steps) -> Answer:
     return _model(model, base.path, kind, targets, config.rank)
 
 
-def check(path: str) -> Answer:
-    """Say what a server could not run; negative where there is something."""
-    check_kind(path, [Kind.SAVED_MODEL])
-    data = {"path": path, **_described(kl.check_saved_model(path))}
-    return Answer(data, _report_views(data), negative=bool(data["problems"]))
-
-
-def describe_export(report: kl.GraphReport, path: str) -> dict[str, Any]:
-    """What is known of a SavedModel; `adapters` is None in one that does not serve several."""
-    several = Path(path, DESCRIPTION).exists()
-    return {
-        "adapters": served_adapters(path) if several else None,
-        "signatures": _signatures(path),
-        **_described(report),
-    }
-
-
-def served_adapters(path: str) -> list[str]:
-    """The names of the adapters that a SavedModel serves."""
-    reader = tf.train.load_checkpoint(str(Path(path, "assets", STORED)))
-    _, *names = reader.get_tensor(NAMES).tolist()
-    return [name.decode() for name in names]
-
-
-def _described(report: kl.GraphReport) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in vars(report).items()}
-
-
-def _signatures(path: str) -> dict[str, Any]:
-    """`{signature: {"inputs": {name: {"dtype": ..., "shape": ...}}, "outputs": ...}}`."""
-    return {
-        name: {"inputs": _tensors(signature.inputs), "outputs": _tensors(signature.outputs)}
-        for meta in read_graph(Path(path)).meta_graphs
-        for name, signature in sorted(meta.signature_def.items())
-        if not name.startswith("__")  # TensorFlow's own, for initialisation
-    }
-
-
-def _tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: {
-            "dtype": tf.dtypes.as_dtype(info.dtype).name,
-            "shape": None
-            if info.tensor_shape.unknown_rank
-            else [None if axis.size < 0 else axis.size for axis in info.tensor_shape.dim],
-        }
-        for name, info in sorted(tensors.items())
-    }
-
-
 def _saved_model(path: str) -> Answer:
-    data = {
-        "path": path,
-        "format": Kind.SAVED_MODEL.value,
-        "bytes": size_of(path),
-        **describe_export(kl.check_saved_model(path), path),
-    }
-    rows = [
-        (signature, kind.removesuffix("s"), name, tensor["dtype"], _shape(tensor["shape"]))
-        for signature, kinds in data["signatures"].items()
-        for kind, tensors in kinds.items()
-        for name, tensor in tensors.items()
-    ]
-    headings = ("signature", "kind", "name", "dtype", "shape")
-    about = {name: data[name] for name in ("path", "format", "adapters")}
-    about["size"] = shown_bytes(data["bytes"])
-    views = [facts(about), table("Signatures", headings, rows), *_report_views(data)]
-    return Answer(data, views)
+    report = kl.check_saved_model(path)  # if TensorFlow is missing, this says so
+    from keras_lora_cli import saved_models
 
-
-def _report_views(data: Mapping[str, Any]) -> list[Any]:
-    views: list[Any] = [
-        facts(
-            {
-                "operations": data["operations"],
-                "tensorflow-text": ", ".join(data["text_operations"]) or None,
-                "a server can run it": not data["problems"],
-            }
-        )
-    ]
-    if data["problems"]:
-        views.append(
-            table("Problems", ("what a server cannot run",), [[p] for p in data["problems"]])
-        )
-    return views
+    return saved_models.inspect(path, report)
 
 
 def _model(
@@ -152,7 +68,7 @@ def _model(
 
 
 def _target(target: kl.Target, rank: int) -> dict[str, Any]:
-    shapes = split_kernel(target.layer).factor_shapes(target.kernel_shape, rank)
+    shapes = site_of(target.layer).split().factor_shapes(target.kernel_shape, rank)
     return {
         "path": target.path,
         "kind": target.kind,
@@ -167,7 +83,7 @@ def _model_views(data: Mapping[str, Any]) -> list[Any]:
         (
             row["path"],
             row["kind"],
-            _shape(row["kernel_shape"]),
+            shown_shape(row["kernel_shape"]),
             row["kernel_parameters"],
             row["adapter_parameters"],
         )
@@ -219,7 +135,7 @@ def _layer(name: str, adapter: Adapter) -> dict[str, Any]:
 
 
 def _base_of(adapter: Adapter) -> dict[str, Any] | None:
-    """What the files say of the base that they are for."""
+    """The base that the files name, if they name one."""
     if adapter.kind is Kind.NATIVE:
         return dict(adapter.config["base"])
     name = adapter.config.get("base_model_name_or_path")
@@ -233,7 +149,7 @@ def _adapter_views(data: Mapping[str, Any]) -> list[Any]:
             row["rank"],
             row["alpha"],
             row["scale"],
-            " x ".join(_shape(shape) for shape in row["shapes"]),
+            " x ".join(shown_shape(shape) for shape in row["shapes"]),
             row["parameters"],
             *([", ".join(row["extras"])] if any(x["extras"] for x in data["layers"]) else []),
         )
@@ -247,18 +163,8 @@ def _adapter_views(data: Mapping[str, Any]) -> list[Any]:
     about["written by"] = data["config"].get("keras_lora_version")
     views: list[Any] = [facts(about), table("Layers", headings, rows)]
     if data["values"]:
-        rows = [(x["name"], _shape(x["shape"]), x["parameters"]) for x in data["values"]]
+        rows = [(x["name"], shown_shape(x["shape"]), x["parameters"]) for x in data["values"]]
         views.append(table("Heads and biases", ("value", "shape", "parameters"), rows))
     if data["unknown"]:
         views.append(table("Not understood", ("tensor",), [[key] for key in data["unknown"]]))
     return views
-
-
-def _shape(shape: Sequence[int | None] | None) -> str:
-    if shape is None:
-        return "any"
-    return f"({', '.join('any' if size is None else str(size) for size in shape)})"
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

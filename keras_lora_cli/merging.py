@@ -15,7 +15,6 @@ from keras_lora.summary import shown_bytes
 from keras_lora.walker import Tree
 from keras_lora_cli.adapters import PeftOptions, load_into
 from keras_lora_cli.bases import Base, keras_hub, load_base
-from keras_lora_cli.inspecting import describe_export
 from keras_lora_cli.output import Answer, Steps, facts
 from keras_lora_cli.paths import (
     ADAPTERS,
@@ -45,7 +44,7 @@ def merge(
     named = {f"adapter_{i}": path for i, path in enumerate(adapters)}
     model = adapted_base(base, named, options, steps)
     with steps.step("merging and writing"):
-        let_act(model, named)
+        activate(model, named)
         if kind is not Kind.SAVED_MODEL:
             model = kl.merge_lora(model)
         found = _WRITERS[kind](model, out)
@@ -53,7 +52,7 @@ def merge(
 
 
 def _default_kind(base: str, out: str) -> Kind:
-    """By the form of the path: a file, a version's directory as servers have it, or a preset."""
+    """The format that the path tells: `.keras`, a number for a SavedModel, or a preset."""
     if out.endswith(".keras"):
         return Kind.KERAS
     if Path(out).name.isdecimal():
@@ -65,7 +64,7 @@ def _default_kind(base: str, out: str) -> Kind:
 
 
 def check_paths(base: Base, adapters: Sequence[str], out: str, kind: Kind, overwrite: bool) -> None:
-    """All that can be known before the base is loaded, which may take long."""
+    """Refuse wrong paths before the base is loaded, which may take long."""
     check_kind(base.path, BASES)
     for path in adapters:
         check_kind(path, ADAPTERS)
@@ -79,7 +78,7 @@ def check_paths(base: Base, adapters: Sequence[str], out: str, kind: Kind, overw
 def adapted_base(
     base: Base, adapters: Mapping[str, str], options: PeftOptions, steps: Steps
 ) -> keras.Model:
-    """The base with adapters beside those that it had; the first one acts where none did."""
+    """The base with these adapters beside its own; without any, the first becomes active."""
     with steps.step("loading the base"):
         model = load_base(base)
     for name, path in adapters.items():
@@ -88,8 +87,8 @@ def adapted_base(
     return model
 
 
-def let_act(model: keras.Model, names: Collection[str]) -> None:
-    """Let these adapters act too."""
+def activate(model: keras.Model, names: Collection[str]) -> None:
+    """Make these adapters active too."""
     before = active_names(Tree.of(model))
     if names:
         kl.set_adapter(model, [*before, *(name for name in names if name not in before)])
@@ -113,8 +112,11 @@ def _write_preset(model: keras.Model, out: str) -> dict[str, Any]:
 
 
 def _write_saved_model(model: keras.Model, out: str) -> dict[str, Any]:
-    report = kl.export_saved_model(model, out, overwrite=True)  # `check_free` has looked
-    return describe_export(report, out)
+    # `check_free` has seen to it that only a SavedModel is overwritten.
+    report = kl.export_saved_model(model, out, overwrite=True)
+    from keras_lora_cli import saved_models  # now, since the export has loaded TensorFlow
+
+    return saved_models.described(out, report)
 
 
 _WRITERS: dict[Kind, Callable[[keras.Model, str], dict[str, Any]]] = {
@@ -127,7 +129,7 @@ _WRITERS: dict[Kind, Callable[[keras.Model, str], dict[str, Any]]] = {
 def answer(
     model: keras.Model, out: str, kind: Kind, adapters: Sequence[str], found: Mapping[str, Any]
 ) -> Answer:
-    """What was written, and what its writer found."""
+    """The answer of `merge` and `export`: the written model, and the findings of its writer."""
     data: dict[str, Any] = {
         "out": out,
         "format": kind.value,

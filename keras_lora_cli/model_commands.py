@@ -1,6 +1,6 @@
 """The commands whose subject is a model: arguments, options and help.
 
-What they do imports TensorFlow, which takes seconds; so each imports it when it runs.
+What a command needs is imported when it runs: Keras and its backend take seconds.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def inspect(
     targets: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of a model, what to adapt: attention, all-linear (the default), all, re:PATTERN, "
-            "or a name; several names by several options."
+            help="Of a model, the layers to adapt: attention, all-linear (the default), all, "
+            "re:PATTERN, or a name. Repeat the option for several names."
         ),
     ] = None,
     exclude: Annotated[
@@ -43,11 +43,10 @@ def inspect(
     imports: o.Imports = None,
     as_json: o.AsJson = False,  # noqa: ARG001  (read by `command`)
 ) -> Answer:
-    """Say what a model or an adapter is.
+    """Describe a model, an adapter or a SavedModel.
 
-    Of a model, the layers that could be adapted, and what an adapter would cost. Of an adapter,
-    its format, base, layers, ranks and sizes. Of a SavedModel, its signatures, and what a server
-    could not run.
+    A model: the layers that could be adapted, and the size of an adapter. An adapter: its format,
+    base, layers, ranks and sizes. A SavedModel: its signatures, and what a server could not run.
     """
     with steps(2) as bar:
         with bar.starting():
@@ -73,8 +72,8 @@ def merge(
         str,
         typer.Argument(
             metavar="OUT",
-            help="What to write: model.keras, a directory called by a number for a SavedModel (as "
-            "servers have versions), or another directory for a preset.",
+            help="The path to write: model.keras, a directory whose name is a number for a "
+            "SavedModel (the version that servers look for), or another directory for a preset.",
         ),
     ],
     format_: Annotated[
@@ -91,7 +90,7 @@ def merge(
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,  # noqa: ARG001
 ) -> Answer:
-    """Fold adapters into their base, and write a plain model: no trace of keras_lora is left."""
+    """Fold adapters into their base and write a plain model, which does not need keras_lora."""
     with steps(3 + len(adapters)) as bar:
         with bar.starting():
             from keras_lora_cli import merging
@@ -123,18 +122,23 @@ def export(
         ),
     ] = None,
     merged: Annotated[
-        bool, typer.Option("--merged", help="Serve the sum of the adapters, and no others.")
+        bool, typer.Option("--merged", help="Fold the sum of the adapters into the base.")
     ] = False,
     adapter_ids: Annotated[
         Literal["name", "index"],
-        typer.Option(help="How a request says which: by name, or by the place among --adapter."),
+        typer.Option(help="What requests give: the adapter's name, or its index among --adapter."),
     ] = "name",
     class_names: Annotated[
         list[str] | None,
-        typer.Option("--class-name", metavar="NAME", help="Of each class, in order: adds label."),
+        typer.Option(
+            "--class-name",
+            metavar="NAME",
+            help="Name a class, in order: adds label.",
+        ),
     ] = None,
     preprocessing: Annotated[
-        bool, typer.Option("--preprocessing", help="Take strings or images, of a KerasHub task.")
+        bool,
+        typer.Option("--preprocessing", help="For KerasHub tasks: take strings or images."),
     ] = False,
     segments: Annotated[
         list[str] | None,
@@ -143,16 +147,17 @@ def export(
         ),
     ] = None,
     no_generate: Annotated[
-        bool, typer.Option("--no-generate", help="Of a language model, its logits alone.")
+        bool, typer.Option("--no-generate", help="For a language model: its logits alone.")
     ] = False,
     max_length: Annotated[
-        int | None, typer.Option(help="Of a language model, tokens of prompt and answer.")
+        int | None,
+        typer.Option(help="For a language model: tokens of prompt and answer."),
     ] = None,
     stop_token_ids: Annotated[
         list[int] | None,
         typer.Option(
             "--stop-token-id",
-            help="Of a language model, what ends an answer; by default the tokenizer's own end.",
+            help="For a language model: a token that ends an answer; the tokenizer's by default.",
         ),
     ] = None,
     task: o.Task = None,
@@ -167,21 +172,22 @@ def export(
 ) -> Answer:
     """Write a SavedModel for TensorFlow Serving, which needs neither Keras nor keras_lora.
 
-    With adapters the base's weights are stored once, and requests have an input more, adapter:
-    the name for each row of the batch, empty for the base.
+    With adapters the base's weights are stored once, and requests have one more input, adapter:
+    a name for each row of the batch, empty for the base.
     """
     named = o.pairs(adapters, "--adapter")
     with steps(3 + len(named)) as bar:
-        with bar.starting():
+        with bar.starting(tensorflow_for="export"):
+            from keras_lora.export.serving import Serving
             from keras_lora_cli import exporting
-        serving = exporting.Serving(
-            merged=merged,
+        serving = Serving(
+            adapters=list(named) if named and not merged else None,
             adapter_ids=adapter_ids,
             class_names=class_names or None,
             preprocessing=segments or preprocessing,
             generate=not no_generate,
             max_length=max_length,
-            stop_token_ids=stop_token_ids,
+            stop_token_ids=stop_token_ids or "auto",
         )
         return exporting.export(
             o.made_base(base, task, arguments, imports, no_preprocessor),
@@ -206,16 +212,17 @@ def add_adapter(
         str, typer.Argument(metavar="NAME=ADAPTER", help="A native adapter of the same base.")
     ],
     out: Annotated[
-        str | None, typer.Option(help="What to write; by default the next version beside DIR.")
+        str | None,
+        typer.Option(help="The path to write; by default the next version beside DIR."),
     ] = None,
     as_json: o.AsJson = False,  # noqa: ARG001
 ) -> Answer:
-    """Write the next version of a SavedModel, which serves one adapter more.
+    """Write the next version of a SavedModel, with one more adapter.
 
-    The base's weights are the same files, as hard links. A server loads the version by itself.
+    The base's weights are hard links to the same files. A server loads the new version by itself.
     """
     ((name, directory),) = o.pairs([adapter], "NAME=ADAPTER").items()
-    with steps(1) as bar, bar.starting():
+    with steps(1) as bar, bar.starting(tensorflow_for="add-adapter"):
         from keras_lora_cli import exporting
     return exporting.add_adapter(path, directory, name, out)
 
@@ -225,13 +232,13 @@ def check(
     path: Annotated[str, typer.Argument(metavar="DIR", help="A SavedModel's directory.")],
     as_json: o.AsJson = False,  # noqa: ARG001
 ) -> Answer:
-    """Say what a server with its default settings could not run in a SavedModel.
+    """List what a server with its default settings could not run in a SavedModel.
 
-    Exit code 1 where there is something.
+    The exit code is 1 if the list has an item.
     """
-    with steps(1) as bar, bar.starting():
-        from keras_lora_cli import inspecting
-    return inspecting.check(path)
+    with steps(1) as bar, bar.starting(tensorflow_for="check"):
+        from keras_lora_cli import saved_models
+    return saved_models.check(path)
 
 
 def _targets(given: Sequence[str] | None) -> str | Sequence[str]:

@@ -1,4 +1,4 @@
-"""The arguments and options that several commands have, and how they are read."""
+"""The arguments and options that several commands have, and their parsing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Task = Annotated[
     typer.Option(
         metavar="CLASS",
         help="The class in keras_hub.models to load a preset as, such as CausalLM. By default "
-        "the one that it was saved from, or the backbone.",
+        "the class that it was saved from, or the backbone.",
     ),
 ]
 Arguments = Annotated[
@@ -42,7 +42,9 @@ NoPreprocessor = Annotated[
 Imports = Annotated[
     list[str] | None,
     typer.Option(
-        "--import", metavar="MODULE", help="Import this first: it registers layers of your own."
+        "--import",
+        metavar="MODULE",
+        help="A module to import first: it registers your own layers.",
     ),
 ]
 Heads = Annotated[
@@ -57,7 +59,7 @@ ModelType = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        help="PEFT: Hugging Face's name of the architecture, where several share a class.",
+        help="PEFT: Hugging Face's name of the architecture, if several share a class.",
     ),
 ]
 ConfigFile = Annotated[
@@ -65,18 +67,18 @@ ConfigFile = Annotated[
     typer.Option(
         "--transformers-config",
         metavar="FILE",
-        help="PEFT: the base's config.json, for the few converters that need it. That of a "
-        "Hugging Face directory is read without being asked for.",
+        help="PEFT: the base's config.json, for the few converters that need it. The file of a "
+        "Hugging Face directory is read without this option.",
     ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is there, if it is of the same kind.")
+    bool, typer.Option("--overwrite", help="Replace an existing output of the same kind.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def parsed_arguments(given: Sequence[str] | None) -> dict[str, Any]:
-    """`NAME=VALUE` each; a value is JSON where it can be, and text else.
+    """`NAME=VALUE` each; a value that is not JSON is text.
 
     Example:
 
@@ -90,7 +92,7 @@ def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
     """`NAME=VALUE` each.
 
     Raises:
-        ValueError: one without a name, a sign or a value, or a name twice.
+        ValueError: an item without a name, a sign or a value, or a name that comes twice.
     """
     found: dict[str, str] = {}
     for item in given or ():
@@ -125,7 +127,7 @@ def made_base(
 def peft_options(
     base: str | None, heads: Sequence[str] | None, model_type: str | None, config_file: Path | None
 ) -> PeftOptions:
-    """What these options tell of the Hugging Face model; its directory may tell the rest."""
+    """These options of the Hugging Face model, and the config in its directory."""
     from keras_lora_cli.adapters import PeftOptions
 
     return PeftOptions(
@@ -145,7 +147,7 @@ def _transformers_config(base: str | None, given: Path | None) -> dict[str, Any]
     if given is not None:
         expected = "the config.json of a Hugging Face model, with a model_type"
         raise refused(str(given), expected, "none" if not config else "another", "check the path")
-    return None  # a preset of Keras has a file of this name too
+    return None  # the config.json of a KerasHub preset
 
 
 def _parsed(value: str) -> Any:

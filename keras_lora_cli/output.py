@@ -1,4 +1,4 @@
-"""What a command says: an answer on standard output, and everything else on standard error."""
+"""The output of a command: its answer on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 from rich.text import Text
 
-# Of a pipe or a file, where nothing says how wide it is: wide enough for long paths.
+# The width of lines in a pipe or a file, which have none of their own: enough for long paths.
 _WIDTH = 240
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found or did.
+    """The result of a command.
 
     Attributes:
-        data: Plain values, what `--json` prints.
-        views: The same for people.
-        negative: Whether the question was answered by no: the exit code is then 1.
+        data: Plain values, which `--json` prints.
+        views: The same result as tables, for people.
+        negative: Whether the answer to the command's question is no; the exit code is then 1.
     """
 
     data: dict[str, Any]
@@ -59,7 +59,7 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]])
 
 
 def facts(values: Mapping[str, object]) -> Table:
-    """Names and values, one to a line; those that are None are left out."""
+    """Names and values, one to a line; a value of None is left out."""
     made = Table.grid(padding=(0, 2))
     for name, value in values.items():
         if value is not None:
@@ -81,6 +81,13 @@ def shown(value: object) -> str:
     return str(value)
 
 
+def shown_shape(shape: Sequence[int | None] | None) -> str:
+    """`(any, 3)`, or `any` if even the number of axes is free."""
+    if shape is None:
+        return "any"
+    return f"({', '.join('any' if size is None else str(size) for size in shape)})"
+
+
 class Steps:
     """The steps of a long command, as a bar on a terminal."""
 
@@ -95,15 +102,28 @@ class Steps:
         self._bar.advance(self._task)
 
     @contextlib.contextmanager
-    def starting(self) -> Iterator[None]:
-        """The step in which TensorFlow is imported, whose C++ code then speaks of processors."""
-        with self.step("starting TensorFlow"), _silenced():
+    def starting(self, *, tensorflow_for: str | None = None) -> Iterator[None]:
+        """The step in which Keras and its backend are imported.
+
+        It is silent, since TensorFlow's C++ code writes of the processors that it finds.
+
+        Args:
+            tensorflow_for: A command that needs TensorFlow, on whatever backend.
+
+        Raises:
+            ImportError: the command needs TensorFlow, which cannot be imported.
+        """
+        with self.step("starting Keras"), _silenced():
+            if tensorflow_for is not None:
+                from keras_lora.export.on_first_use import check_tensorflow
+
+                check_tensorflow(f"keras-lora {tensorflow_for}")
             yield
 
 
 @contextlib.contextmanager
 def steps(total: int) -> Iterator[Steps]:
-    """A bar of `total` steps on standard error, which is gone when they are done."""
+    """A bar of `total` steps on standard error, which disappears after the last step."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     terminal = sys.stderr.isatty()
     with _own_stderr() if terminal else contextlib.nullcontext() as stream:
@@ -115,14 +135,14 @@ def steps(total: int) -> Iterator[Steps]:
 
 @contextlib.contextmanager
 def _own_stderr() -> Iterator[TextIO]:
-    """Standard error by another number, which stays while `_silenced` closes the usual one."""
+    """A second descriptor of standard error, which stays open while `_silenced` redirects it."""
     with os.fdopen(os.dup(2), "w") as stream:
         yield stream
 
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """Within the context nothing of this process, C++ code included, reaches standard error."""
+    """Within the context the process, its C++ code included, writes nothing to standard error."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -142,7 +162,7 @@ def complain(kind: str, message: object) -> None:
 
 @contextlib.contextmanager
 def speaking() -> Iterator[None]:
-    """Within the context warnings are lines, and what libraries print goes to standard error."""
+    """Within the context a warning is one line, and libraries print to standard error."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)

@@ -1,4 +1,4 @@
-"""What a path holds, told without opening more than a small JSON file."""
+"""The kind of model or adapter at a path, found without opening more than a small JSON file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Kind(StrEnum):
-    """The forms in which models and adapters lie on a disk."""
+    """The formats of models and adapters on a disk."""
 
     KERAS = "keras"
     PRESET = "preset"
@@ -31,7 +31,7 @@ NAMES = {
     Kind.PEFT: "an adapter's directory of PEFT",
     Kind.KERAS_HUB: "a .lora.h5 file",
 }
-# Those that KerasHub, transformers and timm each write into a model's config.json.
+# The fields by which a config.json of KerasHub, transformers or timm is known as a model's.
 _PRESET_FIELDS = {"registered_name", "model_type", "architecture"}
 _HANDLE = re.compile(r"\w+://.+|(?!.*\.(keras|h5)$)\w[\w.]*")
 CONFIG_FILE, TASK_FILE = "config.json", "task.json"
@@ -39,11 +39,11 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 def kind_of(path: str) -> Kind | None:
-    """What is at a path, or None where it is nothing that is known here."""
-    place = Path(path)
-    if place.is_file():
-        return _kind_of_file(place.name)
-    return _kind_of_directory(place) if place.is_dir() else None
+    """The kind of the file or directory at a path; None if it is none of `Kind`."""
+    file = Path(path)
+    if file.is_file():
+        return _kind_of_file(file.name)
+    return _kind_of_directory(file) if file.is_dir() else None
 
 
 def is_handle(path: str) -> bool:
@@ -52,47 +52,47 @@ def is_handle(path: str) -> bool:
 
 
 def check_kind(path: str, allowed: Collection[Kind]) -> Kind:
-    """The kind of what is at a path.
+    """The kind of the file or directory at a path.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of the allowed kinds.
     """
     kind = kind_of(path)
     if kind is None and Kind.PRESET in allowed and is_handle(path):
         return Kind.PRESET
     if kind is None or kind not in allowed:
-        there = NAMES[kind] if kind else _describe(Path(path))
+        received = NAMES[kind] if kind else _describe(Path(path))
         *others, last = [NAMES[k] for k in allowed]
         expected = f"{', '.join(others)} or {last}" if others else last
-        raise refused(path, expected, there, "give the path of one")
+        raise refused(path, expected, received, "give the path of one")
     return kind
 
 
 def check_free(path: str, kind: Kind, overwrite: bool) -> None:
     """Make sure that a file or directory of this kind may be written at a path.
 
-    Only what is of the same kind is overwritten, so that a slip costs no directory of others.
+    Only a file or directory of the same kind is overwritten, so that a wrong path costs nothing.
 
     Raises:
-        ValueError: something is there.
+        ValueError: the path exists, and is of another kind or not to be overwritten.
     """
-    place = Path(path)
-    if not place.exists() and not place.is_symlink():
+    target = Path(path)
+    if not target.exists() and not target.is_symlink():
         return
-    if place.is_dir() and not any(place.iterdir()):
+    if target.is_dir() and not any(target.iterdir()):
         return
-    there = kind_of(path)
-    if there is not kind:
-        there_name = NAMES[there] if there else "something else"
-        raise refused(path, f"{NAMES[kind]} or nothing", there_name, "remove it or write elsewhere")
+    found = kind_of(path)
+    if found is not kind:
+        name = NAMES[found] if found else "something else"
+        raise refused(path, f"{NAMES[kind]} or nothing", name, "remove it or write elsewhere")
     if not overwrite:
-        raise refused(path, "nothing there", NAMES[kind], "pass --overwrite to replace it")
+        raise refused(path, "a free path", NAMES[kind], "pass --overwrite to replace it")
 
 
 def size_of(path: str) -> int:
     """Bytes of a file, or of all files in a directory."""
-    place = Path(path)
-    files = [place] if place.is_file() else [f for f in place.rglob("*") if f.is_file()]
+    root = Path(path)
+    files = [root] if root.is_file() else [f for f in root.rglob("*") if f.is_file()]
     return sum(file.stat().st_size for file in files)
 
 
@@ -101,7 +101,7 @@ def refused(path: str, expected: str, received: str, fix: str) -> ValueError:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file holds none."""
+    """The JSON object in a file, or an empty one if the file has none."""
     try:
         value = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -115,18 +115,18 @@ def _kind_of_file(name: str) -> Kind | None:
     return Kind.KERAS if name.endswith(".keras") else None
 
 
-def _kind_of_directory(place: Path) -> Kind | None:
-    if (place / "adapter.safetensors").exists():
+def _kind_of_directory(root: Path) -> Kind | None:
+    if (root / "adapter.safetensors").exists():
         return Kind.NATIVE
-    if (place / ADAPTER_CONFIG_FILE).exists() or any(place.glob("adapter_model*")):
+    if (root / ADAPTER_CONFIG_FILE).exists() or any(root.glob("adapter_model*")):
         return Kind.PEFT
-    if (place / "saved_model.pb").exists():
+    if (root / "saved_model.pb").exists():
         return Kind.SAVED_MODEL
-    fields = _PRESET_FIELDS & read_json(place / CONFIG_FILE).keys()
-    return Kind.PRESET if fields or (place / TASK_FILE).exists() else None
+    fields = _PRESET_FIELDS & read_json(root / CONFIG_FILE).keys()
+    return Kind.PRESET if fields or (root / TASK_FILE).exists() else None
 
 
-def _describe(place: Path) -> str:
-    if not place.exists():
+def _describe(root: Path) -> str:
+    if not root.exists():
         return "nothing"
-    return "a directory of something else" if place.is_dir() else "a file of another kind"
+    return "a directory of something else" if root.is_dir() else "a file of another kind"

@@ -101,7 +101,7 @@ def test_a_process_answers_in_json_alone_beside_a_bar(files: Path) -> None:
         bar = reading.result()
     assert done.returncode == 1
     assert json.loads(done.stdout)["formats"] == ["native", "native"]
-    assert "starting TensorFlow" in bar
+    assert "starting Keras" in bar
     assert "oneDNN" not in bar
 
 

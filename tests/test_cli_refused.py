@@ -38,7 +38,7 @@ REFUSED = {
     "another kind of file": ("inspect broken.txt", "Received: a file of another kind"),
     "another kind of directory": ("check presets/gpt2", "Received: a preset directory"),
     "a broken model": ("inspect broken.keras", "expected a whole .keras file"),
-    "a broken adapter": ("inspect broken/native", "expected at most 0. Received: "),
+    "a broken adapter": ("inspect broken/native", "expected at most 0 bytes of header. Received: "),
     "a broken PEFT": ("inspect broken/peft", "valid JSON"),
     "a broken lora.h5": ("inspect broken.lora.h5", "a whole file of KerasHub's"),
     "a broken SavedModel": ("check broken/saved", "Expected a SavedModel"),

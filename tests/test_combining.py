@@ -20,7 +20,7 @@ from support.combinations import (
     options,
 )
 
-from keras_lora.lowrank.combining import METHODS, Term, combine, truncate
+from keras_lora.lowrank.combining import METHODS, WeightedFactors, combine, truncate
 
 
 @pytest.mark.parametrize("shared", [1, 2])
@@ -70,7 +70,7 @@ def test_truncate_takes_factors_of_any_proportions(d: int, k: int, r: int) -> No
 
 def test_an_adapter_minus_itself_is_zero() -> None:
     (term,) = make_terms(1, [3])
-    both = [Term(term.a, term.b, c) for c in (0.3, -0.3)]
+    both = [WeightedFactors(term.a, term.b, c) for c in (0.3, -0.3)]
     cut = truncate(*combine(both, options("cat")), 2)
     assert cut.relative_error == 0
     np.testing.assert_array_equal(cut.a @ cut.b, np.zeros((1, D, K)))
@@ -110,14 +110,14 @@ def test_one_adapter_keeps_its_delta_where_nothing_is_dropped(
     method: str, coefficient: float
 ) -> None:
     (term,) = make_terms(2, [3])
-    term = Term(term.a.astype("float32"), term.b.astype("float32"), coefficient)
+    term = WeightedFactors(term.a.astype("float32"), term.b.astype("float32"), coefficient)
     a, b = combine([term], options(method, **({"density": 1} if method in PRUNED else {})))
     np.testing.assert_allclose(a @ b, dense_sum([term]), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_weight_of_zero_is_taken(method: str) -> None:
-    terms = [Term(term.a, term.b, 0.0) for term in make_terms(1, [3, 3])]
+    terms = [WeightedFactors(term.a, term.b, 0.0) for term in make_terms(1, [3, 3])]
     a, b = combine(terms, options(method))
     np.testing.assert_array_equal(a @ b, np.zeros((1, D, K)))
 
@@ -154,8 +154,10 @@ def test_agrees_with_peft(
             np.testing.assert_allclose(factor[s], expected.numpy().T, rtol=0, atol=1e-14)
 
 
-def ones(count: int, rank: int) -> list[Term]:
-    return [Term(np.ones((2, 101, rank)), np.ones((2, rank, 103)), 1.0) for _ in range(count)]
+def ones(count: int, rank: int) -> list[WeightedFactors]:
+    return [
+        WeightedFactors(np.ones((2, 101, rank)), np.ones((2, rank, 103)), 1.0) for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.combinations import PRUNED, D, K, make_terms, options
 
-from keras_lora.lowrank.combining import METHODS, Combination, Term, combine, truncate
+from keras_lora.lowrank.combining import METHODS, Combination, WeightedFactors, combine, truncate
 
 INVALID_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"method": "mean"}, "method"),
@@ -46,7 +46,9 @@ INVALID_FACTORS = [
 ]
 
 
-@pytest.mark.parametrize("make", [lambda a, b: Term(a, b, 1.0), lambda a, b: truncate(a, b, 2)])
+@pytest.mark.parametrize(
+    "make", [lambda a, b: WeightedFactors(a, b, 1.0), lambda a, b: truncate(a, b, 2)]
+)
 def test_invalid_factors_are_refused(make: Any) -> None:
     for a, b, expected in INVALID_FACTORS:
         with pytest.raises(ValueError, match=f"Invalid `factors`.*{expected}.*Received: factors="):
@@ -59,7 +61,7 @@ def test_invalid_factors_are_refused(make: Any) -> None:
 @pytest.mark.parametrize("coefficient", [math.nan, math.inf])
 def test_coefficients_are_finite(coefficient: float) -> None:
     with pytest.raises(ValueError, match="Invalid `coefficient`.*finite"):
-        Term(np.ones((1, D, 3)), np.ones((1, 3, K)), coefficient)
+        WeightedFactors(np.ones((1, D, 3)), np.ones((1, 3, K)), coefficient)
 
 
 def test_truncate_refuses_a_bad_rank() -> None:
@@ -69,12 +71,12 @@ def test_truncate_refuses_a_bad_rank() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_terms_that_do_not_fit_together_are_refused(method: str) -> None:
-    term = Term(np.ones((1, D, 3)), np.ones((1, 3, K)), 1.0)
+    term = WeightedFactors(np.ones((1, D, 3)), np.ones((1, 3, K)), 1.0)
     with pytest.raises(ValueError, match="Invalid `terms`: expected one adapter at least"):
         combine([], options(method))
     for a, b in [((1, 7, 3), (1, 3, K)), ((1, D, 3), (1, 3, 7)), ((2, D, 3), (2, 3, K))]:
         with pytest.raises(ValueError, match=r"one layer.*Received: terms=\[\(1, 11, 13\), \("):
-            combine([term, Term(np.ones(a), np.ones(b), 1.0)], options(method))
+            combine([term, WeightedFactors(np.ones(a), np.ones(b), 1.0)], options(method))
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in ("cat", "svd")])

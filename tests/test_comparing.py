@@ -5,18 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from keras_lora.lowrank.combining import Array, Term
+from keras_lora.lowrank.combining import Array, WeightedFactors
 from keras_lora.lowrank.distances import array_distance, delta_distance
 
 D, K = 11, 13
 
 
-def term(shared: int, rank: int, coefficient: float, seed: int) -> Term:
+def term(shared: int, rank: int, coefficient: float, seed: int) -> WeightedFactors:
     rng = np.random.default_rng(seed)
-    return Term(rng.normal(size=(shared, D, rank)), rng.normal(size=(shared, rank, K)), coefficient)
+    return WeightedFactors(
+        rng.normal(size=(shared, D, rank)), rng.normal(size=(shared, rank, K)), coefficient
+    )
 
 
-def delta(term: Term) -> Array:
+def delta(term: WeightedFactors) -> Array:
     return term.coefficient * np.einsum("sdr,srk->sdk", term.a, term.b)
 
 
@@ -36,7 +38,7 @@ def test_it_is_that_of_the_matrices(shared: int, ranks: tuple[int, int]) -> None
 def test_the_same_delta_in_other_factors_is_at_no_distance() -> None:
     first = term(1, 3, 2.0, 1)
     mixed = np.random.default_rng(2).normal(size=(3, 3))
-    second = Term(4 * first.a @ mixed, np.linalg.inv(mixed) @ first.b, 0.5)
+    second = WeightedFactors(4 * first.a @ mixed, np.linalg.inv(mixed) @ first.b, 0.5)
     assert delta_distance(first, second).relative < 1e-14
     assert delta_distance(first, second).cosine == pytest.approx(1)
 
@@ -45,7 +47,7 @@ def test_the_same_delta_in_other_factors_is_at_no_distance() -> None:
 def test_small_distances_keep_their_digits(size: float) -> None:
     """Those of Gram matrices are lost below 1e-8."""
     first = term(1, 3, 1.0, 1)
-    second = Term(first.a * (1 + size), first.b, 1.0)
+    second = WeightedFactors(first.a * (1 + size), first.b, 1.0)
     assert delta_distance(first, second).relative == pytest.approx(size, rel=1e-3)
 
 
@@ -61,8 +63,8 @@ def test_zero_opposed_and_scaled(
 
 
 def test_deltas_of_other_layers_are_refused() -> None:
-    other = Term(np.ones((1, D, 2)), np.ones((1, 2, K + 1)), 1.0)
-    with pytest.raises(ValueError, match=r"expected a term of shape \(1, 11, 13\)"):
+    other = WeightedFactors(np.ones((1, D, 2)), np.ones((1, 2, K + 1)), 1.0)
+    with pytest.raises(ValueError, match=r"expected factors of a delta of shape \(1, 11, 13\)"):
         delta_distance(term(1, 2, 1.0, 1), other)
     with pytest.raises(ValueError, match=r"expected an array of shape \(2,\)"):
         array_distance(np.ones(2), np.ones(3))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from pathlib import Path
 
 import keras
@@ -14,14 +16,15 @@ from support.hugging_face_models import HUGGING_FACE_MODELS, NEEDS_CONFIG, UNREA
 from support.weight_blocks import assert_same, matrices
 
 import keras_lora as kl
-from keras_lora.exchange.converters import hub_blocks
+from keras_lora.exchange.converters import hugging_face_weights
+from keras_lora.exchange.converters.converters import PRESET_LOADER, converter_modules
 from keras_lora.walker import walk
 
 SWIN = [f"stage_{i}/blocks_{j}/attn/attention_qkv" for i in range(2) for j in range(2)]
 REFUSED = {
     "swin": dict.fromkeys(SWIN, "made of several weights"),
     "blip-2": {"patching_and_embedding/position_embedding": "a bare parameter"},
-    "vit": {"patching_and_embedding/position_embedding": "3 axes, and no matrix"},
+    "vit": {"patching_and_embedding/position_embedding": "3 axes instead of a matrix"},
 }
 # KerasHub's converter of Mistral rounds to float16.
 ROUNDED = {"mistral"}
@@ -80,7 +83,7 @@ def test_kernels_are_the_blocks_of_the_weights(
     name: str, directory: Path, backbone: keras.Model
 ) -> None:
     before = [np.array(v) for v in backbone.variables]
-    weights = hub_blocks(backbone, NEEDS_CONFIG.get(name))
+    weights = hugging_face_weights(backbone, NEEDS_CONFIG.get(name))
     assert all("assign" not in vars(v) for v in backbone.variables)
     for variable, value in zip(backbone.variables, before, strict=True):
         np.testing.assert_array_equal(np.array(variable), value)
@@ -99,11 +102,11 @@ def test_kernels_are_the_blocks_of_the_weights(
 
 def test_the_model_type(directory: Path, name: str, backbone: keras.Model) -> None:
     config = json.loads((directory / "config.json").read_text())
-    assert hub_blocks(backbone, NEEDS_CONFIG.get(name)).model_type == config["model_type"]
+    assert hugging_face_weights(backbone, NEEDS_CONFIG.get(name)).model_type == config["model_type"]
 
 
 def test_what_is_refused(name: str, backbone: keras.Model) -> None:
-    refused = hub_blocks(backbone, NEEDS_CONFIG.get(name)).refused
+    refused = hugging_face_weights(backbone, NEEDS_CONFIG.get(name)).refused
     expected = REFUSED.get(name, {})
     assert len(refused) == len(expected)
     # Endings, since Keras numbers some layers over all models.
@@ -112,7 +115,7 @@ def test_what_is_refused(name: str, backbone: keras.Model) -> None:
 
 
 def test_other_variables(name: str, directory: Path, backbone: keras.Model) -> None:
-    others = hub_blocks(backbone, NEEDS_CONFIG.get(name)).others
+    others = hugging_face_weights(backbone, NEEDS_CONFIG.get(name)).others
     variables = {f"{n.path}/{v.name}": v for n in walk(backbone) for v in n.layer.weights}
     without = {path for path, origin in others.items() if origin is None}
     endings = WITHOUT_ORIGIN.get(name, [])
@@ -131,7 +134,7 @@ def test_other_variables(name: str, directory: Path, backbone: keras.Model) -> N
 def test_a_model_built_by_hand_has_the_same_blocks(name: str, backbone: keras.Model) -> None:
     by_hand = type(backbone).from_config(backbone.get_config())
     config = NEEDS_CONFIG.get(name)
-    assert_same(hub_blocks(by_hand, config), hub_blocks(backbone, config))
+    assert_same(hugging_face_weights(by_hand, config), hugging_face_weights(backbone, config))
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
@@ -139,3 +142,12 @@ def test_what_keras_hub_cannot_read(name: str, tmp_path: Path) -> None:
     UNREADABLE[name](tmp_path)
     with pytest.raises(Exception, match=ERRORS[name]):
         keras_hub.models.Backbone.from_preset(str(tmp_path))
+
+
+def test_every_converter_of_keras_hub_is_found() -> None:
+    """Their model types are read from code, which may change its form."""
+    package = importlib.import_module(PRESET_LOADER.rpartition(".")[0])
+    names = {m.name for m in pkgutil.iter_modules(package.__path__) if m.name.startswith("convert")}
+    modules = converter_modules()
+    assert {module.__name__.rpartition(".")[2] for module in modules.values()} == names
+    assert len(modules) > len(names)  # Gemma's converter, for example, is of two model types

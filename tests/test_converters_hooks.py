@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keras_lora.exchange.converters.blocks import Kernel, Locator, RefusedError
+from keras_lora.exchange.converters.blocks import ConvertedKernel, Locator, RefusedError
 from keras_lora.exchange.converters.tensors import Weight
 from keras_lora.lowrank.equations import split_equation
 
@@ -47,7 +47,7 @@ HOOKS: dict[str, tuple[Any, tuple[int, int], bool, list[int]]] = {
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks(hook: str) -> None:
     function, shape, transposed, rows = HOOKS[hook]
-    kernel = Kernel(function(Weight("w")), split_equation("bd,dnh->bnh"), (D, N, H))
+    kernel = ConvertedKernel(function(Weight("w")), split_equation("bd,dnh->bnh"), (D, N, H))
     (block,) = Locator().blocks(kernel, Locator().shapes(kernel))
     assert (block.shape, block.stored_transposed) == (shape, transposed)
     assert block.rows.tolist() == rows
@@ -74,7 +74,7 @@ REFUSED_HOOKS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("hook", REFUSED_HOOKS)
 def test_hooks_that_are_refused(hook: str) -> None:
     function, message = REFUSED_HOOKS[hook]
-    kernel = Kernel(function(Weight("w")), split_equation("bd,dnh->bnh"), (D, N, H))
+    kernel = ConvertedKernel(function(Weight("w")), split_equation("bd,dnh->bnh"), (D, N, H))
     with pytest.raises(RefusedError, match=message):
         Locator().shapes(kernel)
 
@@ -82,14 +82,14 @@ def test_hooks_that_are_refused(hook: str) -> None:
 def test_experts_have_a_block_each() -> None:
     experts = [Weight(f"experts.{i}.weight") for i in range(3)]
     stacked: Any = np.stack([np.transpose(w) for w in experts])
-    kernel = Kernel(stacked, split_equation("ebd,edf->ebf"), (3, 5, 7))
+    kernel = ConvertedKernel(stacked, split_equation("ebd,edf->ebf"), (3, 5, 7))
     blocks = Locator().blocks(kernel, Locator().shapes(kernel))
     assert [(b.weight, b.shape) for b in blocks] == [(w.key, (7, 5)) for w in experts]
 
 
 def test_a_table_of_tokens_is_located_without_an_index_for_each_element() -> None:
     vocabulary, dim = 128_256, 4096
-    kernel = Kernel(Weight("w"), split_equation("...x,xy->...y"), (vocabulary, dim))
+    kernel = ConvertedKernel(Weight("w"), split_equation("...x,xy->...y"), (vocabulary, dim))
     tracemalloc.start()
     (block,) = Locator().blocks(kernel, Locator().shapes(kernel))
     _, peak = tracemalloc.get_traced_memory()
@@ -102,7 +102,7 @@ def test_a_table_of_tokens_is_located_without_an_index_for_each_element() -> Non
 def test_kernels_of_one_form_are_located_once() -> None:
     locator = Locator()
     for key in "vw":
-        kernel = Kernel(Weight(key).T, split_equation("bd,df->bf"), (5, 7))
+        kernel = ConvertedKernel(Weight(key).T, split_equation("bd,df->bf"), (5, 7))
         (block,) = locator.blocks(kernel, locator.shapes(kernel))
         assert block.weight == key
     assert len(locator.found) == 1

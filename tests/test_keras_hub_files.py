@@ -23,11 +23,8 @@ from support.keras_hub_files import (
 )
 
 import keras_lora as kl
-from keras_lora.exchange.keras_hub.adapter import (
-    keras_hub_factors,
-    keras_hub_layers,
-    write_keras_hub_lora,
-)
+from keras_lora.exchange.keras_hub.adapter import keras_hub_factors, write_keras_hub_lora
+from keras_lora.exchange.keras_hub.numbering import keras_hub_layers
 
 pytest_plugins = ["support.keras_hub_files"]
 

@@ -78,8 +78,8 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "external link": (replaced(B, h5py.ExternalLink("other.h5", B)), "lora_kernel_b is a link"),
     "linked layer": (replaced(LAYER, h5py.ExternalLink("other.h5", LAYER)), "/lora/5 is a link"),
     "linked lora": (replaced("lora", h5py.ExternalLink("other.h5", "lora")), "/lora is a link"),
-    "virtual": (virtual, "lora_kernel_a has its values outside the file"),
-    "stored elsewhere": (stored_elsewhere, "lora_kernel_a has its values outside the file"),
+    "virtual": (virtual, "lora_kernel_a has its values in another file"),
+    "stored elsewhere": (stored_elsewhere, "lora_kernel_a has its values in another file"),
     "bomb": (bomb, "lora_kernel_a claims 8796093022208 bytes, in a file of"),
 }
 
@@ -114,7 +114,7 @@ def test_another_format_is_refused(content: bytes, file: Path) -> None:
 
 
 def test_no_file_is_refused(file: Path) -> None:
-    with pytest.raises(AdapterFileError, match=r"Received: none there; check the path"):
+    with pytest.raises(AdapterFileError, match=r"Received: no file; check the path"):
         read_keras_hub_lora(file)
     file.mkdir()
     with pytest.raises(AdapterFileError, match="expected a file"):
@@ -160,7 +160,7 @@ def test_damaged_files_are_read_or_refused(file: Path) -> None:
 
 
 def test_a_failed_write_leaves_what_was_there(file: Path) -> None:
-    with pytest.raises(AdapterFileError, match="check that its directory exists"):
+    with pytest.raises(AdapterFileError, match="check that the directory exists"):
         write_good(file.parent / "nowhere" / file.name)
     write_good(file)
     before = file.read_bytes()

@@ -12,13 +12,11 @@ from support.keras_hub_files import CONVOLUTION, backbone, numbers, random_facto
 
 import keras_lora as kl
 from keras_lora.checks import AdapterFileError
-from keras_lora.exchange.keras_hub.adapter import (
-    keras_hub_factors,
-    keras_hub_layers,
-    match_keras_hub_layers,
-    write_keras_hub_lora,
+from keras_lora.exchange.keras_hub.adapter import keras_hub_factors, write_keras_hub_lora
+from keras_lora.exchange.keras_hub.numbering import keras_hub_layers, match_keras_hub_layers
+from keras_lora.layers import (
+    site_of,
 )
-from keras_lora.layers import kernel_shape
 from keras_lora.lowrank.per_axis import Pair
 
 pytest_plugins = ["support.keras_hub_files"]
@@ -26,7 +24,7 @@ pytest_plugins = ["support.keras_hub_files"]
 
 def fresh_pairs(model: Any, name: str, value: float = 1.0) -> dict[int, Pair]:
     layers = keras_hub_layers(model)
-    shapes = {i: kernel_shape(layers[i].layer) for i in numbers(model, name)}
+    shapes = {i: site_of(layers[i].layer).shape for i in numbers(model, name)}
     return {
         i: (np.ones((*shape[:-1], 2)), np.full((2, shape[-1]), value))
         for i, shape in shapes.items()
@@ -48,11 +46,11 @@ def test_every_mismatch_is_told_at_once() -> None:
         match_keras_hub_layers(model, pairs, "x.lora.h5")
     for part in (
         "Invalid 'x.lora.h5': expected factors for layers of this model",
-        "lora/999, of ",
-        f"lora/{norm} ('embeddings_layer_norm'), a layer without LoRA in Keras",
-        f"nothing for lora/{second} ('",
+        "lora/999, while the model has ",
+        f"lora/{norm} ('embeddings_layer_norm'), a layer for which Keras has no LoRA",
+        f"no lora/{second} ('",
         f"lora/{first} ('transformer_layer_0/self_attention_layer/query') of shapes (12, 3, 2) "
-        "and (2, 5), not (12, 3, 2) and (2, 4)",
+        "and (2, 5), expected (12, 3, 2) and (2, 4)",
         f"lora/{value} ('transformer_layer_0/self_attention_layer/value') of shapes",
         "build the backbone that the file was saved from",
     ):
@@ -68,7 +66,7 @@ def test_a_file_of_a_smaller_model_is_refused(file: Path) -> None:
     }
     small, large = (keras_hub.models.GPT2Backbone(num_layers=n, **options) for n in (1, 3))
     trained(small).save_lora_weights(file)
-    with pytest.raises(AdapterFileError, match="nothing for lora/"):
+    with pytest.raises(AdapterFileError, match="no lora/"):
         keras_hub_factors(large, file)
     trained(large).save_lora_weights(file)
     with pytest.raises(AdapterFileError, match="layers with weights"):
@@ -79,9 +77,11 @@ def test_layers_that_cannot_be_adapted(file: Path) -> None:
     """KerasHub's file may hold a convolution, and no embedding."""
     model = vit()
     trained(model, names=[CONVOLUTION, "query"]).save_lora_weights(file)
-    with pytest.raises(AdapterFileError, match=r"cannot be adapted here \(skip_unsupported"):
+    with pytest.raises(AdapterFileError, match=r"cannot be adapted \(skip_unsupported"):
         keras_hub_factors(model, file)
-    with pytest.warns(UserWarning, match=rf"x\.lora\.h5: left out lora/\d+ \('.*{CONVOLUTION}'\)$"):
+    with pytest.warns(
+        UserWarning, match=rf"x\.lora\.h5: left out lora/\d+ \('.*{CONVOLUTION}'\), which"
+    ):
         factors = keras_hub_factors(model, file, skip_unsupported=True)
     assert {path.split("/")[-1] for path in factors} == {"query"}
 
@@ -118,7 +118,7 @@ def test_all_that_cannot_be_written_is_told_at_once(file: Path) -> None:
     for part in (
         *(f"'{key}', which it does not reach" for key in keys),
         "'nowhere', which it does not reach",
-        f"'{queries[0]}' of shapes (12, 2) and (2, 3, 5), not (12, 2) and (2, 3, 4)",
+        f"'{queries[0]}' of shapes (12, 2) and (2, 3, 5), expected (12, 2) and (2, 3, 4)",
         f"'{queries[1]}' of shapes ()",
         f"'{values[0]}' of values that are not finite in float32",
         f"'{values[1]}' of values that are not finite in float32",
@@ -143,7 +143,7 @@ def test_other_kinds_of_layers_are_not_written(names: list[str], file: Path) -> 
         write_keras_hub_lora(file, model, factors, target_layer_names=names)
     layer = keras_hub_layers(model)[numbers(model, names[0])[0]]
     one = {layer.path: (np.ones((2, 1)), np.ones((1, 2)))}
-    with pytest.raises(ValueError, match="cannot be adapted here|neither writes nor reads"):
+    with pytest.raises(ValueError, match="cannot be adapted|neither writes nor reads"):
         write_keras_hub_lora(file, model, one, target_layer_names=names)
 
 

@@ -28,18 +28,18 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another size": ("qwen2", {}, r"q_proj: of a matrix \(24, 24\), expected \(40, 40\)"),
+    "another size": ("qwen2", {}, r"q_proj: for a matrix of shape \(24, 24\), expected \(40, 40\)"),
     "tied table": (
         "llama tied",
         {"target_modules": ["embed_tokens"]},
-        r"model\.embed_tokens: its table is the output head too",
+        r"model\.embed_tokens: its matrix is the output head too",
     ),
-    "tied table of GPT-2": ("gpt2", {"target_modules": ["wte"]}, "wte: its table is the output"),
-    "shared table": ("bart", {"target_modules": ["shared"]}, "shared: its table is the output"),
+    "tied table of GPT-2": ("gpt2", {"target_modules": ["wte"]}, "wte: its matrix is the output"),
+    "shared table": ("bart", {"target_modules": ["shared"]}, "shared: its matrix is the output"),
     "positions": (
         "gpt2",
         {"target_modules": ["wte", "wpe"]},
-        r"wpe: the model has no embedding layer that is this module; .*wte: its table",
+        r"wpe: the model has no embedding layer that is this module; .*wte: its matrix",
     ),
     "lora_bias": ("llama", {"lora_bias": True, "bias": "none"}, "a bias of B"),
     "head": ("llama", {"target_modules": ["lm_head"]}, "lm_head: the model has no kernel"),
@@ -58,7 +58,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(
     base: Path, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     backbone = keras_model(base)
-    if "of a matrix" in message:
+    if "for a matrix" in message:
         backbone = keras_hub.models.QwenBackbone(61, 2, 5, 1, 40, 37)
     wrapped(base, **({"target_modules": ["q_proj"]} | options)).save_pretrained(tmp_path / "peft")
     before = state(backbone)

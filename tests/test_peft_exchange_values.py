@@ -86,7 +86,7 @@ def test_tables_that_are_saved_along_must_be_those_of_the_base(base: Path, tmp_p
     table = backbone.token_embedding.embeddings
     table.assign(1.1 * np.array(table))
     before = state(backbone)
-    message = r"model\.embed_tokens\.weight: the adapter was trained on other values of it"
+    message = r"model\.embed_tokens\.weight: the adapter was trained with other values of it"
     with pytest.raises(kl.AdapterFileError, match=message):
         kl.load_peft_adapter(backbone, tmp_path / "peft")
     assert state(backbone) == before

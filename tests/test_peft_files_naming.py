@@ -34,6 +34,7 @@ from keras_lora.exchange.peft_files.config import (
 )
 from keras_lora.exchange.peft_files.naming import target_modules, value_and_pattern
 from keras_lora.exchange.peft_files.tensors import PREFIX
+from keras_lora.exchange.problems import Problems
 
 NAMED = [
     (r"(lora_[AB])\.", r"\1.my_adapter."),
@@ -75,7 +76,7 @@ def test_other_forms_of_keys(magnitude: str, tmp_path: Path) -> None:
     ],
 )
 def test_targets_match_as_in_peft(fields: dict[str, Any]) -> None:
-    settings = parse_config(MINIMAL | fields, [])
+    settings = parse_config(MINIMAL | fields, Problems())
     assert settings
     config = peft.LoraConfig(**fields)
     for name in ALL_MODULES if fields["target_modules"] != "all-linear" else ():
@@ -88,7 +89,7 @@ def test_targets_match_as_in_peft(fields: dict[str, Any]) -> None:
     r".*\.1\d\.q_proj", "layers.1", "^q_proj$", "[[a]q_proj"])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")
 def test_patterns_match_as_in_peft(key: str) -> None:
-    settings = parse_config(MINIMAL | {"rank_pattern": {key: 3, "v_proj": 5}}, [])
+    settings = parse_config(MINIMAL | {"rank_pattern": {key: 3, "v_proj": 5}}, Problems())
     assert settings
     for name in ALL_MODULES:
         pattern = {key: 3, "v_proj": 5}

@@ -37,7 +37,7 @@ from keras_lora.files.adapter_files import write_adapter_files
         ({"a/../b": module()}, {}, "segment"),
         ({"a..b": module()}, {}, "no name of a parameter|no tensors of LoRA"),
         ({"q": module()}, {"saved": {"v.lora_A.weight": np.ones(2)}}, "lora_B.weight is missing"),
-        ({"q": module()}, {"saved": {"v.base_layer.bias": np.ones(2)}}, "mean others to PEFT"),
+        ({"q": module()}, {"saved": {"v.base_layer.bias": np.ones(2)}}, "take for other"),
         ({"q": module()}, {"config": {"other": 1}}, "other: no field of LoraConfig"),
         ({"q": module()}, {"config": {"use_qalora": True}}, "use_qalora: the inputs"),
         ({"q": module()}, {"config": {"revision": float("nan")}}, "JSON"),
@@ -67,7 +67,7 @@ def test_overwriting_is_asked_for(tmp_path: Path) -> None:
 
 def test_adapters_of_this_package_and_links_stay(tmp_path: Path) -> None:
     write_adapter_files(tmp_path / "native", {}, {}, overwrite=False)
-    with pytest.raises(AdapterFileError, match="keras_lora itself is there"):
+    with pytest.raises(AdapterFileError, match="keras_lora itself; write to"):
         write_peft_adapter(tmp_path / "native", {"q": module()}, overwrite=True)
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / WEIGHTS).symlink_to(tmp_path / "blob")

@@ -62,6 +62,37 @@ def test_all_but_the_export_does_without_tensorflow(
     ]
 
 
+COMMANDS = """
+import shlex
+import keras_lora_cli
+merged.save(f"{folder}/base.keras")
+for line in (
+    "inspect {0}",
+    "inspect {0}/base.keras",
+    "convert {0} {0}/small --to native --dtype bfloat16",
+    "diff {0} {0}",
+    "merge {0}/base.keras {0} {0}/merged.keras",
+    "check {0}",
+    "export {0}/base.keras {0}/1",
+    "merge {0}/base.keras {0} {0}/1",
+):
+    print("code", keras_lora_cli.main(shlex.split(line.format(folder))))
+"""
+
+
+@pytest.mark.slow
+def test_the_commands_do_without_tensorflow_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    output = processes.run(ADAPTED + COMMANDS, "jax", block=("tensorflow",))
+    lines = output.splitlines()
+    codes = [line for line in lines if line.startswith("code")]
+    assert codes == ["code 0"] * 5 + ["code 2"] * 3, output
+    errors = [line for line in lines if line.startswith("keras-lora: error")]
+    users = "keras-lora check", "keras-lora export", "export_saved_model"
+    for user, error in zip(users, errors, strict=True):
+        assert f"Expected TensorFlow, which {user} needs. Received: tensorflow is blocked" in error
+
+
 OTHER_BACKEND = """
 import sys
 import keras

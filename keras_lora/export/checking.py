@@ -132,7 +132,7 @@ def _signature_problems(graph: saved_model_pb2.SavedModel) -> Iterator[str]:
         yield "no graph with the tag 'serve', which servers load: export with export_saved_model"
     tensors = list(_signature_tensors(graph))
     if not tensors:
-        yield "no signature, so that there is nothing to call: export with signatures"
+        yield "no signature, so that a request has nothing to call: export with signatures"
     for name, info in tensors:
         if info.WhichOneof("encoding") != "name":
             yield f"{name}, which is sparse or ragged: use dense tensors"

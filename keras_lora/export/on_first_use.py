@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 MODULES = {
     "add_adapter_to_saved_model": "keras_lora.export.many.adding",
@@ -22,22 +22,38 @@ MODULES = {
 def load(name: str) -> Any:
     """The public function of this name.
 
-    Where TensorFlow cannot be imported, a function that says so when it is called: the name can
-    be imported all the same, and `from keras_lora import *` works.
+    If TensorFlow cannot be imported, the function returned says so when it is called. The name
+    itself can be imported all the same, and `from keras_lora import *` works.
+    """
+    try:
+        return _function(name)
+    except ImportError:
+        return _deferred(name)
+
+
+def check_tensorflow(user: str) -> None:
+    """Import TensorFlow for a function or a command.
+
+    Raises:
+        ImportError: TensorFlow cannot be imported.
     """
     try:
         importlib.import_module("tensorflow")
     except ImportError as error:
-        return _refusing(name, error)
-    return getattr(importlib.import_module(MODULES[name]), name)
-
-
-def _refusing(name: str, error: ImportError) -> Callable[..., NoReturn]:
-    def refuse(*_: Any, **__: Any) -> NoReturn:
         raise ImportError(
-            f"Expected TensorFlow, which {name} needs. Received: {error}. Install it with "
+            f"Expected TensorFlow, which {user} needs. Received: {error}. Install it with "
             "`pip install tensorflow`, and export in a process with KERAS_BACKEND=tensorflow."
         ) from error
 
-    refuse.__name__ = refuse.__qualname__ = name
-    return refuse
+
+def _function(name: str) -> Callable[..., Any]:
+    check_tensorflow(name)
+    return getattr(importlib.import_module(MODULES[name]), name)
+
+
+def _deferred(name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _function(name)(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = name
+    return call

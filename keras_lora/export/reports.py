@@ -1,4 +1,4 @@
-"""What the exports report: plain values, which need no TensorFlow."""
+"""The reports of the exports: plain values, which need no TensorFlow."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ Shape: TypeAlias = tuple[int | None, ...]
 
 @dataclass(frozen=True)
 class GraphReport:
-    """What `check_saved_model` found.
+    """The report of `check_saved_model` on the graph of a SavedModel.
 
     Attributes:
         operations: Number of operations, functions included.
-        problems: What a server cannot run, why, and what to do; empty if a server can run all.
+        problems: The parts that a server cannot run, each with the reason and the fix; empty if
+            a server can run all.
         text_operations: Operations of tensorflow-text, which a server must have linked in.
 
     Example:
@@ -31,7 +32,7 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class RuntimeReport:
-    """What `export_onnx` and `export_litert` found when they ran the file that they wrote.
+    """The report of `export_onnx` and `export_litert` on the file, which its runtime has run.
 
     Attributes:
         inputs: The shape of each input by its name, with None for an axis of any size.

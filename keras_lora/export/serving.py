@@ -15,8 +15,8 @@ AdapterIds: TypeAlias = Literal["name", "index"]
 class Serving:
     """How a model is served: the options of `keras_lora.export_saved_model`, which explains each.
 
-    What can be wrong with them whatever the model is, is refused at once; what does not fit the
-    model is refused when it is exported.
+    A value that is wrong for every model is refused at once. A value that does not fit a model is
+    refused when the model is exported.
 
     Raises:
         ValueError: a value that no model can be exported with.

@@ -17,12 +17,10 @@ from keras_lora.layers import (
     all_owned,
     bias_of,
     check_adapter_name,
-    lora_class_for,
-    plain_class,
+    site_of,
     split_kernel,
 )
 from keras_lora.walker import (
-    Layer,
     Node,
     Target,
     Tree,
@@ -139,7 +137,11 @@ def _takes(layer: PlannedLayer) -> bool:
 
 
 def _check_dora(layers: Sequence[PlannedLayer]) -> None:
-    refused = [x.target.path for x in layers if x.spec.use_dora and not _takes_dora(x.target.layer)]
+    refused = [
+        x.target.path
+        for x in layers
+        if x.spec.use_dora and not site_of(x.target.layer).kind.takes_dora
+    ]
     if refused:
         raise invalid(
             "use_dora",
@@ -147,11 +149,6 @@ def _check_dora(layers: Sequence[PlannedLayer]) -> None:
             True,
             "exclude them, or give them an adapter of their own without DoRA",
         )
-
-
-def _takes_dora(layer: Layer) -> bool:
-    lora_class: Any = lora_class_for(plain_class(layer))
-    return bool(lora_class.takes_dora)
 
 
 def unique(variables: Iterable[keras.Variable]) -> list[keras.Variable]:

@@ -9,7 +9,16 @@ from keras_lora.walker.targets import (
     find_targets,
     select_targets,
 )
-from keras_lora.walker.tree import Layer, Node, Tree, all_layers, lora_layers, numbered, walk
+from keras_lora.walker.tree import (
+    Layer,
+    Node,
+    Tree,
+    all_layers,
+    lora_layers,
+    numbered,
+    site_path,
+    walk,
+)
 
 __all__ = [
     "Layer",
@@ -28,5 +37,6 @@ __all__ = [
     "numbered",
     "output_heads",
     "select_targets",
+    "site_path",
     "walk",
 ]

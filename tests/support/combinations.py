@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_lora.lowrank.combining import Combination, Term
+from keras_lora.lowrank.combining import Combination, WeightedFactors
 
 Array = npt.NDArray[Any]
 
@@ -19,15 +19,15 @@ COEFFICIENTS = [0.7, -1.3, 2.0, -0.4]
 PRUNED = ["magnitude_prune", "ties", "dare_linear", "dare_ties"]
 
 
-def make_terms(shared: int, ranks: Sequence[int], seed: int = 0) -> list[Term]:
+def make_terms(shared: int, ranks: Sequence[int], seed: int = 0) -> list[WeightedFactors]:
     rng = np.random.default_rng(seed)
     return [
-        Term(rng.normal(size=(shared, D, r)), rng.normal(size=(shared, r, K)), c)
+        WeightedFactors(rng.normal(size=(shared, D, r)), rng.normal(size=(shared, r, K)), c)
         for r, c in zip(ranks, COEFFICIENTS, strict=False)
     ]
 
 
-def dense_sum(terms: Sequence[Term]) -> Array:
+def dense_sum(terms: Sequence[WeightedFactors]) -> Array:
     total = np.zeros((terms[0].a.shape[0], D, K))
     for term in terms:
         total += term.coefficient * np.einsum("sdr,srk->sdk", term.a, term.b)
@@ -70,7 +70,7 @@ def elected(x: Sequence[Array], weights: Sequence[float], majority_sign: str) ->
 
 
 def dense_reference(
-    terms: Sequence[Term], method: str, density: float, majority_sign: str
+    terms: Sequence[WeightedFactors], method: str, density: float, majority_sign: str
 ) -> Array:
     factors = []
     for name in "ab":

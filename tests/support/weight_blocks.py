@@ -7,18 +7,20 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora.exchange.converters import Block, HubWeights
-from keras_lora.layers import base_kernel, split_kernel
+from keras_lora.exchange.converters import Block, HuggingFaceWeights
+from keras_lora.layers import (
+    site_of,
+)
 
 
 def matrices(layer: keras.layers.Layer) -> np.ndarray[Any, Any]:
     """A kernel as `(shared, in, out)`."""
-    split, kernel = split_kernel(layer), np.array(base_kernel(layer))
+    split, kernel = site_of(layer).split(), np.array(site_of(layer).matrix)
     order = [split.kernel.index(c) for c in split.shared + split.contracted + split.free]
     return kernel.transpose(order).reshape(-1, *split.matrix_shape(kernel.shape))
 
 
-def assert_same(a: HubWeights, b: HubWeights) -> None:
+def assert_same(a: HuggingFaceWeights, b: HuggingFaceWeights) -> None:
     def plain(block: Block) -> tuple[Any, ...]:
         where = block.rows.tolist(), block.columns.tolist()
         return block.weight, block.shape, block.stored_transposed, where

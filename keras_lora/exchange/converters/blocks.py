@@ -1,4 +1,4 @@
-"""Where the matrix of a kernel lies in a Hugging Face weight."""
+"""Where the matrix of a kernel is inside a Hugging Face weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_lora.exchange.converters.tensors import (
     Array,
-    Mixed,
+    Computed,
     Shapes,
     Traced,
     Weight,
@@ -25,13 +25,15 @@ from keras_lora.lowrank.equations import EinsumSplit, Shape
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Where one kernel's matrix lies in a Hugging Face weight.
+    """Where the matrix of a kernel is inside a Hugging Face weight: its rows and columns.
+
+        kernel[i, o] = weight[rows[o], columns[i]]
 
     Attributes:
-        weight: Key of the weight, such as `"model.layers.0.self_attn.q_proj.weight"`.
-        shape: `(out, in)` of the whole Hugging Face matrix. Where a converter takes the beginning
-            of a matrix only, this is what it must have at least.
-        stored_transposed: Whether it is stored as `(in, out)`, as GPT-2's `Conv1D`.
+        weight: The key of the weight, such as `"model.layers.0.self_attn.q_proj.weight"`.
+        shape: `(out, in)` of the whole Hugging Face matrix. Where a converter takes only the
+            beginning of a matrix, the smallest shape that the matrix can have.
+        stored_transposed: Whether the weight is stored as `(in, out)`, as in GPT-2's `Conv1D`.
         rows: For each output of the kernel (its free axes, flattened), the row in the matrix.
         columns: For each input of the kernel (its contracted axes, flattened), the column.
     """
@@ -43,27 +45,31 @@ class Block:
     columns: Array
 
     def read(self, tensor: Array) -> Array:
-        """The kernel as a matrix `(in, out)`, from the weight as it is stored."""
+        """The kernel as a matrix `(in, out)`, from the stored weight."""
         matrix = tensor.T if self.stored_transposed else tensor
         return matrix[np.ix_(self.rows, self.columns)].T
 
 
+_NOT_A_BLOCK = "its inputs are not the columns of a matrix, nor its outputs the rows"
+
+
 class RefusedError(ValueError):
-    """Why the matrix of a kernel is no block of one weight."""
+    """The matrix of a kernel is no block of one weight; the message says why."""
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A kernel's shape, its axes, and what a converter puts into it."""
+class ConvertedKernel:
+    """A kernel of the Keras model: its shape, its axes, and the value from the converter."""
 
     value: Traced
     split: EinsumSplit
     shape: Shape
 
     def alternatives(self) -> list[Shapes]:
-        """The shapes that its weights can have; `(out, in)`, as in `nn.Linear`, comes first.
+        """The shapes that the weights can have; `(out, in)`, as in `nn.Linear`, comes first.
 
-        It decides only where an axis has one element: else one order alone gives blocks.
+        The order matters only where an axis has one element. Otherwise only one of the two
+        shapes gives blocks.
         """
         inputs, outputs = self.split.matrix_shape(self.shape)
         guesses = list(dict.fromkeys([(outputs, inputs), (inputs, outputs)]))
@@ -72,16 +78,16 @@ class Kernel:
 
 
 class Locator:
-    """Finds blocks; once for all kernels of one form, since the layers of a model repeat."""
+    """Finds blocks, once for all kernels of one form, since the layers of a model repeat."""
 
     def __init__(self) -> None:
         self.found: dict[object, tuple[list[str], tuple[Block, ...]]] = {}
 
-    def shapes(self, kernel: Kernel) -> Shapes:
-        """The shapes of a kernel's weights by which it is made of blocks.
+    def shapes(self, kernel: ConvertedKernel) -> Shapes:
+        """The shapes of a kernel's weights with which the kernel is made of blocks.
 
         Raises:
-            RefusedError: there are none.
+            RefusedError: with no shapes it is.
         """
         reason = _without_shapes(kernel.value)
         for shapes in kernel.alternatives():
@@ -94,11 +100,11 @@ class Locator:
         keys = dict.fromkeys(weight_keys(kernel.value))
         raise RefusedError(f"{reason}: {', '.join(keys)}")
 
-    def blocks(self, kernel: Kernel, shapes: Mapping[str, Shape]) -> tuple[Block, ...]:
+    def blocks(self, kernel: ConvertedKernel, shapes: Mapping[str, Shape]) -> tuple[Block, ...]:
         """The block of each index of the kernel's shared axes.
 
         Raises:
-            RefusedError: it is not made of blocks.
+            RefusedError: the kernel is not made of blocks.
         """
         used = weight_keys(kernel.value)
         keys = list(dict.fromkeys(used))
@@ -113,14 +119,16 @@ class Locator:
 
 
 def _without_shapes(value: Traced) -> str:
-    functions = [node.function for node in nodes(value) if isinstance(node, Mixed)]
+    functions = [node.function for node in nodes(value) if isinstance(node, Computed)]
     computed = f"computed with {', '.join(dict.fromkeys(functions))}"
-    return computed if functions else "taken from no matrix that has as many elements"
+    return computed if functions else "taken from no matrix of as many elements"
 
 
-def _blocks(kernel: Kernel, keys: Sequence[str], shapes: Mapping[str, Shape]) -> Iterator[Block]:
+def _blocks(
+    kernel: ConvertedKernel, keys: Sequence[str], shapes: Mapping[str, Shape]
+) -> Iterator[Block]:
     if any(len(shapes[key]) != 2 for key in keys):
-        raise RefusedError(f"a weight of {len(shapes[keys[0]])} axes, and no matrix")
+        raise RefusedError(f"a weight of {len(shapes[keys[0]])} axes instead of a matrix")
     if _is_whole(kernel, shapes):
         inputs, outputs = kernel.shape
         yield Block(keys[0], (outputs, inputs), True, np.arange(outputs), np.arange(inputs))
@@ -128,7 +136,7 @@ def _blocks(kernel: Kernel, keys: Sequence[str], shapes: Mapping[str, Shape]) ->
     starts = np.cumsum([0, *(math.prod(shapes[key]) for key in keys)])
     try:
         indices = evaluate(kernel.value, _indices(keys, shapes, starts))
-    except ValueError as error:  # numpy's, of shapes
+    except ValueError as error:  # numpy raises it where shapes do not fit
         raise RefusedError(f"the slices of {keys} contradict each other: {error}") from error
     for matrix in _matrices(kernel, indices):
         n = int(np.searchsorted(starts, matrix[0, 0], "right")) - 1
@@ -137,10 +145,10 @@ def _blocks(kernel: Kernel, keys: Sequence[str], shapes: Mapping[str, Shape]) ->
         yield _block(keys[n], shapes[keys[n]], matrix - starts[n])
 
 
-def _is_whole(kernel: Kernel, shapes: Mapping[str, Shape]) -> bool:
-    """Whether a kernel `(in, out)` is a weight as it is.
+def _is_whole(kernel: ConvertedKernel, shapes: Mapping[str, Shape]) -> bool:
+    """Whether a kernel `(in, out)` is a whole weight in the same order.
 
-    So is a table of tokens, of which an index for each element would take gigabytes.
+    An embedding matrix is. An index for each of its elements would take gigabytes.
     """
     split, value = kernel.split, kernel.value
     in_order = split.kernel == split.contracted + split.free and len(split.kernel) == 2
@@ -148,14 +156,14 @@ def _is_whole(kernel: Kernel, shapes: Mapping[str, Shape]) -> bool:
 
 
 def _indices(keys: Sequence[str], shapes: Mapping[str, Shape], starts: Array) -> dict[str, Array]:
-    """Each element's number, over all weights one after the other."""
+    """The number of each element, counted over all weights one after the other."""
     dtype = "int32" if starts[-1] <= np.iinfo("int32").max else "int64"
     ends = zip(keys, starts, starts[1:], strict=False)
     return {k: np.arange(start, end, dtype=dtype).reshape(shapes[k]) for k, start, end in ends}
 
 
-def _matrices(kernel: Kernel, indices: Array) -> Array:
-    """As `(shared, in, out)`."""
+def _matrices(kernel: ConvertedKernel, indices: Array) -> Array:
+    """The indices of a kernel as `(shared, in, out)`."""
     split = kernel.split
     order = split.shared + split.contracted + split.free
     in_order = indices.transpose([split.kernel.index(c) for c in order])
@@ -165,12 +173,14 @@ def _matrices(kernel: Kernel, indices: Array) -> Array:
 def _block(key: str, shape: Shape, indices: Array) -> Block:
     """The block of a kernel `(in, out)`, from the indices of its elements in the weight.
 
-    `indices[i, o] = rows[o] * width + columns[i]` for a weight `(out, in)`. So they are the sum
-    of those in the first row and those in the first column, and one of both is constant in each.
+    For a weight `(out, in)` of `width` columns, `indices[i, o] = rows[o] * width + columns[i]`.
+    So `indices` is the sum of its first row and its first column, up to a constant. Along the
+    outputs only the weight's row changes, and along the inputs only its column; for a weight
+    `(in, out)` the reverse.
     """
     along_out, along_in = indices[0], indices[:, 0]
     if (indices != along_in[:, None] + (along_out - along_out[0])).any():
-        raise RefusedError("its inputs are not the columns of a matrix, nor its outputs the rows")
+        raise RefusedError(_NOT_A_BLOCK)
     (out_0, out_1), (in_0, in_1) = (
         np.divmod(along.astype("int64"), shape[1]) for along in (along_out, along_in)
     )
@@ -178,7 +188,7 @@ def _block(key: str, shape: Shape, indices: Array) -> Block:
         return Block(key, (shape[0], shape[1]), False, out_0, in_1)
     if _constant(out_0) and _constant(in_1):
         return Block(key, (shape[1], shape[0]), True, out_1, in_0)
-    raise RefusedError("its inputs are not the columns of a matrix, nor its outputs the rows")
+    raise RefusedError(_NOT_A_BLOCK)
 
 
 def _constant(values: Array) -> bool:

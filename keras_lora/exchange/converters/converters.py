@@ -1,9 +1,9 @@
-"""KerasHub's converters from Hugging Face checkpoints, and the configurations that they read.
+"""KerasHub's converters of Hugging Face checkpoints, and the configurations that they read.
 
 Private API in this package, and why (imported by name when it is needed, since KerasHub is
 optional):
     `keras_hub.src.utils.transformers.preset_loader`: its `TransformersPresetLoader` chooses the
-        converter module of a Hugging Face model type, and the modules themselves are there.
+        converter module for a Hugging Face model type.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PRESET_LOADER = "keras_hub.src.utils.transformers.preset_loader"
 
 @dataclass(frozen=True)
 class Converter:
-    """A converter module of KerasHub, for one model type of Hugging Face's."""
+    """A converter module of KerasHub for one of Hugging Face's model types, and a config."""
 
     model_type: str
     module: Any
@@ -33,7 +33,7 @@ class Converter:
 
 
 class MissingFieldError(ValueError):
-    """A converter reads a field of `config.json` that a Keras model does not know."""
+    """A converter reads a field of `config.json` that a Keras backbone does not have."""
 
 
 def find_converter(
@@ -42,8 +42,8 @@ def find_converter(
     """The converter that loads a backbone of this class.
 
     Raises:
-        ValueError: KerasHub has none for this class, or the one that is asked for is of another
-            class.
+        ValueError: KerasHub has no converter for this class, or the converter of `model_type`
+            loads another class.
     """
     model_type = model_type or (config or {}).get("model_type")
     modules = converter_modules()
@@ -55,7 +55,7 @@ def find_converter(
     if not fitting:
         raise invalid(
             "model",
-            f"a backbone that KerasHub's converter of {model_type or 'some model type'} loads",
+            f"a backbone that KerasHub's converter of {model_type or 'any model type'} loads",
             type(backbone).__name__,
             f"the model types are {sorted(modules)}",
         )
@@ -63,9 +63,11 @@ def find_converter(
 
 
 def converter_modules() -> dict[str, Any]:
-    """`{model type: converter module}`, by asking KerasHub's own choice for each.
+    """`{model type: converter module}`, as KerasHub itself chooses the module.
 
-    There is no list of the model types: they are the constants that its code compares with.
+    KerasHub has no list of model types, and a converter module does not say which ones it is for.
+    Only the code of the choice has them, as constants to compare with, so each constant is tried.
+    A test makes sure that every converter module of KerasHub is found.
     """
     loader: Any = importlib.import_module(PRESET_LOADER).TransformersPresetLoader
     constants = loader.__init__.__code__.co_consts
@@ -84,7 +86,7 @@ def _related(a: type, b: type) -> bool:
 def _most_alike(
     backbone: keras.Model, fitting: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Converter:
-    """The converter, of several model types, that makes a backbone most like this one."""
+    """Of converters for several model types, the one that makes a backbone most like this one."""
     found, ours = [], backbone.get_config()
     for model_type, module in fitting.items():
         fields, constants = _inverted(module, model_type, backbone)
@@ -96,7 +98,7 @@ def _most_alike(
 
 
 class StandIn(Mapping[str, Any]):
-    """A `config.json` as far as a Keras backbone knows its fields."""
+    """A `config.json` with the fields that a Keras backbone knows."""
 
     def __init__(self, converter: str, fields: Mapping[str, Any]) -> None:
         self.converter = converter.rpartition(".")[2]
@@ -105,10 +107,10 @@ class StandIn(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name not in self.fields:
             raise MissingFieldError(
-                "Expected a `transformers_config`, since KerasHub's "
-                f"{self.converter} reads its field {name!r}, which the Keras model does not "
-                f"hold. Received: only {sorted(self.fields)}. Pass the model's config.json as a "
-                "dictionary."
+                f"Expected a `transformers_config` with the field {name!r}, which KerasHub's "
+                f"{self.converter} reads and the Keras model does not have. Received: only the "
+                f"fields {sorted(self.fields)} of the Keras model. Pass the config.json of the "
+                "Hugging Face model as a dictionary."
             )
         return self.fields[name]
 
@@ -124,7 +126,7 @@ class StandIn(Mapping[str, Any]):
 
 @dataclass(frozen=True, eq=False)
 class _Field(np.lib.mixins.NDArrayOperatorsMixin):
-    """Stands for the value of a field, whatever it is; computed with, for nothing known."""
+    """Stands for the unknown value of a field; a result of computing with it has no name."""
 
     name: str
 
@@ -142,7 +144,7 @@ class _Field(np.lib.mixins.NDArrayOperatorsMixin):
 
 
 class _Fields(dict[str, Any]):
-    """A configuration in which each field is a `_Field`; or the default, where there is one."""
+    """A configuration in which each field is a `_Field` or, if `defaults`, the reader's default."""
 
     def __init__(self, model_type: str, defaults: bool) -> None:
         super().__init__(model_type=model_type)
@@ -158,9 +160,11 @@ class _Fields(dict[str, Any]):
 def _inverted(
     module: Any, model_type: str, backbone: keras.Model
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`convert_backbone_config` read backwards: the fields that became the backbone's arguments.
+    """`convert_backbone_config` read backwards.
 
-    Also the arguments that are the same for each configuration of this model type.
+    Returns:
+        The fields of `config.json` that became arguments of the backbone, with the backbone's
+        values; and the arguments that are the same for each configuration of this model type.
     """
     with_defaults = _converted(module, _Fields(model_type, True), type(backbone))
     without = _converted(module, _Fields(model_type, False), type(backbone))
@@ -177,5 +181,5 @@ def _converted(module: Any, config: _Fields, backbone_class: type) -> Mapping[st
     takes_class = len(inspect.signature(convert).parameters) > 1
     try:
         return convert(config, backbone_class) if takes_class else convert(config)
-    except Exception:  # it needs the value of a field
+    except Exception:  # whatever the converter raises where it needs the value of a field
         return {}

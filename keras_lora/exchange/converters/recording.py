@@ -1,4 +1,4 @@
-"""Running a converter of KerasHub without a checkpoint, to see which weight goes where."""
+"""Running a converter of KerasHub without a checkpoint, to record which weight goes where."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from keras_lora.walker import lora_layers
 
 @dataclass
 class Recording:
-    """What a converter assigns.
+    """The values that a converter assigns to variables.
 
     Attributes:
-        values: What each variable gets, by the variable's `id`: a `Traced`, or a value that the
-            converter computed outside numpy.
+        values: The value of each variable, by the variable's `id`: a `Traced`, or a value that
+            the converter computed without numpy.
         stopped: Why the converter did not run to its end, or None.
     """
 
@@ -32,16 +32,16 @@ class Recording:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is assumed of a checkpoint: endings of names that it lacks, the axes of its tensors."""
+    """Assumptions about a checkpoint: endings of names that are absent, axes of its tensors."""
 
     absent: tuple[str, ...]
     axes: int = 0
 
 
-# No torch module has LayerNorm weights of these names, only files from TensorFlow's BERT.
+# Only files from TensorFlow's BERT have these names; modules of torch have others.
 _TENSORFLOW = "LayerNorm.gamma", "LayerNorm.beta"
-# A converter that stops with one may go on with another: Gemma 3n's asks whether a norm is a
-# batch norm, and that of GPT-OSS for the four lengths of its packed experts.
+# A converter that stops with one assumption may finish with another: Gemma 3n's asks whether a
+# norm is a batch norm, and GPT-OSS's asks for the four lengths of its packed experts.
 _CHECKPOINTS = [
     Checkpoint(_TENSORFLOW),
     Checkpoint((*_TENSORFLOW, "running_mean")),
@@ -50,10 +50,10 @@ _CHECKPOINTS = [
 
 
 class RecordingLoader:
-    """In the place of KerasHub's `SafetensorLoader`: it has every weight, and no value.
+    """Stands for KerasHub's `SafetensorLoader`, and has every weight without its values.
 
-    Converters ask for some names to see whether a file has them; `absent` are the endings of
-    those that it does not have.
+    Converters ask for some names only to see whether a file has them. `Checkpoint.absent` has the
+    endings of names that are answered with a `KeyError`.
     """
 
     preset = None
@@ -78,12 +78,12 @@ class RecordingLoader:
         value: Any = self.get_tensor(hf_weight_key)
         if hook_fn is not None:
             value = hook_fn(value, list(keras_variable.shape))
-        if isinstance(keras_variable, keras.Variable):  # not so with Keras's own LoRA enabled
+        if isinstance(keras_variable, keras.Variable):  # with Keras's own LoRA it is a sum
             self.recording.values[id(keras_variable)] = value
 
 
 def record(model: keras.Model, backbone: keras.Model, converter: Converter) -> Recording:
-    """Run a converter on a model whose variables do not change by it."""
+    """Run a converter on a model, without changing the model's variables."""
     best = Recording()
     for checkpoint in _CHECKPOINTS:
         recording = _recorded(model, backbone, converter, checkpoint)
@@ -103,7 +103,7 @@ def _recorded(
         recording.stopped = _run(converter.module.convert_weights, backbone, loader, converter)
         convert_head = getattr(converter.module, "convert_head", None)
         if convert_head is not None and model is not backbone:
-            # It is of one kind of task only, and stops at once at another.
+            # A converter has the head of one kind of task, and stops at once at other tasks.
             _run(convert_head, model, loader, converter)
     return recording
 
@@ -111,19 +111,19 @@ def _recorded(
 def _run(
     convert: Callable[..., Any], model: keras.Model, loader: RecordingLoader, converter: Converter
 ) -> str | None:
-    """Why the converter did not run to its end; what it did before counts."""
+    """Why the converter stopped before its end, or None. What it assigned before is recorded."""
     try:
         convert(model, loader, converter.config)
     except MissingFieldError:
         raise
-    except Exception as error:  # whatever it computes with what is no array
+    except Exception as error:  # whatever it raises where a tensor without values does not do
         return f"{type(error).__name__}: {error}"
     return None
 
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Converters print and warn of what a checkpoint lacks, and here it lacks all."""
+    """Without the notes and warnings of converters about weights that a checkpoint lacks."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -131,7 +131,7 @@ def silenced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def caught_assignments(model: keras.Model, recording: Recording) -> Iterator[None]:
-    """Within the context the variables of a model do not change: an assignment is recorded."""
+    """Within the context an assignment to a variable of a model is recorded, and not done."""
 
     def catch(variable: keras.Variable) -> Callable[[Any], Any]:
         def assign(value: Any) -> Any:
@@ -142,7 +142,7 @@ def caught_assignments(model: keras.Model, recording: Recording) -> Iterator[Non
 
     with contextlib.ExitStack() as stack:
         for layer in lora_layers(model).values():
-            stack.enter_context(layer.without_slots())  # its kernel is else no variable
+            stack.enter_context(layer.without_slots())  # so that `kernel` is the variable
         for variable in model.variables:
             vars(variable)["assign"] = catch(variable)
             stack.callback(vars(variable).pop, "assign")

@@ -1,9 +1,9 @@
-"""Tensors without values: what a converter does to a weight is noted, and done later to indices.
+"""Tensors without values: operations of a converter are recorded, and repeated on indices later.
 
-A converter of KerasHub computes with numpy on weights of a file. Here there is no file, and the
-shapes of its weights are unknown. So each operation makes a node of a tree; from the shape of the
-variable at its root follow the shapes of the weights at its leaves (`demands`), and then the
-operations are repeated on arrays of indices (`evaluate`).
+A converter of KerasHub computes with numpy on the weights of a file. Without the file, neither the
+values nor the shapes of the weights are known. So each operation makes a node of a tree. The shape
+of the variable at the root gives the shapes of the weights at the leaves (`demands`). Then the
+operations are repeated on arrays of indices (`evaluate`), which show where each element went.
 """
 
 from __future__ import annotations
@@ -24,33 +24,34 @@ Shapes = dict[str, Shape]
 
 
 class Traced(np.lib.mixins.NDArrayOperatorsMixin, abc.ABC):
-    """A tensor without values; to numpy, an array. Two are equal if they differ in keys only."""
+    """A tensor without values, with which numpy computes. Equality ignores the keys of weights."""
 
     parts: tuple[Traced, ...]
     dtype = np.dtype("float32")
 
     @abc.abstractmethod
     def before(self, shape: Shape, guesses: Sequence[Shape]) -> Iterator[Shape]:
-        """The shapes that each part can have, or must have at least, if this has `shape`.
+        """The shapes that each part can have, or must have at least, for this tensor's `shape`.
 
-        `guesses` are tried for what is reshaped, since a reshape hides the shape before it.
+        A reshape hides the shape before it, so the `guesses` are tried for that.
         """
 
     @abc.abstractmethod
     def apply(self, parts: Sequence[Array]) -> Array:
-        """The operation itself."""
+        """Repeat the operation on the values of the parts."""
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Traced:
         try:
             return _OPERATIONS[function.__name__](*args, **kwargs)
-        except (KeyError, TypeError):  # not known, or not known in this form
-            return mixed(function.__name__, args)
+        except (KeyError, TypeError):  # an unknown function, or unknown arguments
+            return computed(function.__name__, args)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Traced:
-        return mixed(ufunc.__name__, inputs)
+        return computed(ufunc.__name__, inputs)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        # Keras gets this where a converter adds a weight to a variable: it spoils the result.
+        # Keras asks for this array where a converter adds a weight to a variable. NaN makes the
+        # sum useless, so that no one takes it for a value.
         return np.array(np.nan, dtype)
 
     @property
@@ -64,17 +65,17 @@ class Traced(np.lib.mixins.NDArrayOperatorsMixin, abc.ABC):
         return _reshape(self, shape[0] if len(shape) == 1 else shape)
 
     def astype(self, dtype: Any) -> Traced:  # noqa: ARG002
-        return self  # it changes values, never their places
+        return self  # a cast moves no element
 
     def __getitem__(self, index: Any) -> Traced:
         index = index if isinstance(index, tuple) else (index,)
         if not all(isinstance(i, int) or _is_range(i) for i in index):
-            return mixed("indexing", [self])
+            return computed("indexing", [self])
         bounds = (i if isinstance(i, int) else (i.start, i.stop) for i in index)
         return Sliced((self,), tuple(bounds))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Only what is mixed already is written into."""
+        """Ignored: converters write only into tensors that are `Computed` anyway."""
 
 
 def _is_range(index: Any) -> bool:
@@ -93,10 +94,10 @@ class Weight(Traced):
 
     @property
     def shape(self) -> tuple[Traced, ...]:
-        """As many unknown lengths as it is assumed to have, for a converter that asks."""
+        """For a converter that asks: an unknown length for each axis that is assumed."""
         if not self.axes:
             raise AttributeError(f"the shape of {self.key} is not known")
-        return (mixed("shape", [self]),) * self.axes
+        return (computed("shape", [self]),) * self.axes
 
     def before(self, shape: Shape, guesses: Sequence[Shape]) -> Iterator[Shape]:  # noqa: ARG002
         return iter(())
@@ -107,6 +108,8 @@ class Weight(Traced):
 
 @dataclass(frozen=True)
 class Transposed(Traced):
+    """With the axes in another order, by default the reverse one."""
+
     parts: tuple[Traced, ...]
     axes: tuple[int, ...] = ()
 
@@ -121,6 +124,8 @@ class Transposed(Traced):
 
 @dataclass(frozen=True)
 class Reshaped(Traced):
+    """With another shape and the elements in the same order."""
+
     parts: tuple[Traced, ...]
     shape_after: Shape
 
@@ -136,6 +141,8 @@ class Reshaped(Traced):
 
 @dataclass(frozen=True)
 class Squeezed(Traced):
+    """Without an axis of length 1, or without all axes of length 1."""
+
     parts: tuple[Traced, ...]
     axis: int | None = None
 
@@ -152,7 +159,7 @@ class Squeezed(Traced):
 
 @dataclass(frozen=True)
 class Sliced(Traced):
-    """Indexed by integers and by ranges `(start, stop)`; the axes beyond them are whole."""
+    """Indexed by integers and ranges `(start, stop)` along the first axes."""
 
     parts: tuple[Traced, ...]
     index: tuple[int | tuple[int | None, int | None], ...]
@@ -175,7 +182,7 @@ class Sliced(Traced):
 
 @dataclass(frozen=True)
 class Joined(Traced):
-    """Concatenated, of parts of one size."""
+    """Concatenated from parts of equal size."""
 
     parts: tuple[Traced, ...]
     axis: int = 0
@@ -192,6 +199,8 @@ class Joined(Traced):
 
 @dataclass(frozen=True)
 class Stacked(Traced):
+    """Stacked along a new axis."""
+
     parts: tuple[Traced, ...]
     axis: int = 0
 
@@ -205,8 +214,8 @@ class Stacked(Traced):
 
 
 @dataclass(frozen=True)
-class Mixed(Traced):
-    """Values that were computed from weights, not only moved."""
+class Computed(Traced):
+    """Computed from weights in a way that does more than move elements."""
 
     parts: tuple[Traced, ...]
     function: str
@@ -215,32 +224,35 @@ class Mixed(Traced):
         return iter(())
 
     def apply(self, parts: Sequence[Array]) -> Array:
-        raise NotImplementedError(f"{self.function} does more than to move elements")
+        raise NotImplementedError(f"{self.function} does more than move elements")
 
 
 def nodes(value: Traced) -> Iterator[Traced]:
-    """A tensor and all that it was made of."""
+    """A tensor and all the tensors that it was made of."""
     yield value
     for part in value.parts:
         yield from nodes(part)
 
 
 def weight_keys(value: Traced) -> list[str]:
-    """The keys of the weights in a tensor, in order; again where one is used again."""
+    """The keys of the weights in a tensor, in order; a weight that is used twice comes twice."""
     return [node.key for node in nodes(value) if isinstance(node, Weight)]
 
 
 def demands(value: Traced, shape: Shape, guesses: Sequence[Shape]) -> Iterator[Shapes]:
-    """What the shapes of the weights can be, or must be at least, if `value` has `shape`."""
+    """The shapes that the weights can have, or must have at least, if `value` has `shape`."""
     if isinstance(value, Weight):
         yield {value.key: shape}
     for before in value.before(shape, guesses):
         for each in itertools.product(*(demands(part, before, guesses) for part in value.parts)):
-            yield merged(each)
+            yield least_shapes(each)
 
 
-def merged(demanded: Sequence[Shapes]) -> Shapes:
-    """The least shapes that meet all demands; of two numbers of axes, the first counts."""
+def least_shapes(demanded: Sequence[Shapes]) -> Shapes:
+    """The smallest shapes that meet all demands.
+
+    Where demands on a weight differ in the number of axes, the first demand counts.
+    """
     shapes: Shapes = {}
     for key, shape in (item for each in demanded for item in each.items()):
         known = shapes.setdefault(key, shape)
@@ -250,15 +262,15 @@ def merged(demanded: Sequence[Shapes]) -> Shapes:
 
 
 def evaluate(value: Traced, weights: Mapping[str, Array]) -> Array:
-    """What a converter makes of these weights."""
+    """Repeat the recorded operations on the values of weights."""
     if isinstance(value, Weight):
         return weights[value.key]
     return value.apply([evaluate(part, weights) for part in value.parts])
 
 
-def mixed(function: str, arguments: Sequence[Any]) -> Mixed:
+def computed(function: str, arguments: Sequence[Any]) -> Computed:
     flat = [a for x in arguments for a in (x if isinstance(x, (list, tuple)) else [x])]
-    return Mixed(tuple(a for a in flat if isinstance(a, Traced)), function)
+    return Computed(tuple(a for a in flat if isinstance(a, Traced)), function)
 
 
 def _transpose(x: Traced, axes: Sequence[int] | None = None) -> Traced:
@@ -268,7 +280,7 @@ def _transpose(x: Traced, axes: Sequence[int] | None = None) -> Traced:
 def _reshape(x: Traced, shape: Any) -> Traced:
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     if not all(isinstance(size, int) for size in sizes):
-        return mixed("reshape", (x, *sizes))
+        return computed("reshape", (x, *sizes))
     return Reshaped((x,), sizes)
 
 

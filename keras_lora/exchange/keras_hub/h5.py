@@ -5,8 +5,12 @@ that have weights,
 
     /lora/vars/rank     /lora/<i>/vars/lora_kernel_a     /lora/<i>/vars/lora_kernel_b
 
-so there is one rank, and there are no names. No alpha is stored either: `backbone.enable_lora(r)`
+so a file has one rank, and no names of layers. It has no alpha either: `backbone.enable_lora(r)`
 always takes `alpha = r`, so that the scale is 1.
+
+Reference:
+    `Backbone.save_lora_weights` and `Backbone.load_lora_weights` in
+    `keras_hub/src/models/backbone.py` of KerasHub 0.32.
 """
 
 from __future__ import annotations
@@ -19,30 +23,35 @@ from typing import Any
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 
-from keras_lora.checks import AdapterFileError
+from keras_lora.checks import AdapterFileError, invalid_file
+from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
 from keras_lora.files.atomic import replaced
 from keras_lora.lowrank.per_axis import Array, Pair
 
 SUFFIX = ".lora.h5"
 KEYS = ("lora_kernel_a", "lora_kernel_b")
-_WHOLE = "a whole file of KerasHub's save_lora_weights"
-_SAVE_AGAIN = "copy or save it again"
-# What h5py raises for a damaged file, and what the checks here raise about one key of it.
+_EXPECTED = "a whole file of KerasHub's save_lora_weights"
+_FIX = "copy the file again or save it again"
+# What h5py raises for a damaged file, and what the checks of this module raise about one key.
 _H5_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError)
 
 
 def read_keras_hub_lora(path: PathLike) -> dict[int, Pair]:
     """The arrays of a `.lora.h5` file as KerasHub writes it, `{number of the layer: (a, b)}`.
 
-    Nothing outside the file is opened: links, and datasets whose values lie elsewhere, are
-    refused. So is a dataset larger than the file, and any key that KerasHub does not write.
+    No other file is opened: links, and datasets whose values are in another file, are refused.
+    A dataset larger than the file is refused too, and so is a key that KerasHub does not write.
+
+    Args:
+        path: A file whose name ends in `.lora.h5`.
 
     Returns:
         `a` `(*kernel.shape[:-1], r)` and `b` `(r, kernel.shape[-1])` in float64, all of one `r`.
 
     Raises:
-        AdapterFileError: everything that is wrong with the file, key by key.
+        AdapterFileError: the file is missing, damaged or of another kind; everything that is
+            wrong with it is listed, key by key.
 
     Example:
 
@@ -55,21 +64,32 @@ def read_keras_hub_lora(path: PathLike) -> dict[int, Pair]:
     source = checked_name(path)
     # Before opening, which would wait for the other end of a pipe.
     if not source.is_file():
-        raise file_error(source, "a file", ["none there"], "check the path")
+        raise invalid_file(source, "a file", "no file", "check the path")
     try:
         with h5py.File(source, "r") as file:
             return _read_groups(file, source, source.stat().st_size)
     except AdapterFileError:
         raise
     except _H5_ERRORS as error:
-        raise file_error(source, _WHOLE, [error], _SAVE_AGAIN) from error
+        raise invalid_file(source, _EXPECTED, error, _FIX) from error
 
 
 def write_keras_hub_arrays(path: PathLike, rank: int, pairs: Mapping[int, Pair]) -> None:
-    """The inverse of `read_keras_hub_lora`, in float32; a file of that name is replaced.
+    """The inverse of `read_keras_hub_lora`, in float32.
+
+    Args:
+        path: A file name that ends in `.lora.h5`. A file of that name is replaced.
+        rank: The rank `r` of all pairs.
+        pairs: `{number of the layer: (a, b)}`, in the shapes that `read_keras_hub_lora` returns.
 
     Raises:
-        AdapterFileError: the system refuses to write. What was there is still there.
+        AdapterFileError: the system refuses to write. A file of that name is unchanged.
+
+    Example:
+
+    >>> import tempfile
+    >>> file = f"{tempfile.mkdtemp()}/x.lora.h5"
+    >>> write_keras_hub_arrays(file, 2, {5: (np.ones((11, 2)), np.ones((2, 7)))})
     """
     target = checked_name(path)
     try:
@@ -79,38 +99,30 @@ def write_keras_hub_arrays(path: PathLike, rank: int, pairs: Mapping[int, Pair])
                 for key, value in zip(KEYS, pair, strict=True):
                     file[f"lora/{i}/vars/{key}"] = value.astype("float32")
     except OSError as error:
-        fix = "check that its directory exists, and the permissions"
-        raise file_error(target, "leave to write it", [error], fix) from error
+        fix = "check that the directory exists, its permissions and the space on the disk"
+        raise invalid_file(target, "a path that can be written", error, fix) from error
 
 
 def checked_name(path: PathLike) -> Path:
     if not os.fspath(path).endswith(SUFFIX):
         expected = f"a name that ends in {SUFFIX}"
-        raise file_error(path, expected, ["another"], "rename it, since KerasHub demands this")
+        fix = "rename the file, since KerasHub demands this ending"
+        raise invalid_file(path, expected, "another name", fix)
     return Path(path)
-
-
-def file_error(
-    source: PathLike, expected: str, problems: Sequence[object], fix: str
-) -> AdapterFileError:
-    listed = "; ".join(str(p) for p in problems)
-    name = os.fspath(source)
-    return AdapterFileError(f"Invalid {name!r}: expected {expected}. Received: {listed}; {fix}.")
 
 
 def _read_groups(file: Any, source: Path, size: int) -> dict[int, Pair]:
     lora = _child(file, "lora", h5py.Group)
     rank = _read_rank(lora, size)
     pairs: dict[int, Pair] = {}
-    problems: list[object] = []
+    problems = Problems()
     for key in sorted(set(lora) - {"vars"}):
-        try:
+        with problems.gathered(f"/lora/{key}", *_H5_ERRORS):
             number = _number(key)
             pairs[number] = _read_pair(_child(lora, key, h5py.Group), rank, size)
-        except _H5_ERRORS as error:
-            problems.append(f"/lora/{key}: {error}")
-    if problems or not pairs:
-        raise file_error(source, _WHOLE, problems or ["/lora has no layers"], _SAVE_AGAIN)
+    if not problems and not pairs:
+        problems.add("/lora has no layers")
+    problems.raise_any(lambda received: invalid_file(source, _EXPECTED, received, _FIX))
     return dict(sorted(pairs.items()))
 
 
@@ -150,9 +162,9 @@ def _check_keys(group: Any, expected: Sequence[str]) -> None:
 
 
 def _child(group: Any, name: str, kind: type) -> Any:
-    """A member of a group that lies in the same file."""
+    """A member of a group that is in the same file."""
     place = f"{group.name.rstrip('/')}/{name}"
-    if name not in set(group):  # `name in group` would look behind an external link
+    if name not in set(group):  # `name in group` would open the file of an external link
         raise ValueError(f"{place} is missing")
     if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
         raise ValueError(f"{place} is a link, and links are not followed")
@@ -165,9 +177,9 @@ def _child(group: Any, name: str, kind: type) -> Any:
 def _values(group: Any, name: str, kinds: str, size: int) -> Array:
     data = _child(group, name, h5py.Dataset)
     if data.is_virtual or data.external:
-        raise ValueError(f"{data.name} has its values outside the file")
+        raise ValueError(f"{data.name} has its values in another file")
     if data.dtype.kind not in kinds:
         raise ValueError(f"{data.name} has dtype {data.dtype}, expected one of kind {kinds!r}")
     if data.nbytes > size:
-        raise ValueError(f"{data.name} claims {data.nbytes} bytes, in a file of {size}")
+        raise ValueError(f"{data.name} claims {data.nbytes} bytes, in a file of {size} bytes")
     return np.asarray(data[()])

@@ -1,9 +1,9 @@
-"""Tables of tokens whose adapters mean something else in transformers.
+"""Embeddings whose adapters compute something else in transformers than in Keras.
 
-A tied table is adapted in both directions here, `y = h E^T + s (h B^T) A^T`. There an adapter of
-the embedding acts in the lookup alone, and the head, another module, keeps `E`. And the table of
-an encoder and a decoder may be one, in several modules there or several layers here, each with
-adapters of its own.
+Keras adapts a tied embedding matrix `E` in both directions: the output head computes
+`y = h E^T + s (h B^T) A^T`. In transformers the adapter of an embedding is active only in the
+lookup, and the head, another module, keeps `E`. Encoder and decoder may share an embedding matrix
+too, in several modules of transformers or in several layers of Keras, each with its own adapter.
 """
 
 from __future__ import annotations
@@ -15,45 +15,48 @@ from typing import Any
 
 import keras
 
-from keras_lora.exchange.converters import HubWeights
+from keras_lora.exchange.converters import HuggingFaceWeights
 from keras_lora.walker import backbone_of, walk
 
 _LANGUAGE_MODELS = ("CausalLM", "Seq2SeqLM")
+_LEAVE_OUT = "leave this embedding out of the adapter"
 _TIED = (
-    "its table is the output head too: an adapter acts there here, and not in transformers; leave "
-    "it out"
+    "its matrix is the output head too: the adapter is active in the head in Keras, and not in "
+    f"transformers; {_LEAVE_OUT}"
 )
 _UNKNOWN = (
-    "its table may be the output head too, since there is no other: an adapter would act there "
-    "here, and not in transformers; leave it out"
+    "its matrix may be the output head too, since the model has no other: the adapter would be "
+    f"active in the head in Keras, and not in transformers; {_LEAVE_OUT}"
 )
 _SHARED = (
-    "encoder and decoder share its table: an adapter acts in other places there than here; leave "
-    "it out"
+    "encoder and decoder share its matrix: the adapter is active for other inputs in transformers "
+    f"than in Keras; {_LEAVE_OUT}"
 )
 
 
-def refused_tables(model: keras.Model, weights: HubWeights) -> dict[str, str]:
+def refused_embeddings(model: keras.Model, weights: HuggingFaceWeights) -> dict[str, str]:
     """Why the adapters of some embeddings cannot be exchanged, by path.
 
-    A backbone calls its table in one direction. Where KerasHub makes language models of it, it
-    counts as one of these: its adapter would act in their heads. An encoder, of which it makes
-    but a `MaskedLM`, does not.
+    A backbone alone uses an embedding only for the lookup. Where KerasHub makes language models
+    from backbones of this class, it is treated as one of them, whose head would use the adapter.
+    An encoder, from which KerasHub makes only a `MaskedLM`, is not.
     """
-    tables = {n.path: n.layer for n in walk(model) if isinstance(n.layer, keras.layers.Embedding)}
-    shared = dict.fromkeys(_shared(weights, tables), _SHARED)
+    embeddings = {
+        n.path: n.layer for n in walk(model) if isinstance(n.layer, keras.layers.Embedding)
+    }
+    shared = dict.fromkeys(_shared(weights, embeddings), _SHARED)
     if not _is_language_model(model):
         return shared
     reversible = keras.layers.ReversibleEmbedding
-    heads = {p: x for p, x in tables.items() if isinstance(x, reversible)}
-    if not heads:  # as in Gemma 3n, whose head reads the table of an `Embedding`
-        return dict.fromkeys(tables, _UNKNOWN)
+    heads = {p: x for p, x in embeddings.items() if isinstance(x, reversible)}
+    if not heads:  # as in Gemma 3n, whose head reads the matrix of an `Embedding`
+        return dict.fromkeys(embeddings, _UNKNOWN)
     return shared | {path: _TIED for path, head in heads.items() if head.tie_weights}
 
 
-def _shared(weights: HubWeights, tables: Iterable[str]) -> list[str]:
-    """Those of a module named `shared`, as in T5 and BART, or of one that others are of too."""
-    keys = {path: weights.blocks[path][0].weight for path in tables if path in weights.blocks}
+def _shared(weights: HuggingFaceWeights, paths: Iterable[str]) -> list[str]:
+    """The embeddings of a module named `shared`, as in T5 and BART, or of one common module."""
+    keys = {path: weights.blocks[path][0].weight for path in paths if path in weights.blocks}
     count = Counter(keys.values())
     return [p for p, key in keys.items() if key.endswith("shared.weight") or count[key] > 1]
 

@@ -1,59 +1,52 @@
-"""Between the factors of kernels and those of Hugging Face matrices.
+"""The factors of Keras kernels, and those of Hugging Face matrices.
 
-With `W` a matrix `(out, in)` there, a kernel `K` `(d, k)` here is a block of it,
-`K[i, o] = W[rows[o], columns[i]]`, and so is its update:
+A Keras kernel `K` `(d, k)` is a block of a Hugging Face matrix `W` `(out, in)`,
+`K[i, o] = W[rows[o], columns[i]]`, and so is the kernel's update:
 
     dK = s A B  <->  dW = s b a        a[:, columns[i]] = A[i]        b[rows[o]] = B[:, o]
 
-The table of an embedding is `(vocabulary, dim)` on both sides, so `in` is the vocabulary there.
-DoRA's magnitude there has an entry for each row, so `m[rows[o]]` is that of output `o`.
+An embedding matrix is `(vocabulary, dim)` in both, so its `in` is the vocabulary. PEFT's magnitude
+of DoRA has an entry for each row of `W`: that of output `o` is `m[rows[o]]`.
 
-Several kernels may be blocks of one matrix: GPT-2's `c_attn` is query, key and value. The factors
-of the matrix are then those that the kernels share or, where theirs differ, all of them stacked.
+Several kernels may be blocks of one matrix: GPT-2's `c_attn` is query, key and value. Where these
+kernels share `A`, it is the matrix's `a` too. Otherwise the factors of all kernels are stacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 
 from keras_lora.config import AdapterSpec
-from keras_lora.exchange.converters import Block, HubWeights
+from keras_lora.exchange.converters import Block, HuggingFaceWeights
 from keras_lora.exchange.converters.tensors import Array
+from keras_lora.exchange.peft.kernels import ExchangedKernel, blocks_by_module
 from keras_lora.exchange.peft_files import PeftModule
-from keras_lora.lowrank.equations import EinsumSplit, Shape, scaling
+from keras_lora.exchange.problems import Problems
+from keras_lora.lowrank.equations import scaling
 
 Factors: TypeAlias = dict[str, tuple[AdapterSpec, *tuple[Array, ...]]]
 
 
 @dataclass(frozen=True, eq=False)
-class Kernel:
-    """A kernel here: its axes, and whether it is an embedding's table.
+class KernelPart:
+    """A kernel's part of the LoRA of a matrix: `A` `(d, r)`, `B` `(r, k)` and `m` `(k,)`.
 
-    `refusal` is why its factors cannot be exchanged, or None; `norms` gives `|W0|` of each output.
+    Attributes:
+        block: Where the kernel is inside the matrix.
+        reached: Whether `A B` is more than the zeros that a fused matrix has for other kernels.
     """
-
-    split: EinsumSplit
-    shape: Shape
-    is_table: bool
-    refusal: str | None
-    norms: Callable[[], Array]
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """What a kernel has of a matrix: its block, `A` `(d, r)`, `B` `(r, k)` and `m` `(k,)`."""
 
     block: Block
     a: Array
     b: Array
     spec: AdapterSpec
-    is_table: bool
+    is_embedding: bool
     magnitude: Array | None = None
-    reached: bool = True  # whether `A B` is more than a fused matrix's zeros
+    reached: bool = True
 
     def widened(self) -> tuple[Array, Array]:
         """`a` `(r, in)` and `b` `(out, r)` of the whole matrix."""
@@ -63,22 +56,18 @@ class Part:
         return a.astype("float32"), b.astype("float32")
 
 
-def module_name(weight: str) -> str:
-    return weight.removesuffix(".weight")
+def joined(parts: Sequence[KernelPart]) -> PeftModule:
+    """The module of a matrix, from its kernels. It is exact.
 
-
-def module_names(weights: HubWeights) -> list[str]:
-    """The modules there that are kernels here."""
-    return sorted({module_name(b.weight) for found in weights.blocks.values() for b in found})
-
-
-def joined(parts: Sequence[Part]) -> PeftModule:
-    """The module of a matrix, from its kernels: exact, of the rank of one or of all together."""
+    The rank is that of one kernel where all share `A`, and otherwise the sum of all ranks.
+    """
     wide = [part.widened() for part in parts]
     (first, *others), (a, _) = parts, wide[0]
     same = [part.spec == first.spec for part in others]
     if all(same) and all(np.array_equal(a, other) for other, _ in wide[1:]):
-        b = np.sum([b for _, b in wide], 0, "float32")  # of disjoint rows: nothing is rounded
+        b = np.sum(
+            [b for _, b in wide], 0, "float32"
+        )  # the rows are disjoint, so nothing is rounded
         return _module(a, b, first.spec.alpha, first)
     scales = [np.float32(part.spec.scaling / first.spec.scaling) for part in parts]
     b = np.concatenate([scale * b for scale, (_, b) in zip(scales, wide, strict=True)], 1)
@@ -87,12 +76,12 @@ def joined(parts: Sequence[Part]) -> PeftModule:
 
 
 def alpha_of(scale: float, rank: int, use_rslora: bool) -> float:
-    """The alpha that gives this scale, the inverse of `lowrank.scaling`."""
+    """The alpha that gives this scale: the inverse of `lowrank.equations.scaling`."""
     return scale / scaling(1.0, rank, use_rslora)
 
 
 def of_one_kind(modules: Mapping[str, PeftModule]) -> dict[str, PeftModule]:
-    """The same modules, with or without rsLoRA all together: PEFT has one field for all."""
+    """The same modules, all with rsLoRA or all without, since PEFT has one field for all."""
     if len({module.use_rslora for module in modules.values()}) < 2:
         return dict(modules)
     return {
@@ -102,7 +91,7 @@ def of_one_kind(modules: Mapping[str, PeftModule]) -> dict[str, PeftModule]:
 
 
 def whole_magnitude(rows: Sequence[tuple[Block, Array]]) -> Array | None:
-    """The magnitude of a matrix, from those of its kernels; None where they are not all of it."""
+    """The magnitude of a matrix, from those of its kernels; None if these leave out a part."""
     if not _are_whole([block for block, _ in rows]):
         return None
     magnitude = np.zeros(rows[0][0].shape[0], "float32")
@@ -112,96 +101,92 @@ def whole_magnitude(rows: Sequence[tuple[Block, Array]]) -> Array | None:
 
 
 def _are_whole(blocks: Sequence[Block]) -> bool:
-    """Whether each row of the matrix is an output of one of these kernels, all along."""
+    """Whether each whole row of the matrix belongs to one of these kernels."""
     out, inputs = blocks[0].shape
     rows = np.unique(np.concatenate([block.rows for block in blocks]))
     return len(rows) == out and all(len(block.columns) == inputs for block in blocks)
 
 
-def _module(a: Array, b: Array, alpha: float, part: Part) -> PeftModule:
-    rslora, embedding = part.spec.use_rslora, part.is_table
+def _module(a: Array, b: Array, alpha: float, part: KernelPart) -> PeftModule:
+    rslora, embedding = part.spec.use_rslora, part.is_embedding
     return PeftModule(a=a, b=b, rank=len(a), alpha=alpha, use_rslora=rslora, embedding=embedding)
-
-
-def blocks_by_module(weights: HubWeights) -> dict[str, dict[str, Block]]:
-    """For each module there, the kernels that are blocks of its matrix, by path."""
-    found: dict[str, dict[str, Block]] = {}
-    for path, blocks in weights.blocks.items():
-        # A key without that ending is of a bare parameter, which PEFT does not adapt.
-        if len(blocks) == 1 and blocks[0].weight.endswith(".weight"):
-            found.setdefault(module_name(blocks[0].weight), {})[path] = blocks[0]
-    return found
 
 
 def split_modules(
     modules: Mapping[str, PeftModule],
-    kernels: Mapping[str, Kernel],
-    weights: HubWeights,
+    kernels: Mapping[str, ExchangedKernel],
+    weights: HuggingFaceWeights,
     dropout: float,
-    problems: list[str],
+    problems: Problems,
 ) -> Factors:
     """Spec and factors of each kernel, by path: the inverse of `joined` and `whole_magnitude`.
 
-    What has no place here is added to `problems`.
+    Modules that the kernels cannot take up are added to `problems`.
     """
     known, factors = blocks_by_module(weights), Factors()
     for name, module in modules.items():
         blocks = known.get(name, {})
         wrong = _misfits(module, list(blocks.values()), [kernels[path] for path in blocks])
-        problems += [f"{name}: {problem}" for problem in wrong]
+        problems.add(*(f"{name}: {problem}" for problem in wrong))
         for path, block in blocks.items() if not wrong else ():
             part = _cut(module, block, len(blocks) > 1, dropout)
-            if _acts(part, kernels[path]):
+            if _has_effect(part, kernels[path]):
                 factors[path] = (part.spec, *_shaped(part, kernels[path]))
     return factors
 
 
-def _acts(part: Part, kernel: Kernel) -> bool:
-    """Whether anything of a fused matrix's adapter reaches a kernel."""
+def _has_effect(part: KernelPart, kernel: ExchangedKernel) -> bool:
+    """Whether the adapter of a fused matrix changes this kernel."""
     if part.reached or part.magnitude is None:
         return part.reached
     return not np.allclose(part.magnitude, kernel.norms().reshape(-1), rtol=1e-6, atol=0)
 
 
-def _shaped(part: Part, kernel: Kernel) -> list[Array]:
+def _shaped(part: KernelPart, kernel: ExchangedKernel) -> list[Array]:
     pair = kernel.split.factors(part.a[None], part.b[None], kernel.shape)
     if part.magnitude is None:
         return [*pair]
     return [*pair, part.magnitude.reshape(kernel.split.norm_shape(kernel.shape))]
 
 
-def _misfits(module: PeftModule, blocks: Sequence[Block], kernels: Sequence[Kernel]) -> list[str]:
-    """Why these kernels cannot take up all that a module does."""
-    wrong = _foreign_parts(module)
+def _misfits(
+    module: PeftModule, blocks: Sequence[Block], kernels: Sequence[ExchangedKernel]
+) -> list[str]:
+    """Why these kernels cannot take up the whole effect of a module."""
+    wrong = _unsupported(module)
     if wrong:
         return wrong
     if not blocks:
         kind = "embedding layer" if module.embedding else "kernel"
         return [f"the model has no {kind} that is this module"]
-    if any(kernel.is_table != module.embedding for kernel in kernels):
-        return ["it is an embedding there or here, and a linear layer on the other side"]
+    if any(kernel.is_embedding != module.embedding for kernel in kernels):
+        return ["an embedding in one of the two models, and a linear layer in the other"]
     refusals = [kernel.refusal for kernel in kernels if kernel.refusal]
-    return refusals or _out_of_place(module, blocks)
+    return refusals or _unplaced(module, blocks)
 
 
-def _foreign_parts(module: PeftModule) -> list[str]:
-    """What an adapter does not have here."""
+def _unsupported(module: PeftModule) -> list[str]:
+    """Why no adapter of this package can express a module."""
     if module.kind == "convolution":
-        return ["a convolution, which is not adapted here yet"]
+        return ["a convolution, which keras_lora does not adapt yet"]
     if module.bias is not None:
-        return ["a bias of B (lora_bias), which an adapter does not have here"]
+        return ["a bias of B (lora_bias), which adapters of keras_lora do not have"]
     if module.embedding and module.magnitude is not None:
-        return ["DoRA's magnitude of an embedding, which an adapter does not have here"]
+        return ["DoRA of an embedding, which keras_lora does not have"]
     return []
 
 
-def _out_of_place(module: PeftModule, blocks: Sequence[Block]) -> list[str]:
+def _unplaced(module: PeftModule, blocks: Sequence[Block]) -> list[str]:
     received, expected = (len(module.b), module.a.shape[1]), blocks[0].shape
     if received != expected:
-        return [f"of a matrix {received}, expected {expected}"]
+        return [f"for a matrix of shape {received}, expected {expected}"]
     if module.magnitude is not None and not _are_whole(blocks):
         return ["DoRA's magnitude, of which the model has only a part"]
-    return [] if _reach_all(module, blocks) else ["acts where the model has no kernel"]
+    return (
+        []
+        if _reach_all(module, blocks)
+        else ["changes a part of the matrix that is no kernel of the model"]
+    )
 
 
 def _reach_all(module: PeftModule, blocks: Sequence[Block]) -> bool:
@@ -214,11 +199,12 @@ def _is_zero(array: Array, axis: int, beside: Array) -> bool:
     return not np.delete(array, beside, axis).any()
 
 
-def _cut(module: PeftModule, block: Block, fused: bool, dropout: float) -> Part:
-    """A kernel's part of a matrix.
+def _cut(module: PeftModule, block: Block, fused: bool, dropout: float) -> KernelPart:
+    """A kernel's part of the LoRA of a matrix.
 
-    Of a matrix with several kernels only those components are taken that reach this one, so that
-    factors that were stacked come apart again. Where `b` is zero all over, it was never trained.
+    If the matrix has several kernels, a kernel gets only the components of `b` that are not zero
+    in its rows. So factors that were stacked come apart again. An adapter that was never trained
+    has `b = 0`, which does not tell the components apart: each kernel gets all of them.
     """
     a, b = module.a[:, block.columns].T, module.b[block.rows].T
     reach = b.any(1) if fused and module.b.any() else np.full(module.rank, True)
@@ -236,4 +222,4 @@ def _cut(module: PeftModule, block: Block, fused: bool, dropout: float) -> Part:
         use_rslora=module.use_rslora,
         use_dora=magnitude is not None,
     )
-    return Part(block, a[:, reach], b[reach], spec, module.embedding, magnitude, reached)
+    return KernelPart(block, a[:, reach], b[reach], spec, module.embedding, magnitude, reached)

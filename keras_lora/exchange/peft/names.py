@@ -1,8 +1,9 @@
-"""Between the names that KerasHub's converters ask for and those of modules in transformers.
+"""The names that KerasHub's converters ask for, and the names of modules in transformers.
 
-They differ by a prefix, which depends on the class there: a `BertForSequenceClassification` has
-`bert.encoder.layer.0...`, a `BertModel` `encoder.layer.0...`. And transformers 5 renames, when it
-loads a checkpoint, what is in some architectures, such as ViT; only itself knows how.
+They differ by a prefix, which depends on the class in transformers: a
+`BertForSequenceClassification` has `bert.encoder.layer.0...`, a `BertModel` `encoder.layer.0...`.
+For some architectures, such as ViT, transformers 5 renames modules when it loads a checkpoint. Only
+transformers itself knows these names.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from keras_lora.checks import invalid
 Rename: TypeAlias = Callable[[str], str]
 
 _BASE = "MODEL_MAPPING"
-_CONVERSION = "transformers.conversion_mapping"  # of transformers 5
-# KerasHub's tasks: what PEFT calls them, and where transformers lists the classes for them.
+_CONVERSION = "transformers.conversion_mapping"  # since transformers 5
+# For each task of KerasHub PEFT's name of the task, and the mapping in transformers to its class.
 _TASKS = {
     "CausalLM": ("CAUSAL_LM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
     "Seq2SeqLM": ("SEQ_2_SEQ_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
@@ -33,92 +34,95 @@ _TASKS = {
 
 
 @dataclass(frozen=True)
-class HubNames:
+class HuggingFaceNames:
     """The names of modules in the Hugging Face model for a task.
 
     Attributes:
         task: PEFT's name of the task, or None.
-        prefix: What the names begin with.
-        hub_model: The model, without values, where transformers was asked for it.
+        prefix: The beginning of all names.
+        transformers_model: The model without values, if transformers is asked for names.
     """
 
     task: str | None
     prefix: str
-    hub_model: Any = None
+    transformers_model: Any = None
 
     def rename(self, name: str) -> str:
-        """The name of what KerasHub's converter calls so."""
+        """The name in the Hugging Face model for a name that KerasHub's converter asks for."""
         full = name if name.startswith(self.prefix) else self.prefix + name
-        return full if self.hub_model is None else _current(self.hub_model, full)
+        return full if self.transformers_model is None else _current(self.transformers_model, full)
 
     def foreign(self, modules: Iterable[str]) -> list[str]:
-        """Those that are no modules which PEFT adapts, where transformers was asked for a task.
+        """The names of modules that PEFT does not adapt, as far as transformers tells.
 
-        For a bare backbone it is not known what class the names are for.
+        A bare backbone does not tell the class of the Hugging Face model, so none are found.
         """
-        if self.hub_model is None or not self.prefix:
+        if self.transformers_model is None or not self.prefix:
             return []
         kinds = ("Linear", "Conv1D", "Embedding")
-        found = self.hub_model.named_modules()
+        found = self.transformers_model.named_modules()
         known = {_any_layer(name) for name, module in found if _is_any(module, kinds)}
         return sorted(name for name in modules if _any_layer(name) not in known)
 
 
-def hub_names(model: keras.Model, model_type: str, prefix: str | None) -> HubNames:
-    """How names become those of a Hugging Face model for the task of a Keras model.
+def hugging_face_names(model: keras.Model, model_type: str, prefix: str | None) -> HuggingFaceNames:
+    """The names of modules in the Hugging Face model for the task of a Keras model.
 
-    `prefix` is what the names begin with there; with it, transformers is not asked. Without, it
-    is: for a backbone only where it is installed.
+    Args:
+        model: The Keras model.
+        model_type: Hugging Face's name of the architecture.
+        prefix: The beginning of all names. If it is None, transformers is asked; for a bare
+            backbone only if it is installed.
 
     Raises:
-        ValueError: transformers is needed to know the prefix, and is missing.
+        ValueError: only transformers knows the prefix, and is not installed.
     """
     known = (_TASKS[c.__name__] for c in type(model).__mro__ if c.__name__ in _TASKS)
     task, mapping = next(known, (None, _BASE))
     if prefix is not None:
-        return HubNames(task, prefix)
-    hub_model, reason = _hub_model(model_type, mapping)
+        return HuggingFaceNames(task, prefix)
+    transformers_model, reason = _transformers_model(model_type, mapping)
     if mapping == _BASE:
-        return HubNames(task, "", hub_model)
-    if hub_model is None:
+        return HuggingFaceNames(task, "", transformers_model)
+    if transformers_model is None:
         raise invalid(
             "prefix",
-            "what the names of modules begin with in the Hugging Face model, such as 'bert.'",
+            "the beginning of the names of modules in the Hugging Face model, such as 'bert.'",
             None,
-            f"only transformers knows it ({reason}): pip install 'keras-lora[peft]', or pass it",
+            f"pass the prefix or pip install 'keras-lora[peft]', since only transformers knows it "
+            f"({reason})",
         )
-    return HubNames(task, f"{hub_model.base_model_prefix}.", hub_model)
+    return HuggingFaceNames(task, f"{transformers_model.base_model_prefix}.", transformers_model)
 
 
-def hub_names_back(model_type: str, names: Sequence[str], known: Sequence[str]) -> Rename:
-    """How the names of an adapter become known ones; what does not, stays.
+def renaming_to_converter(model_type: str, names: Sequence[str], known: Sequence[str]) -> Rename:
+    """From the names of an adapter's modules to the names that KerasHub's converter asks for.
 
-    Those that transformers gives are tried where the checkpoint's own do not do.
+    Where the names of the checkpoint do not fit all, the names of transformers 5 are tried too. A
+    name that fits neither stays as it is.
     """
-    rename = renaming(names, known)
+    rename = prefix_renaming(names, known)
     if all(rename(name) in known for name in names):
         return rename
-    hub_model, _ = _hub_model(model_type, _BASE)
-    if hub_model is None:
+    transformers_model, _ = _transformers_model(model_type, _BASE)
+    if transformers_model is None:
         return rename
-    current = {_current(hub_model, name): name for name in known}
-    rename_current = renaming(names, current)
+    current = {_current(transformers_model, name): name for name in known}
+    rename_current = prefix_renaming(names, current)
     return lambda name: current.get(rename_current(name), rename(name))
 
 
-def renaming(names: Iterable[str], known: Iterable[str]) -> Callable[[str], str]:
-    """From the names of an adapter's modules to those that the converter asks for.
+def prefix_renaming(names: Iterable[str], known: Iterable[str]) -> Callable[[str], str]:
+    """From names to known names, by adding or removing one prefix.
 
-    One has a prefix that the other lacks where their models are of different classes: a
-    `BertForSequenceClassification` has `bert.encoder.layer.0...`, a `BertModel`
-    `encoder.layer.0...`. The prefix that serves most names counts, and names that are known as
-    they are stay.
+    The prefix that makes most names known is chosen. Names that the change does not make known
+    stay as they are.
 
     Example:
 
-    >>> rename = renaming(["bert.layer.0.query", "classifier"], ["layer.0.query", "classifier"])
-    >>> rename("bert.layer.0.query"), rename("classifier")
-    ('layer.0.query', 'classifier')
+    >>> rename = prefix_renaming(["bert.layer.0.query", "head"], ["layer.0.query", "head"])
+    >>> rename("bert.layer.0.query"), rename("head")
+    ('layer.0.query', 'head')
     """
     known = set(known)
     shifts = Counter(s for name in names for other in known for s in _shifts(name, other))
@@ -148,32 +152,33 @@ def _any_layer(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".#", name)
 
 
-def _hub_model(model_type: str, mapping: str) -> tuple[Any, str]:
+def _transformers_model(model_type: str, mapping: str) -> tuple[Any, str]:
     """A model of the class that transformers has for a task, without values and with one layer.
 
-    None, and why, where there is none.
+    Returns:
+        The model and an empty string; or None and the reason.
     """
     try:
         torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
         importlib.import_module(_CONVERSION)
         config = transformers.AutoConfig.for_model(model_type)
-        hub_class = getattr(transformers, mapping)[type(config)]
+        transformers_class = getattr(transformers, mapping)[type(config)]
         if hasattr(config, "num_hidden_layers"):
             config.num_hidden_layers = 1
         with torch.device("meta"):
-            return hub_class(config), ""
-    except Exception as error:  # whatever a model of defaults meets: there are hundreds of classes
+            return transformers_class(config), ""
+    except Exception as error:  # whatever one of the hundreds of classes raises for its defaults
         return None, f"{type(error).__name__}: {error}"
 
 
-def _current(hub_model: Any, name: str) -> str:
-    """The name of what a checkpoint calls so in a model of transformers 5.
+def _current(transformers_model: Any, name: str) -> str:
+    """The name in a model of transformers 5 for the name in a checkpoint.
 
     PEFT asks transformers in the same way.
     """
     conversion = importlib.import_module(_CONVERSION)
     renaming_class = importlib.import_module("transformers.core_model_loading").WeightRenaming
-    for transform in conversion.get_model_conversion_mapping(hub_model):
+    for transform in conversion.get_model_conversion_mapping(transformers_model):
         if isinstance(transform, renaming_class):
             name, _ = transform.rename_source_key(name)
     return name

@@ -1,4 +1,4 @@
-"""Between the variables of a model and the parameters of its Hugging Face counterpart."""
+"""The variables of a Keras model as slices of the parameters of the Hugging Face model."""
 
 from __future__ import annotations
 
@@ -13,23 +13,30 @@ import numpy as np
 from keras import ops
 
 from keras_lora.checks import invalid
-from keras_lora.exchange.converters import Block, HubWeights
+from keras_lora.exchange.converters import Block, HuggingFaceWeights
 from keras_lora.exchange.converters.tensors import Array
-from keras_lora.layers import BASE, LoRALayer, base_kernel, kernel_shape, owned
+from keras_lora.exchange.problems import Problems
+from keras_lora.layers import (
+    BASE,
+    LoRALayer,
+    owned,
+    site_of,
+)
 from keras_lora.lowrank.equations import Shape
 from keras_lora.walker import walk
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where the elements of a variable are in a parameter.
+class ParameterSlice:
+    """A variable as a slice of a Hugging Face parameter.
 
     Attributes:
         variable: The variable.
         shape: The parameter's shape.
-        index: Gives, for each element of the variable, its number in the flattened parameter.
-            Few are asked for: that of a table of tokens is larger than the table.
-        read: Gives the variable's value from the parameter.
+        index: Gives, for each element of the variable, the number of its element in the flattened
+            parameter. A function, since the index of an embedding matrix takes more memory than
+            the matrix.
+        read: Gives the variable's value from the parameter's value.
     """
 
     variable: keras.Variable
@@ -38,112 +45,121 @@ class Place:
     read: Callable[[Array], Array]
 
 
-Places: TypeAlias = dict[str, list[Place]]
+ParameterSlices: TypeAlias = dict[str, list[ParameterSlice]]
 
 
-def find_places(
+def find_slices(
     model: keras.Model,
-    weights: HubWeights,
+    weights: HuggingFaceWeights,
     heads: Mapping[str, str],
     of_adapted: bool = False,
-) -> Places:
-    """The variables of a model by the parameter that they are taken from.
+) -> ParameterSlices:
+    """The variables of a model, by the name of the parameter that they are slices of.
 
-    `heads` are the modules of Dense layers that no converter knows, by the layer's path. The
-    kernels of adapted layers are left out, since they train in no other way, or are in too.
+    Args:
+        model: The Keras model.
+        weights: Where its variables come from.
+        heads: `{path of a Dense layer: name of its module}` for layers that no converter knows.
+        of_adapted: Include the kernels of adapted layers, which never train themselves.
 
     Raises:
         ValueError: a head that is no Dense layer of the model.
     """
-    places: Places = {}
-    for path, origin in weights.others.items():
-        if origin is not None:
-            place = Place(weights.variables[path], origin.shape, origin.index, origin.read)
-            places.setdefault(origin.weight, []).append(place)
+    slices: ParameterSlices = {}
+    for path, source in weights.others.items():
+        if source is not None:
+            found = ParameterSlice(weights.variables[path], source.shape, source.index, source.read)
+            slices.setdefault(source.weight, []).append(found)
     layers = {node.path: node.layer for node in walk(model)}
     for path, blocks in weights.blocks.items():
         layer = layers[path]
-        trains_apart = of_adapted or not isinstance(layer, LoRALayer)
-        if trains_apart and len(kernel_shape(layer)) == 2:
-            place = _place_of(base_kernel(layer), blocks[0])
-            places.setdefault(blocks[0].weight, []).append(place)
+        included = of_adapted or not isinstance(layer, LoRALayer)
+        if included and len(site_of(layer).shape) == 2:
+            found = _slice_of(site_of(layer).matrix, blocks[0])
+            slices.setdefault(blocks[0].weight, []).append(found)
     for path, module in heads.items():
-        places |= _head_places(layers.get(path), path, module)
-    return places
+        slices |= _head_slices(layers.get(path), path, module)
+    return slices
 
 
 def gather(
-    values: Sequence[tuple[keras.Variable, Array]], places: Places, problems: list[str]
+    values: Sequence[tuple[keras.Variable, Array]], slices: ParameterSlices, problems: Problems
 ) -> dict[str, Array]:
-    """The parameters that these variables are, with these values; the inverse of `scatter`.
+    """The parameters that consist of these variables, with these values: inverse of `scatter`.
 
-    What has no place there is added to `problems`.
+    Variables that are no slice of a parameter are added to `problems`, and parameters of which a
+    part has no value.
     """
-    by_variable = {id(p.variable): (key, p) for key, found in places.items() for p in found}
+    by_variable = {id(s.variable): (key, s) for key, found in slices.items() for s in found}
     parameters: dict[str, Array] = {}
     filled: dict[str, Array] = {}
     for variable, value in values:
         if id(variable) not in by_variable:
-            problems.append(f"{variable.path}: it is in no parameter there")
+            problems.add(f"{variable.path}: it is in no parameter of the Hugging Face model")
             continue
-        key, place = by_variable[id(variable)]
-        parameter = parameters.setdefault(key, np.zeros(math.prod(place.shape), "float32"))
-        index = place.index()
+        key, found = by_variable[id(variable)]
+        parameter = parameters.setdefault(key, np.zeros(math.prod(found.shape), "float32"))
+        index = found.index()
         parameter[index] = value
         filled.setdefault(key, np.zeros(parameter.size, bool))[index] = True
-    problems += [f"{key}: only a part of it trains" for key, f in filled.items() if not f.all()]
-    return {key: p.reshape(places[key][0].shape) for key, p in parameters.items()}
+    problems.add(*(f"{key}: only a part of it trains" for key, f in filled.items() if not f.all()))
+    return {key: p.reshape(slices[key][0].shape) for key, p in parameters.items()}
 
 
 def scatter(
-    parameters: Mapping[str, Array], places: Places, problems: list[str]
+    parameters: Mapping[str, Array], slices: ParameterSlices, problems: Problems
 ) -> list[tuple[keras.Variable, Array]]:
-    """The variables that are in these parameters, and their values."""
+    """The variables that are slices of these parameters, and their values.
+
+    Parameters without such variables, or of another shape, are added to `problems`.
+    """
     values = []
     for key, parameter in parameters.items():
-        found = places.get(key, [])
+        found = slices.get(key, [])
         if not found:
-            problems.append(f"{key}: the model has no variable that is this parameter")
+            problems.add(f"{key}: the model has no variable for this parameter")
         elif parameter.size != math.prod(found[0].shape):
-            problems.append(f"{key}: shape {parameter.shape}, expected {found[0].shape}")
+            problems.add(f"{key}: shape {parameter.shape}, expected {found[0].shape}")
         else:
-            values += [(p.variable, p.read(parameter.reshape(p.shape))) for p in found]
+            values += [(s.variable, s.read(parameter.reshape(s.shape))) for s in found]
     return values
 
 
-def check_copies(copies: Mapping[str, Array], places: Places, problems: list[str]) -> None:
-    """Compare what an adapter's file has of its base with the base here.
+def check_copies(copies: Mapping[str, Array], slices: ParameterSlices, problems: Problems) -> None:
+    """Compare the copies of base parameters in an adapter's file with the base of the model.
 
-    PEFT saves tables along with their adapters (and `lm_head`, where the vocabulary was resized),
-    and would put these in the place of its base's. Equal is what differs by rounding to 16 bits.
-    What has no place here acts on nothing.
+    PEFT saves an embedding matrix along with its adapter (and `lm_head`, if the vocabulary was
+    resized), and puts the copy in the place of the base's. A difference that rounding to 16 bits
+    makes is allowed. A copy of a parameter that the model does not have is ignored.
     """
-    for key in sorted(copies.keys() & places.keys()):
-        for variable, value in scatter({key: copies[key]}, places, problems):
+    for key in sorted(copies.keys() & slices.keys()):
+        for variable, value in scatter({key: copies[key]}, slices, problems):
             item = owned(variable)
             ours = np.array(ops.convert_to_numpy(variable)) if item is None else item.value(BASE)
             if not np.allclose(value, ours.astype("float32"), rtol=2**-7, atol=1e-6):
-                problems.append(f"{key}: the adapter was trained on other values of it")
+                problems.add(f"{key}: the adapter was trained with other values of it")
 
 
-def _place_of(kernel: keras.Variable, block: Block) -> Place:
-    """Of a kernel `(in, out)`."""
+def _slice_of(kernel: keras.Variable, block: Block) -> ParameterSlice:
+    """A kernel `(in, out)` as a slice of the weight of its block."""
     shape = block.shape[::-1] if block.stored_transposed else block.shape
 
     def index() -> Array:
         grid = np.ix_(block.rows, block.columns)
-        places = grid[::-1] if block.stored_transposed else grid
-        return np.ravel_multi_index(places, shape).T
+        stored = grid[::-1] if block.stored_transposed else grid
+        return np.ravel_multi_index(stored, shape).T
 
-    return Place(kernel, shape, index, block.read)
+    return ParameterSlice(kernel, shape, index, block.read)
 
 
-def _head_places(layer: keras.layers.Layer | None, path: str, module: str) -> Places:
+def _head_slices(layer: keras.layers.Layer | None, path: str, module: str) -> ParameterSlices:
     if not isinstance(layer, keras.layers.Dense):
         raise invalid("heads", "paths of Dense layers of the model", path)
     inputs, out = layer.kernel.shape
     block = Block(f"{module}.weight", (out, inputs), False, np.arange(out), np.arange(inputs))
-    places = {block.weight: [_place_of(layer.kernel, block)]}
+    slices = {block.weight: [_slice_of(layer.kernel, block)]}
     if layer.bias is not None:
-        places[f"{module}.bias"] = [Place(layer.bias, (out,), partial(np.arange, out), np.asarray)]
-    return places
+        slices[f"{module}.bias"] = [
+            ParameterSlice(layer.bias, (out,), partial(np.arange, out), np.asarray)
+        ]
+    return slices

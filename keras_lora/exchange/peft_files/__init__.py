@@ -1,7 +1,7 @@
 """The files of Hugging Face PEFT, apart from any model: read and written without PEFT or torch.
 
-A directory holds `adapter_config.json`, `adapter_model.safetensors` and a model card. Matrices
-stay in PyTorch's orientation, and modules under the names that the Hugging Face model has.
+A directory has `adapter_config.json`, `adapter_model.safetensors` and a model card. Matrices stay
+in PyTorch's orientation, and modules keep the names that the Hugging Face model gives them.
 """
 
 from keras_lora.exchange.peft_files.reading import PeftAdapter, read_peft_adapter

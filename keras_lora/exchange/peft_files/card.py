@@ -1,4 +1,4 @@
-"""The model card of an adapter: front matter as PEFT writes it, and how to use the adapter."""
+"""The model card of an adapter: front matter as PEFT writes it, and how to load the adapter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ In Keras, `keras_lora.load_peft_adapter(model, "path/of/this/directory")`.
 
 
 def default_card(config: Mapping[str, Any]) -> str:
-    """A card for an adapter of that config.
+    """The text of `README.md` for an adapter with the fields of PEFT's `LoraConfig`.
 
     Example:
 
@@ -51,6 +51,6 @@ def default_card(config: Mapping[str, Any]) -> str:
 
 
 def _scalar(value: str) -> str:
-    """As it is where YAML surely reads a string, else quoted as in JSON, which YAML has too."""
+    """A string for YAML: plain where YAML surely reads a string, otherwise quoted as in JSON."""
     plain = re.fullmatch(r"lora|[A-Za-z][\w.:-]*(/[\w.-]+)+", value, re.ASCII)
     return value if plain else json.dumps(value, ensure_ascii=False)

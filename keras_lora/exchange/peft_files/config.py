@@ -1,4 +1,4 @@
-"""The fields of PEFT's `LoraConfig`: which of them change the computation, and what they say."""
+"""The fields of PEFT's `LoraConfig`: which of them change the computation, and what they mean."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 from keras_lora.checks import check_alpha, check_rank
 from keras_lora.config import BIASES, AdapterSpec
+from keras_lora.exchange.problems import Problems
 
-# As PEFT 0.21 writes them. Every field is in one of these four; a test compares with `LoraConfig`.
+# The fields that are read, with the defaults of PEFT 0.21. Each field of PEFT is in one of these
+# four collections: a test compares them with `LoraConfig`.
 UNDERSTOOD: Mapping[str, Any] = {
     "peft_type": "LORA",
     "r": 8,
@@ -30,8 +32,8 @@ UNDERSTOOD: Mapping[str, Any] = {
     "layers_pattern": None,
     "ensure_weight_tying": False,
 }
-# What these say is in the tensors, or serves training or the finding of the base model alone.
-# `fan_in_fan_out` tells how the base keeps its matrix; A and B lie alike in both cases.
+# Fields that say nothing more than the tensors do, or that serve only training or the search for
+# the base model. `fan_in_fan_out` tells how the base stores its matrix: A and B are the same.
 HARMLESS: Mapping[str, Any] = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -49,29 +51,39 @@ HARMLESS: Mapping[str, Any] = {
     "task_type": None,
     "velora_config": None,
 }
-# Each acts where its value is true; with the reason why it cannot be read.
+# Fields that change the computation where their value is true, each with its default and the
+# reason why such an adapter cannot be read.
 REFUSED: Mapping[str, tuple[Any, str]] = {
-    "alora_invocation_tokens": (None, "the adapter acts from certain tokens on only (aLoRA)"),
-    "arrow_config": (None, "other adapters are mixed in for each token (Arrow)"),
-    "kasa_config": (None, "the base is truncated and a diagonal lies between A and B (KaSA)"),
+    "alora_invocation_tokens": (None, "the adapter is active only from certain tokens on (aLoRA)"),
+    "arrow_config": (None, "each token gets a mixture of several adapters (Arrow)"),
+    "kasa_config": (
+        None,
+        "the base is truncated, and a diagonal matrix stands between A and B (KaSA)",
+    ),
     "layer_replication": (None, "the base is rebuilt with some layers repeated"),
-    "megatron_config": (None, "the layers are Megatron's parallel ones"),
+    "megatron_config": (None, "the layers are the parallel layers of Megatron"),
     "monteclora_config": (None, "the adapter's weights are random samples (MonteCLoRA)"),
     "target_parameters": (
         None,
-        "A and B belong to parameters, such as stacked experts, and are no matrices of a module",
+        "A and B belong to bare parameters, such as stacked experts, and to no module",
     ),
-    "trainable_token_indices": (None, "rows of an embedding are replaced, which A B is not"),
-    "use_bdlora": (None, "A or B is stored by the blocks of its diagonal (BD-LoRA)"),
+    "trainable_token_indices": (
+        None,
+        "rows of an embedding matrix are replaced by others",
+    ),
+    "use_bdlora": (None, "A or B is block-diagonal and stored as its blocks (BD-LoRA)"),
     "use_qalora": (False, "the inputs are pooled before A (QA-LoRA)"),
 }
-# PEFT never writes it.
+# A field of `LoraConfig` that PEFT never writes.
 NOT_SAVED = ("runtime_config",)
 
 DEFAULTS = {**UNDERSTOOD, **HARMLESS, **{name: value for name, (value, _) in REFUSED.items()}}
 
+# What the checks of values and the compiling of expressions raise.
+_ERRORS = (ValueError, OverflowError, RecursionError, re.error)
+# Of `init_lora_weights`: values that leave the base as it was.
 _BASE_UNCHANGED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-_KINDS: Mapping[str, tuple[type, ...]] = {
+_TYPES: Mapping[str, tuple[type, ...]] = {
     "rank_pattern": (dict, type(None)),
     "alpha_pattern": (dict, type(None)),
     "use_rslora": (bool,),
@@ -87,7 +99,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The fields that say what the tensors mean, checked."""
+    """The fields that give the tensors their meaning, checked."""
 
     config: Mapping[str, Any]
     ranks: Pattern
@@ -99,7 +111,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A value for each module: that of the first expression which matches its name."""
+    """A value for each module: the value of the first expression that matches its name."""
 
     values: Mapping[str, Any]
     default: Any
@@ -111,20 +123,29 @@ class Pattern:
         return self.values.get(next(matching, name), self.default)
 
 
-def parse_config(config: Mapping[str, Any], problems: list[str]) -> Settings | None:
-    """The settings, or none with what is wrong added to `problems`."""
-    known = len(problems)
+def parse_config(config: Mapping[str, Any], problems: Problems) -> Settings | None:
+    """The settings; or None, with everything that is wrong added to `problems`."""
+    found = Problems()
+    settings = _settings({**UNDERSTOOD, **config}, found) if _is_lora(config, found) else None
+    problems.add(*found)
+    return None if found else settings
+
+
+def _is_lora(config: Mapping[str, Any], problems: Problems) -> bool:
+    """Whether the fields have the types and values of a LoRA adapter that can be read."""
     if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type: {config.get('peft_type')!r} is not 'LORA'")
-        return None
+        problems.add(f"peft_type: {config.get('peft_type')!r} is not 'LORA'")
+        return False
     given = {**UNDERSTOOD, **config}
-    # PEFT has defaults for these and writes them all the same.
-    problems += [f"{name}: missing" for name in ("r", "lora_alpha") if name not in config]
-    problems += [f"{name}: {why}" for name, (_, why) in REFUSED.items() if config.get(name)]
-    problems += _init_problems(given["init_lora_weights"])
-    problems += _kind_problems(given)
-    if len(problems) > known:
-        return None
+    # PEFT always writes these two, although it has defaults for them.
+    problems.add(*(f"{name}: missing" for name in ("r", "lora_alpha") if name not in config))
+    problems.add(*(f"{name}: {why}" for name, (_, why) in REFUSED.items() if config.get(name)))
+    _check_init(given["init_lora_weights"], problems)
+    _check_types(given, problems)
+    return not problems
+
+
+def _settings(given: Mapping[str, Any], problems: Problems) -> Settings:
     settings = Settings(
         config=given,
         ranks=_pattern(given, "r", "rank_pattern", check_rank, problems),
@@ -133,8 +154,8 @@ def parse_config(config: Mapping[str, Any], problems: list[str]) -> Settings | N
         use_dora=given["use_dora"],
         lora_bias=given["lora_bias"],
     )
-    problems += _selection_problems(given)
-    return None if len(problems) > known else settings
+    _check_selection(given, problems)
+    return settings
 
 
 def unknown_fields(config: Mapping[str, Any]) -> list[str]:
@@ -142,7 +163,7 @@ def unknown_fields(config: Mapping[str, Any]) -> list[str]:
 
 
 def is_targeted(config: Mapping[str, Any], name: str) -> bool:
-    """Whether PEFT would adapt a module of that name, as its `check_target_module_exists`."""
+    """Whether PEFT would adapt a module of that name, as its `check_target_module_exists` says."""
     targets, excluded = config["target_modules"], config["exclude_modules"]
     if excluded and _named(excluded, name):
         return False
@@ -177,26 +198,26 @@ def _layer_expressions(config: Mapping[str, Any]) -> list[str]:
     return [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
 
 
-def _init_problems(init: object) -> list[str]:
-    if (init.lower() if isinstance(init, str) else init) in _BASE_UNCHANGED:
-        return []
-    return [
-        f"init_lora_weights: {init!r} changes the base's weights too, so that A B alone is not "
-        "what was trained; convert it to usual LoRA in PEFT with save_pretrained(..., "
-        "path_initial_model_for_weight_conversion=...)"
-    ]
+def _check_init(init: object, problems: Problems) -> None:
+    if (init.lower() if isinstance(init, str) else init) not in _BASE_UNCHANGED:
+        problems.add(
+            f"init_lora_weights: {init!r} changes the base's weights too, so that A B is only a "
+            "part of the training; convert the adapter to plain LoRA in PEFT with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
 
 
-def _kind_problems(config: Mapping[str, Any]) -> list[str]:
-    wrong = [n for n, kinds in _KINDS.items() if not isinstance(config[n], kinds)]
-    problems = [f"{n}: {type(config[n]).__name__} is not a kind of value it has" for n in wrong]
+def _check_types(config: Mapping[str, Any], problems: Problems) -> None:
+    for name, types in _TYPES.items():
+        if not isinstance(config[name], types):
+            expected = [t.__name__ for t in types]
+            problems.add(
+                f"{name}: of type {type(config[name]).__name__}, expected one of {expected}"
+            )
     if config["bias"] not in BIASES:
-        problems.append(f"bias: {config['bias']!r} is none of {BIASES}")
-    return problems + _attempt("lora_dropout", _check_dropout, config["lora_dropout"])
-
-
-def _check_dropout(dropout: Any) -> None:
-    AdapterSpec(rank=1, alpha=1, dropout=dropout)
+        problems.add(f"bias: {config['bias']!r} is none of {BIASES}")
+    with problems.gathered("lora_dropout", *_ERRORS):
+        AdapterSpec(rank=1, alpha=1, dropout=config["lora_dropout"])
 
 
 def _pattern(
@@ -204,45 +225,37 @@ def _pattern(
     name: str,
     pattern: str,
     check: Callable[[object], None],
-    problems: list[str],
+    problems: Problems,
 ) -> Pattern:
     values = config[pattern] or {}
     given = {name: config[name], **{f"{pattern}[{key!r}]": v for key, v in values.items()}}
-    for place, value in given.items():
-        problems += _attempt(place, check, value)
+    for field, value in given.items():
+        with problems.gathered(field, *_ERRORS):
+            check(value)
     expressions: dict[str, re.Pattern[str]] = {}
     for key in values:
-        expression = rf"(.*\.)?({key})$"
-        wrong = _attempt(f"{pattern}[{key!r}]", _compiled, expression)
-        expressions |= {} if wrong else {key: _compiled(expression)}
-        problems += wrong
+        with problems.gathered(f"{pattern}[{key!r}]", *_ERRORS):
+            expressions[key] = _compiled(rf"(.*\.)?({key})$")
     return Pattern(values, config[name], expressions)
 
 
-def _selection_problems(config: Mapping[str, Any]) -> list[str]:
+def _check_selection(config: Mapping[str, Any], problems: Problems) -> None:
     fields = ("target_modules", "exclude_modules", "layers_pattern")
-    kinds = dict.fromkeys(fields, str) | {"layers_to_transform": int}
-    problems = [
+    types = dict.fromkeys(fields, str) | {"layers_to_transform": int}
+    wrong = [
         f"{name}: not all of its values are of type {kind.__name__}"
-        for name, kind in kinds.items()
+        for name, kind in types.items()
         if isinstance(config[name], list) and not all(isinstance(v, kind) for v in config[name])
     ]
+    problems.add(*wrong)
     expressions = [config[n] for n in fields[:2] if isinstance(config[n], str)]
-    for expression in [] if problems else [*expressions, *_layer_expressions(config)]:
-        problems += _attempt(repr(expression), _compiled, expression)
-    return problems
-
-
-def _attempt(place: str, check: Callable[[Any], object], value: object) -> list[str]:
-    try:
-        check(value)
-    except (ValueError, OverflowError, RecursionError, re.error) as error:
-        return [f"{place}: {error}"]
-    return []
+    for expression in [] if wrong else [*expressions, *_layer_expressions(config)]:
+        with problems.gathered(repr(expression), *_ERRORS):
+            _compiled(expression)
 
 
 def _compiled(expression: str) -> re.Pattern[str]:
     with warnings.catch_warnings():
-        # Python warns of what may mean something else one day.
+        # Python warns of syntax whose meaning may change in a later version.
         warnings.simplefilter("ignore")
         return re.compile(expression)

@@ -1,4 +1,4 @@
-"""The shortest names that mean certain modules and no other, as PEFT matches names."""
+"""The shortest names by which PEFT finds certain modules and no others."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from typing import Any
 
 
 def target_modules(adapted: Iterable[str], all_modules: Iterable[str] | None) -> list[str] | str:
-    """What PEFT's `target_modules` has to be.
+    """The value of PEFT's `target_modules` that matches the adapted modules and no others.
 
-    A name in a list also means every module whose name ends in it after a dot. So where a whole
-    name is the end of another one, an expression is given instead of a list. Names have two
-    segments where they can: RoBERTa's head has a `dense` too, which `output.dense` does not mean.
+    PEFT takes a name in a list for every module whose name ends in `.name` too. So where one
+    module's whole name is the ending of another's, a regular expression stands for the list.
+    Names have two segments where possible: RoBERTa's head has a module `dense` too, which
+    `output.dense` does not match.
+
+    Args:
+        adapted: The names of the adapted modules.
+        all_modules: The names of all modules that PEFT could match. Without them the whole names
+            of the adapted modules are returned.
 
     Example:
 
@@ -36,9 +42,9 @@ def target_modules(adapted: Iterable[str], all_modules: Iterable[str] | None) ->
 
 
 def value_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common value, and `{expression: value}` for the modules with others.
+    """The most common value, and `{expression: value}` for the modules with another value.
 
-    PEFT takes `re.match(rf"(.*\\.)?({expression})$", name)` of the first expression that matches.
+    PEFT takes the value of the first expression with `re.match(rf"(.*\\.)?({expression})$", name)`.
 
     Example:
 
@@ -56,7 +62,7 @@ def value_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def shortest_endings(names: Sequence[str], others: Iterable[str]) -> dict[str, str | None]:
-    """For each name its shortest ending of whole segments that no other name has, or none."""
+    """For each name its shortest ending of whole segments that none of `others` has, or None."""
     taken = {ending for other in others for ending in _endings(other)}
     return {name: next((e for e in _endings(name) if e not in taken), None) for name in names}
 

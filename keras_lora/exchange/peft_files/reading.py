@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from keras_lora.checks import AdapterFileError, warn
+from keras_lora.checks import AdapterFileError, invalid_file, warn
 from keras_lora.exchange.peft_files.config import (
     Settings,
     is_targeted,
@@ -26,6 +27,7 @@ from keras_lora.exchange.peft_files.tensors import (
     sort_keys,
     widened,
 )
+from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import CONFIG_FILE, TENSORS_FILE, PathLike
 from keras_lora.files.reading import (
     CONFIG_LIMIT,
@@ -39,31 +41,31 @@ from keras_lora.files.reading import (
 )
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+# Other files with the tensors of an adapter: how a directory has them, and what to do.
 _OTHER_FILES = {
     "adapter_model.bin": (
-        "its tensors are in adapter_model.bin, which would have to be unpickled; load it in PEFT "
-        "and save it by save_pretrained(..., safe_serialization=True)"
+        "tensors in adapter_model.bin, whose reading could execute code",
+        "load the adapter in PEFT and save it with save_pretrained(..., safe_serialization=True)",
     ),
     "adapter_model*-of-*.safetensors": (
-        "its tensors are in several files; load it in PEFT and save it by save_pretrained"
+        "tensors in several files",
+        "load the adapter in PEFT and save it with save_pretrained",
     ),
-    TENSORS_FILE: "it is an adapter of keras_lora itself; read it by load_adapter",
+    TENSORS_FILE: ("an adapter of keras_lora itself", "load it with load_adapter"),
 }
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class PeftAdapter:
-    """What a directory of PEFT holds.
+    """The content of a directory that PEFT wrote.
 
     Attributes:
         config: `adapter_config.json`, as read.
-        modules: What is added to each module, `{name in the base model: PeftModule}`.
-        saved: Parameters that take the place of the base's, `{full name: value}`: those of
-            `modules_to_save`, trained biases, and embeddings that were saved with the adapter.
-        unknown: The keys of the file that are not understood, and not in the above.
-        dtypes: `{key: dtype}` of each tensor in the file, the key being as PEFT 0.21 writes it.
+        modules: The LoRA of each module, `{name in the base model: PeftModule}`.
+        saved: Parameters that replace parameters of the base, `{full name: value}`: those of
+            `modules_to_save`, trained biases, and embedding matrices saved with the adapter.
+        unknown: The keys of the file that are not understood; their tensors are left out.
+        dtypes: `{key: dtype}` of each tensor in the file, with the key as PEFT 0.21 writes it.
             Given to `write_peft_adapter` as `dtype`, the same bytes are written again.
     """
 
@@ -77,24 +79,23 @@ class PeftAdapter:
 def read_peft_adapter(directory: PathLike) -> PeftAdapter:
     """Read a LoRA adapter of Hugging Face PEFT, after checking all of it.
 
-    Nothing in it is executed or used as a path; the regular expressions of `rank_pattern`,
-    `alpha_pattern` and `target_modules` are matched, as PEFT does. The files may be links, as in
-    a snapshot of the Hugging Face cache. Values of 16 bits are widened to float32. Peak memory is
-    three times the size of the files and 1.5 kilobytes a tensor.
+    No content is executed or used as a path. The regular expressions of `rank_pattern`,
+    `alpha_pattern` and `target_modules` are matched with module names, as in PEFT. The files may
+    be links, as in a snapshot of the Hugging Face cache. Values of 16 bits become float32. Peak
+    memory is three times the size of the files and 1.5 kilobytes a tensor.
 
     Args:
         directory: The directory of an adapter.
 
     Returns:
         The adapter. A `UserWarning` names the fields of the config that this version of the
-        package does not know, and the modules that PEFT would leave alone although the file has
-        tensors for them.
+        package does not know, and the modules whose tensors PEFT would not load.
 
     Raises:
-        AdapterFileError: everything at once that is wrong with the directory: a file that is
+        AdapterFileError: everything that is wrong with the directory, at once: a file that is
             missing or malformed; a `peft_type` other than LoRA; a field that changes the
-            computation in a way that A and B do not tell; tensors that are not finite, of another
-            dtype or shape than the config says, or one without the other.
+            computation in a way that A and B cannot express; tensors that are not finite, or of
+            another dtype or shape than the config says; a factor without the other one.
 
     Example:
 
@@ -108,17 +109,17 @@ def read_peft_adapter(directory: PathLike) -> PeftAdapter:
     (4.0, (2, 7))
     """
     root = Path(directory)
-    problems: list[str] = []
-    config = _attempt(problems, _read_config, root) or {}
+    _check_other_files(root)
+    problems, error = Problems(), partial(peft_error, root)
+    config = _read_config(root, problems)
     settings = parse_config(config, problems) if config else None
-    file = _attempt(problems, _read_tensors, root) or _Tensors()
-    problems += file.problems
+    file = _read_tensors(root, problems)
     if settings is None or not file.values:
-        raise peft_error(root, problems or [f"no tensors in {WEIGHTS_FILE}"])
+        problems.raise_any(error)
+        raise error(f"no tensors in {WEIGHTS_FILE}")
     keys = sort_keys(file.values, problems)
     modules = build_modules(keys, file.values, settings, problems)
-    if problems:
-        raise peft_error(root, problems)
+    problems.raise_any(error)
     _warn(root, settings, modules)
     return PeftAdapter(
         config=config,
@@ -129,92 +130,89 @@ def read_peft_adapter(directory: PathLike) -> PeftAdapter:
     )
 
 
-def peft_error(root: Path, problems: list[str]) -> AdapterFileError:
-    return AdapterFileError(
-        f"Invalid {str(root)!r}: expected a LoRA adapter as PEFT saves it, all of which acts "
-        f"through A and B. Received: {'; '.join(problems)}. Correct or convert it in PEFT and "
-        "save it again."
-    )
+def peft_error(root: Path, problems: str) -> AdapterFileError:
+    expected = "a LoRA adapter as PEFT saves it, whose whole effect is in A, B and magnitudes"
+    return invalid_file(root, expected, problems, "correct it in PEFT and save it again")
 
 
-@dataclass
 class _Tensors:
-    values: dict[str, Array] = field(default_factory=dict)
-    dtypes: dict[str, str] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    """The tensors of a file whose dtypes are read, and the keys of the others."""
+
+    def __init__(self, problems: Problems) -> None:
+        self.values: dict[str, Array] = {}
+        self.dtypes: dict[str, str] = {}
+        self.unknown: list[str] = []
+        self._problems = problems
 
     def add(self, key: str, array: Array) -> None:
         self.values[key], self.dtypes[key] = widened(array), array.dtype.name
         if not np.isfinite(self.values[key]).all():
-            self.problems.append(f"{key}: NaN or infinity")
+            self._problems.add(f"{key}: NaN or infinity")
 
-    def leave(self, key: str, code: str) -> None:
-        """Of integers are a count of batches and the like, but no factor."""
+    def leave_out(self, key: str, code: str) -> None:
+        """A factor is never of integers, whereas a module's count of batches is."""
         if is_factor(key):
-            self.problems.append(f"{key}: dtype {code}, expected one of {sorted(DTYPES)}")
+            self._problems.add(f"{key}: dtype {code}, expected one of {sorted(DTYPES)}")
         else:
             self.unknown.append(key)
 
 
-def _attempt(problems: list[str], read: Callable[[Path], T], root: Path) -> T | None:
-    try:
-        return read(root)
-    except AdapterFileError as error:
-        problems.append(str(error))
-        return None
-
-
-def _read_config(root: Path) -> dict[str, Any]:
+def _read_config(root: Path, problems: Problems) -> dict[str, Any]:
+    """The config; an empty one, and the reason in `problems`, where it cannot be read."""
     file = root / CONFIG_FILE
-    with opened(file, links=True) as stream:
-        check_size(file, os.fstat(stream.fileno()).st_size, CONFIG_LIMIT)
-        config = parsed_json(stream.readall(), file)
-    if not config:
-        raise peft_error(root, [f"an empty {CONFIG_FILE}"])
-    return config
+    with problems.caught(AdapterFileError):
+        with opened(file, links=True) as stream:
+            check_size(file, os.fstat(stream.fileno()).st_size, CONFIG_LIMIT)
+            config = parsed_json(stream.readall(), file)
+        if not config:
+            problems.add(f"an empty {CONFIG_FILE}")
+        return config
+    return {}
 
 
-def _read_tensors(root: Path) -> _Tensors:
-    file = root / WEIGHTS_FILE
-    _check_other_files(root)
+def _read_tensors(root: Path, problems: Problems) -> _Tensors:
+    """The tensors; none, and the reason in `problems`, where they cannot be read."""
+    tensors, file = _Tensors(problems), root / WEIGHTS_FILE
+    with problems.caught(AdapterFileError):
+        for key, entry in _entries(file):
+            if entry["dtype"] in DTYPES:
+                tensors.add(key, as_array(file, key, entry))
+            else:
+                tensors.leave_out(key, entry["dtype"])
+        return tensors
+    return _Tensors(problems)
+
+
+def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with opened(file, links=True) as stream:
-        # An entry written twice would be one of the two by chance.
+        # Of an entry that is written twice, `read_entries` would give either one.
         parsed_json(read_header(file, stream), file)
         entries = read_entries(file, stream)
-    tensors = _Tensors()
     for key in list(entries):
-        entry = entries.pop(key)  # so that not all are there twice
-        if entry["dtype"] in DTYPES:
-            tensors.add(key, as_array(file, key, entry))
-        else:
-            tensors.leave(key, entry["dtype"])
-    return tensors
+        yield key, entries.pop(key)  # which frees the memory of the entry before
 
 
 def _check_other_files(root: Path) -> None:
-    """Say what to do with the usual others, if what is read here is missing."""
     if (root / WEIGHTS_FILE).exists():
         return
-    found = [fix for name, fix in _OTHER_FILES.items() if any(root.glob(name))]
-    if found:
-        raise peft_error(root, found)
+    for pattern, (received, fix) in _OTHER_FILES.items():
+        if any(root.glob(pattern)):
+            raise invalid_file(
+                root, f"an adapter with its tensors in {WEIGHTS_FILE}", received, fix
+            )
 
 
 def _warn(root: Path, settings: Settings, modules: Mapping[str, PeftModule]) -> None:
     unknown = unknown_fields(settings.config)
     if unknown:
-        _say(
-            f"{str(root)!r}: ignored the unknown fields {unknown} of its config; a newer PEFT than "
-            "keras_lora knows may have written them, and they may change what the adapter does."
+        warn(
+            f"{str(root)!r}: ignored the unknown fields {unknown} of the config; a newer version "
+            "of PEFT than keras_lora knows may have written them, and they may change what the "
+            "adapter computes."
         )
     others = [name for name in modules if not is_targeted(settings.config, name)]
     if others:
-        _say(
-            f"{str(root)!r}: read {others}, which its target_modules, exclude_modules or "
-            "layers_to_transform leave out; PEFT would not load these."
+        warn(
+            f"{str(root)!r}: read {others}, which target_modules, exclude_modules or "
+            "layers_to_transform of the config leave out; PEFT would not load these modules."
         )
-
-
-def _say(message: str) -> None:
-    warn(message)

@@ -1,4 +1,4 @@
-"""Between the keys of `adapter_model.safetensors` and modules.
+"""The keys of `adapter_model.safetensors`, and the modules that their tensors belong to.
 
     base_model.model.<module>.lora_A.weight              (r, in)    or (r, in, *kernel)
     base_model.model.<module>.lora_B.weight              (out, r)   or (out, r, 1, ...)
@@ -6,10 +6,11 @@
     base_model.model.<module>.lora_embedding_A           (r, num)
     base_model.model.<module>.lora_embedding_B           (dim, r)
     base_model.model.<module>.lora_magnitude_vector      (out,)     or (1, out, 1, ...)
-    base_model.model.<parameter>                         trained in full, or saved with the rest
+    base_model.model.<parameter>                         trained in full, or a copy of the base's
 
-Older files, and such as hold a model's whole state, name the adapter too: `lora_A.default.weight`,
-`lora_magnitude_vector.default.weight`, `score.modules_to_save.default.weight`.
+Older files, and files with the whole state of a model, have the adapter's name in their keys:
+`lora_A.default.weight`, `lora_magnitude_vector.default.weight`,
+`score.modules_to_save.default.weight`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from keras_lora.exchange.peft_files.config import Settings
+from keras_lora.exchange.problems import Problems
 from keras_lora.files.reading import key_problem
 from keras_lora.lowrank.equations import scaling
 
@@ -48,8 +50,8 @@ class PeftModule:
         a: `(r, in)`; `(r, num)` for an embedding; `(r, in, *kernel)` for a convolution, with `in`
             counting the channels of one group.
         b: `(out, r)`; `(dim, r)` for an embedding; `(out, r / groups, 1, ...)` for a convolution.
-        rank: The acting rank, after `rank_pattern`.
-        alpha: The acting alpha, after `alpha_pattern`.
+        rank: The rank of this module, after `rank_pattern`.
+        alpha: The alpha of this module, after `alpha_pattern`.
         use_rslora: Whether the scale is `alpha / sqrt(rank)`.
         magnitude: DoRA's norms of the `out` rows of the whole matrix, of any shape of that size.
         bias: `(out,)`, what `lora_bias` adds to the output, times the scale.
@@ -83,16 +85,16 @@ class PeftModule:
 
 
 @dataclass(frozen=True)
-class Sorted:
-    """The keys of a file under the forms in which this package writes them."""
+class SortedKeys:
+    """The keys of a file, by the part of a module or by the parameter that each is."""
 
     parts: Mapping[str, Mapping[str, str]]  # {module: {part: key}}
     saved: Mapping[str, str]  # {parameter: key}
     unknown: tuple[str, ...]
 
 
-def sort_keys(tensors: Mapping[str, Array], problems: list[str]) -> Sorted:
-    """Which part of which module each tensor is."""
+def sort_keys(tensors: Mapping[str, Array], problems: Problems) -> SortedKeys:
+    """Find the part of a module, or the parameter, that each tensor is."""
     parts: dict[str, dict[str, str]] = {}
     saved: dict[str, str] = {}
     unknown = []
@@ -105,33 +107,36 @@ def sort_keys(tensors: Mapping[str, Array], problems: list[str]) -> Sorted:
         elif match and part in _PARTS:
             _add(parts.setdefault(match["module"], {}), str(part), key, tensors, problems)
         elif ".original_module." in name:
-            pass  # what the base had before, which does not act
+            pass  # the base's own values, for which PEFT uses the trained copy
         elif any(segment.startswith(("lora_", "trainable_tokens")) for segment in name.split(".")):
             unknown.append(key)
         else:
             _add(saved, _parameter(name), key, tensors, problems)
-    return Sorted(parts, saved, tuple(unknown))
+    return SortedKeys(parts, saved, tuple(unknown))
 
 
 def widened(array: Array) -> Array:
+    """The same values in float32 or, where they are float64, in float64."""
     with np.errstate(invalid="ignore"):  # ml_dtypes warns of a signalling NaN
         return array if array.dtype == "float64" else array.astype("float32", copy=False)
 
 
 def is_factor(key: str) -> bool:
+    """Whether a key is one of a LoRA factor, a magnitude or a bias of B."""
     return _LORA.fullmatch(key.removeprefix(PREFIX)) is not None
 
 
 def build_modules(
-    keys: Sorted, tensors: Mapping[str, Array], settings: Settings, problems: list[str]
+    keys: SortedKeys, tensors: Mapping[str, Array], settings: Settings, problems: Problems
 ) -> dict[str, PeftModule]:
+    """The modules by name; what is wrong with a module is added to `problems`."""
     if not keys.parts:
-        problems.append(f"no tensors of LoRA among {len(tensors)}, e.g. {sorted(tensors)[:3]}")
+        problems.add(f"no tensors of LoRA among {len(tensors)}, e.g. {sorted(tensors)[:3]}")
     modules = {}
     for name, parts in sorted(keys.parts.items()):
         found = {part: tensors[key] for part, key in parts.items()}
         module, wrong = _module(name, found, settings)
-        problems += [f"{name}: {w}" for w in wrong]
+        problems.add(*(f"{name}: {w}" for w in wrong))
         if module:
             modules[name] = module
     return modules
@@ -147,8 +152,8 @@ def file_tensors(modules: Mapping[str, PeftModule], saved: Mapping[str, Array]) 
     return tensors | {PREFIX + wrapped(name, modules): v for name, v in saved.items()}
 
 
-def canonical_keys(keys: Sorted, modules: Iterable[str]) -> dict[str, str]:
-    """`{key as PEFT writes it: key in the file}`."""
+def canonical_keys(keys: SortedKeys, modules: Iterable[str]) -> dict[str, str]:
+    """`{key as PEFT 0.21 writes it: key in the file}`."""
     parts = {f"{PREFIX}{m}.{p}": key for m, found in keys.parts.items() for p, key in found.items()}
     names = set(modules)
     return parts | {PREFIX + wrapped(name, names): key for name, key in keys.saved.items()}
@@ -159,11 +164,11 @@ def _part(match: re.Match[str]) -> str:
 
 
 def _add(
-    found: dict[str, str], name: str, key: str, tensors: Mapping[str, Array], problems: list[str]
+    found: dict[str, str], name: str, key: str, tensors: Mapping[str, Array], problems: Problems
 ) -> None:
     other = found.setdefault(name, key)
     if other != key and _content(tensors[other]) != _content(tensors[key]):
-        problems.append(f"{key}: differs from {other}, which is the same of one adapter")
+        problems.add(f"{key}: differs from {other}, which stands for the same tensor")
 
 
 def _content(array: Array) -> tuple[Any, ...]:
@@ -171,7 +176,7 @@ def _content(array: Array) -> tuple[Any, ...]:
 
 
 def _parameter(name: str) -> str:
-    """The base model's own name of a parameter that PEFT's wrappers hold."""
+    """The base model's own name of a parameter that is inside one of PEFT's wrappers."""
     name = name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
     return name.replace(".base_layer.", ".")
 
@@ -185,12 +190,12 @@ def _module(
     name: str, parts: Mapping[str, Array], settings: Settings
 ) -> tuple[PeftModule | None, list[str]]:
     if ".base_layer." in name:
-        return None, ["part of torch's MultiheadAttention, which holds several matrices in one"]
+        return None, ["part of torch's MultiheadAttention, which stores several matrices as one"]
     embedding = not parts.keys().isdisjoint(_EMBEDDING)
     pair = _EMBEDDING if embedding else _LINEAR
     missing = [f"{part} is missing" for part in pair if part not in parts]
     if missing or (embedding and not parts.keys().isdisjoint((*_LINEAR, _BIAS))):
-        return None, missing or ["parts of an embedding and of a linear module"]
+        return None, missing or ["has parts of an embedding and of a linear module"]
     module = PeftModule(
         a=parts[pair[0]],
         b=parts[pair[1]],
@@ -209,23 +214,27 @@ def _shape_problems(module: PeftModule) -> list[str]:
     shapes = f"A and B of shapes {a.shape} and {b.shape}"
     allowed = (2,) if module.embedding else (2, 3, 4, 5)
     if a.ndim != b.ndim or a.ndim not in allowed or 0 in a.shape + b.shape:
-        return [f"{shapes} are no two factors"]
+        return [f"{shapes}, expected two factors (r, in) and (out, r)"]
     inner = b.shape[1]
     grouped = module.kind == "convolution" and rank % inner == 0
     if a.shape[0] != rank or (inner != rank and not grouped):
-        return [f"{shapes} are not of the rank {rank} that the config gives"]
-    return [] if set(b.shape[2:]) <= {1} else [f"{shapes}: B has a kernel larger than 1"]
+        return [f"{shapes}, expected factors of the rank {rank} that the config gives"]
+    return [] if set(b.shape[2:]) <= {1} else [f"{shapes}, expected a kernel of size 1 in B"]
 
 
 def _extra_problems(module: PeftModule, settings: Settings) -> list[str]:
     problems = []
-    out = module.b.shape[:1]
-    if (module.magnitude is not None) != settings.use_dora:
-        problems.append(f"{_MAGNITUDE} is there or missing against use_dora={settings.use_dora}")
+    out, dora = module.b.shape[:1], settings.use_dora
+    if (module.magnitude is not None) != dora:
+        problems.append(f"{_MAGNITUDE} {_present(module.magnitude)}, although use_dora={dora}")
     elif module.magnitude is not None and (module.magnitude.size,) != out:
         problems.append(f"{_MAGNITUDE} of shape {module.magnitude.shape}, expected {out}")
     if (module.bias is not None) != (settings.lora_bias and not module.embedding):
-        problems.append(f"{_BIAS} is there or missing against lora_bias={settings.lora_bias}")
+        problems.append(f"{_BIAS} {_present(module.bias)}, although lora_bias={settings.lora_bias}")
     elif module.bias is not None and module.bias.shape != out:
         problems.append(f"{_BIAS} of shape {module.bias.shape}, expected {out}")
     return problems
+
+
+def _present(tensor: Array | None) -> str:
+    return "is missing" if tensor is None else "is present"

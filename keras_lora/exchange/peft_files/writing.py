@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
+from keras_lora.checks import invalid_file
 from keras_lora.exchange.peft_files.card import CARD_FILE, default_card
 from keras_lora.exchange.peft_files.config import DEFAULTS, parse_config, unknown_fields
 from keras_lora.exchange.peft_files.naming import target_modules, value_and_pattern
@@ -23,6 +25,7 @@ from keras_lora.exchange.peft_files.tensors import (
     sort_keys,
     wrapped,
 )
+from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import CONFIG_FILE, TENSORS_FILE, PathLike
 from keras_lora.files.atomic import leftovers, new_files, temporary_path
 from keras_lora.files.reading import (
@@ -46,31 +49,35 @@ def write_peft_adapter(
     overwrite: bool = False,
     model_card: str | None = None,
 ) -> None:
-    """Write an adapter that PEFT loads by `PeftModel.from_pretrained(base, directory)`.
+    """Write an adapter that PEFT loads with `PeftModel.from_pretrained(base, directory)`.
 
-    The config is moved in last, since a directory without it is no adapter to any program. Where
-    another config is replaced, it is moved away first. So a process killed at any moment leaves
-    the old adapter, the new one or, if killed between those moves, a directory that is refused
-    for its missing config: never the tensors of one under the config of the other.
+    The config is renamed to its place last, since no program takes a directory without a config
+    for an adapter. An old config that differs from the new one is renamed away first. So a
+    process killed at any moment leaves the old adapter, the new one or, if killed between these
+    renames, a directory without a config: never the tensors of one adapter under the config of
+    the other.
 
     Args:
-        directory: Where to; made, with its parents, if it does not exist. Other files in it stay.
-        modules: What is added to each module, under its name in the Hugging Face model.
-        saved: Parameters that take the place of the base's, under their full names.
-        config: Fields of PEFT's `LoraConfig` that the tensors do not tell, such as
+        directory: The directory to write; made, with its parents, if it does not exist. Other
+            files in it stay.
+        modules: The LoRA of each module, under the module's name in the Hugging Face model.
+        saved: Parameters that replace parameters of the base, under their full names.
+        config: Fields of PEFT's `LoraConfig` that do not follow from the tensors, such as
             `base_model_name_or_path`, `task_type`, `lora_dropout`, `bias`, `modules_to_save` and
-            `fan_in_fan_out`. Those that they do tell are replaced, so that the config of
-            another adapter may be given.
-        all_modules: The names of all modules of the base that `target_modules` could hit. With
-            them it is a short list such as `["q_proj"]`; without, the whole names.
-        dtype: What to cast the tensors to, or a dtype for each key, as `PeftAdapter.dtypes` has
-            them; keys that are not in it are written in float32.
-        overwrite: Replace an adapter that is there.
-        model_card: The text of `README.md`. By default a short one, unless there is one.
+            `fan_in_fan_out`. Fields that follow from the tensors are ignored, so the config
+            of another adapter may be given.
+        all_modules: The names of all modules of the base that `target_modules` could match. With
+            them `target_modules` is a short list such as `["q_proj"]`; without them it has whole
+            names.
+        dtype: The dtype of the tensors in the file; or a dtype for each key, as in
+            `PeftAdapter.dtypes`, with float32 for the keys that are left out.
+        overwrite: Replace an adapter that the directory has.
+        model_card: The text of `README.md`. By default a short text, or the file as it is where
+            the directory has one.
 
     Raises:
-        AdapterFileError: what is given could not be read again, an adapter is there and
-            `overwrite` is false, or the system refuses.
+        AdapterFileError: the tensors and fields could not be read again, the directory has an
+            adapter and `overwrite` is false, or the system refuses.
 
     Example:
 
@@ -107,8 +114,8 @@ def _cast(
     names = {k: dtype if isinstance(dtype, str) else dtype.get(k, "float32") for k in tensors}
     unknown = sorted({name for name in names.values() if name not in CODES})
     if unknown:
-        raise peft_error(root, [f"dtype {unknown}, expected some of {sorted(CODES)}"])
-    with np.errstate(over="ignore"):  # infinity is reported with its key
+        raise peft_error(root, f"dtype {unknown}, expected some of {sorted(CODES)}")
+    with np.errstate(over="ignore"):  # `_check` reports infinity, with the key
         return {
             key: np.asarray(tensor, dtype=DTYPES[CODES[names[key]]], order="C")
             for key, tensor in tensors.items()
@@ -121,13 +128,7 @@ def _fields(
     config: Mapping[str, Any],
     all_modules: Sequence[str] | None,
 ) -> dict[str, Any]:
-    problems = [f"{name}: no field of LoraConfig" for name in unknown_fields(config)]
-    problems += [] if modules else ["no modules"]
-    use_rslora = {module.use_rslora for module in modules.values()}
-    if len(use_rslora) > 1:
-        problems.append("use_rslora in some modules only, for which PEFT has no field")
-    if problems:
-        raise peft_error(root, problems)
+    _check_fields(root, modules, config)
     r, rank_pattern = value_and_pattern({n: int(m.rank) for n, m in modules.items()})
     alpha, alpha_pattern = value_and_pattern({n: _number(m.alpha) for n, m in modules.items()})
     return {
@@ -138,10 +139,10 @@ def _fields(
         "lora_alpha": alpha,
         "alpha_pattern": alpha_pattern,
         "target_modules": target_modules(modules, all_modules),
-        "use_rslora": use_rslora.pop(),
+        "use_rslora": any(m.use_rslora for m in modules.values()),
         "use_dora": any(m.magnitude is not None for m in modules.values()),
         "lora_bias": any(m.bias is not None for m in modules.values()),
-        # The list of targets tells these.
+        # `target_modules` makes these three superfluous.
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -149,15 +150,25 @@ def _fields(
     }
 
 
+def _check_fields(root: Path, modules: Mapping[str, PeftModule], config: Mapping[str, Any]) -> None:
+    problems = Problems()
+    problems.add(*(f"{name}: no field of LoraConfig" for name in unknown_fields(config)))
+    if not modules:
+        problems.add("no modules")
+    if len({module.use_rslora for module in modules.values()}) > 1:
+        problems.add("use_rslora in some modules only, for which PEFT has no field")
+    problems.raise_any(partial(peft_error, root))
+
+
 def _json(root: Path, fields: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise peft_error(root, [f"a config that JSON cannot hold: {error}"]) from error
+        raise peft_error(root, f"a config that JSON cannot express: {error}") from error
 
 
 def _number(value: float) -> float:
-    """Whole numbers as PEFT has them."""
+    """A whole number as an `int`, as PEFT writes it."""
     return int(value) if float(value).is_integer() else float(value)
 
 
@@ -168,40 +179,47 @@ def _check(
     modules: Mapping[str, PeftModule],
     saved: Mapping[str, Array],
 ) -> None:
-    """Read in memory what would be written."""
-    problems = [f"{k!r}: {wrong}" for k in tensors if (wrong := key_problem(k))]
-    problems += [f"{k}: NaN or infinity" for k, t in tensors.items() if not np.isfinite(t).all()]
+    """Read the fields and tensors as a reader of the files would, before anything is written."""
+    problems = Problems()
+    problems.add(*(f"{k!r}: {wrong}" for k in tensors if (wrong := key_problem(k))))
+    problems.add(*(f"{k}: NaN or infinity" for k, t in tensors.items() if not _is_finite(t)))
     settings = parse_config(fields, problems)
-    if settings is None:
-        raise peft_error(root, problems)
-    keys = sort_keys(tensors, problems)
-    problems += [f"{key!r}: no name of a parameter" for key in keys.unknown]
-    read = build_modules(keys, tensors, settings, problems)
-    meant = {PREFIX + wrapped(name, modules): name for name in saved}
-    if {key: name for name, key in keys.saved.items()} != meant:
-        problems.append(f"names of parameters that mean others to PEFT among {sorted(saved)}")
-    problems += [
-        f"{name}: would be read with another rank or scale"
-        for name, module in modules.items()
-        if name in read and (read[name].rank, read[name].scaling) != (module.rank, module.scaling)
-    ]
-    if problems:
-        raise peft_error(root, problems)
+    if settings is not None:
+        keys = sort_keys(tensors, problems)
+        problems.add(*(f"{key!r}: no name of a parameter" for key in keys.unknown))
+        read = build_modules(keys, tensors, settings, problems)
+        expected = {PREFIX + wrapped(name, modules): name for name in saved}
+        if {key: name for name, key in keys.saved.items()} != expected:
+            problems.add(f"names in {sorted(saved)} that PEFT would take for other parameters")
+        problems.add(*_other_scales(modules, read))
+    problems.raise_any(partial(peft_error, root))
+
+
+def _is_finite(tensor: Array) -> bool:
+    return bool(np.isfinite(tensor).all())
+
+
+def _other_scales(
+    modules: Mapping[str, PeftModule], read: Mapping[str, PeftModule]
+) -> Iterator[str]:
+    for name, module in modules.items():
+        found = read.get(name, module)
+        if (found.rank, found.scaling) != (module.rank, module.scaling):
+            yield f"{name}: would be read with another rank or scale"
 
 
 def _check_target(root: Path, overwrite: bool) -> None:
     files = [root / name for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)]
-    problems = [
-        f"{file.name} is a link, directory or device; remove it"
-        for file in files
-        if file.is_symlink() or (file.exists() and not file.is_file())
-    ]
+    for file in files:
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            received = "a link, directory or device"
+            raise invalid_file(file, "a file, or nothing", received, "remove it")
     if (root / TENSORS_FILE).exists():
-        problems.append("an adapter of keras_lora itself is there; write elsewhere")
-    elif not overwrite and any(file.exists() for file in files[:2]):
-        problems.append("an adapter is there; pass overwrite=True to replace it")
-    if problems:
-        raise peft_error(root, problems)
+        received, fix = "an adapter of keras_lora itself", "write to another directory"
+        raise invalid_file(root, "no other adapter in the directory", received, fix)
+    if not overwrite and any(file.exists() for file in files[:2]):
+        fix = "pass overwrite=True to replace the adapter"
+        raise invalid_file(root, "no adapter in the directory", "an adapter", fix)
 
 
 def _replace(root: Path, contents: Mapping[str, bytes]) -> None:

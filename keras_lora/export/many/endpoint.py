@@ -40,7 +40,7 @@ from keras_lora.files.keys import base_fingerprint
 from keras_lora.files.saving import adapter_tensors
 from keras_lora.inject import check_names
 from keras_lora.layers import BASE, LoRALayer, OwnedValues, attach, detach
-from keras_lora.walker import Tree, lora_layers
+from keras_lora.walker import Tree
 
 DESCRIPTION = Path("assets.extra", "keras_lora.json")
 FORMAT_VERSION = 1
@@ -53,14 +53,14 @@ class ServedAdapters:
     """The adapters of a model that one SavedModel serves in mixed batches.
 
     Attributes:
-        model: The model.
+        tree: The layers of the model.
         names: The adapters, in the order of their indices.
         layers: The layers in which the adapters differ.
         owned: The kernels and biases in which they differ, by key.
         refusals: Reasons why a row cannot have an adapter of its own; empty if each can.
     """
 
-    model: keras.Model
+    tree: Tree
     names: Sequence[str]
     layers: Sequence[ServedLayer]
     owned: Mapping[str, OwnedValues]
@@ -71,13 +71,14 @@ class ServedAdapters:
         """Raises:
         ValueError: unknown names, or values that cannot differ from row to row.
         """
-        names = check_names(Tree.of(model), names)
+        tree = Tree.of(model)
+        names = check_names(tree, names)
         if not names:
             raise invalid("adapters", "at least one name", names, "leave it out to export merged")
         refusals: list[str] = []
-        layers = adapted_layers(model, names, refusals)
-        owned = add_owned(model, names, layers, refusals)
-        served = cls(model, names, list(layers.values()), owned, refusals)
+        layers = adapted_layers(tree, names, refusals)
+        owned = add_owned(tree, names, layers, refusals)
+        served = cls(tree, names, list(layers.values()), owned, refusals)
         served.check()
         return served
 
@@ -90,8 +91,8 @@ class ServedAdapters:
             reasons = "; ".join(dict.fromkeys(self.refusals))
             raise ValueError(
                 "Expected a model in which each row of a batch can have an adapter of its own. "
-                f"Received: {self.model.name!r} (tried with a batch of {_TRIAL_BATCH} rows), of "
-                f"which {reasons}. Leave these layers out of the adapters (exclude, "
+                f"Received: {self.tree.root.name!r}, tried with a batch of {_TRIAL_BATCH} rows: "
+                f"{reasons}. Leave these layers out of the adapters (exclude, "
                 "layers_to_save, bias), or export one merged model for each adapter."
             )
 
@@ -105,7 +106,7 @@ class ServedAdapters:
         stacks.add(BASE, ones | {key: item.value(BASE) for key, item in self.owned.items()})
         for name in self.names:
             values = self._values(name)
-            rest = unplaced(self.model, name, values, self.tensors)
+            rest = unplaced(self.tree, name, values, self.tensors)
             self.refusals.extend(f"'{key}': it cannot differ from row to row" for key in rest)
             stacks.add(name, values)
         self.check()
@@ -114,7 +115,7 @@ class ServedAdapters:
     def description(self) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
-            "base": base_fingerprint(Tree.of(self.model)),
+            "base": base_fingerprint(self.tree),
             "pieces": [[tensor.key, tensor.shape] for tensor in self.tensors],
         }
 
@@ -122,8 +123,8 @@ class ServedAdapters:
     def ready(self) -> Iterator[None]:
         """Within the context the base alone is active, and `layers` can compute row by row."""
         plain = [each.layer for each in self.layers if not isinstance(each.layer, LoRALayer)]
-        with disable_adapter(self.model), contextlib.ExitStack() as stack:
-            for layer in lora_layers(self.model).values():
+        with disable_adapter(self.tree.root), contextlib.ExitStack() as stack:
+            for layer in self.tree.adapted:
                 stack.enter_context(layer.without_slots())
             for layer in plain:
                 stack.callback(detach, attach(layer))
@@ -174,12 +175,12 @@ class ServedAdapters:
     def _computing_by_row(self, taken: Mapping[str, tf.Tensor]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for each in self.layers:
-                stack.enter_context(each.layer.with_rows(each.by_row(taken, self.refusals)))
+                stack.enter_context(each.layer.computing(each.by_row(taken, self.refusals)))
             yield
 
     def _values(self, name: str) -> dict[str, Array]:
         """An adapter's values by key, as they are served."""
-        values = adapter_tensors(Tree.of(self.model), name)
+        values = adapter_tensors(self.tree, name)
         for layer in self.layers:
             layer.scale_values(name, values)
         broken = [key for key, value in values.items() if not np.isfinite(value).all()]
@@ -189,7 +190,7 @@ class ServedAdapters:
         return values
 
 
-# What the input `adapter` is, and how it becomes the numbers of adapters.
+# The type of the input `adapter`, and the function from it to the numbers of adapters.
 _IDS: dict[AdapterIds, tuple[tf.DType, Any]] = {
     "name": (tf.string, numbers_of_names),
     "index": (tf.int32, numbers_of_indices),

@@ -15,16 +15,14 @@ from keras_lora.files.keys import stable_layers
 from keras_lora.layers import (
     BASE,
     LoRALayer,
+    MixedBatch,
     OwnedValues,
-    Rows,
     all_owned,
-    kernel_shape,
-    lora_class_for,
     output_gain,
-    plain_class,
-    split_kernel,
+    site_of,
+    sites_of,
 )
-from keras_lora.walker import Tree, walk
+from keras_lora.walker import Tree
 
 MAGNITUDE = "lora_magnitude"  # of DoRA, in an adapter's files
 
@@ -54,12 +52,12 @@ class ServedLayer:
         values = (self.kernel, self.bias, self.gain)
         return [t for t in (*(self.factors or ()), *values) if t is not None]
 
-    def by_row(self, taken: Mapping[str, tf.Tensor], refusals: list[str]) -> Rows:
-        """The layer's part of what `StoredStacks.take` gives for a batch.
+    def by_row(self, taken: Mapping[str, tf.Tensor], refusals: list[str]) -> MixedBatch:
+        """The layer's part of the tensors of a batch.
 
         Args:
-            taken: The tensors of each row's adapter, by key.
-            refusals: Takes the reason where the layer cannot compute row by row.
+            taken: The tensors of each row's adapter, by key, from `StoredStacks.take`.
+            refusals: Takes the reason if the layer cannot compute row by row.
         """
 
         def of(tensor: AdapterTensor | None) -> Any:
@@ -70,7 +68,7 @@ class ServedLayer:
 
         factors = self.factors and (of(self.factors[0]), of(self.factors[1]))
         gain = self.gain and taken[self.gain.key]
-        return Rows(refuse, factors, of(self.kernel), of(self.bias), gain)
+        return MixedBatch(refuse, factors, of(self.kernel), of(self.bias), gain)
 
     def scale_values(self, name: str, values: dict[str, Array]) -> None:
         """Replace `B` by `s B` in an adapter's values and, with DoRA, by `g s B`, and `m` by `g`.
@@ -82,22 +80,20 @@ class ServedLayer:
         adapter, b = self.layer.adapters[name], self.factors[1].key
         values[b] = np.float32(adapter.scaling) * values[b]
         if self.gain is not None and adapter.spec.use_dora:
-            split = split_kernel(self.layer)
-            gain = output_gain(self.layer, adapter)
+            split = site_of(self.layer).split()
+            gain = output_gain(site_of(self.layer), adapter)
             values[b] = np.array(split.times_gain(values[b], gain, split.b))
             values[self.gain.key] = gain
             del values[f"{self.path}/{MAGNITUDE}"]
 
 
-def adapted_layers(
-    model: keras.Model, names: Sequence[str], refusals: list[str]
-) -> dict[int, ServedLayer]:
+def adapted_layers(tree: Tree, names: Sequence[str], refusals: list[str]) -> dict[int, ServedLayer]:
     """The layers that these adapters adapt, by identity."""
     served = {}
-    for path, layer in stable_layers(Tree.of(model)).items():
+    for path, layer in stable_layers(tree).items():
         if not set(names) & set(layer.adapters):
             continue
-        if _is_linear(layer):
+        if _takes_rows(layer):
             factors, gain = _factors(path, layer), _gain(path, layer, names)
             served[id(layer)] = ServedLayer(path, layer, factors, gain=gain)
         else:
@@ -107,8 +103,9 @@ def adapted_layers(
 
 
 def _factors(path: str, layer: LoRALayer) -> tuple[AdapterTensor, AdapterTensor]:
-    split = split_kernel(layer)
-    shapes: list[list[Any]] = [list(s) for s in split.factor_shapes(kernel_shape(layer), rank=0)]
+    site = site_of(layer)
+    split = site.split()
+    shapes: list[list[Any]] = [list(s) for s in split.factor_shapes(site.shape, rank=0)]
     for shape, axis in zip(shapes, split.rank_axes, strict=True):
         shape[axis] = None
     a, b = map(tuple, shapes)
@@ -120,11 +117,12 @@ def _gain(path: str, layer: LoRALayer, names: Sequence[str]) -> AdapterTensor | 
     specs = [layer.adapters[name].spec for name in names if name in layer.adapters]
     if not any(spec.use_dora for spec in specs):
         return None
-    return AdapterTensor(f"{path}/lora_gain", split_kernel(layer).norm_shape(kernel_shape(layer)))
+    site = site_of(layer)
+    return AdapterTensor(f"{path}/lora_gain", site.split().norm_shape(site.shape))
 
 
 def add_owned(
-    model: keras.Model,
+    tree: Tree,
     names: Sequence[str],
     served: dict[int, ServedLayer],
     refusals: list[str],
@@ -132,7 +130,7 @@ def add_owned(
     """Add the kernels and biases in which the adapters differ to the layers that have them.
 
     Args:
-        model: The model.
+        tree: The layers of the model.
         names: The adapters.
         served: Takes the tensors, in a layer that it has or in a further one.
         refusals: Takes the reason for each value that cannot differ from row to row.
@@ -140,8 +138,8 @@ def add_owned(
     Returns:
         The values by key.
     """
-    keys, owners, owned = Tree.of(model).variable_keys, _owners(model), {}
-    for item in all_owned(model.variables):
+    keys, owners, owned = tree.variable_keys, _owners(tree), {}
+    for item in all_owned(tree.root.variables):
         if not _differs(item, names):
             continue
         key, owner = keys[id(item.variable)], owners.get(id(item.variable))
@@ -159,12 +157,13 @@ def add_owned(
 
 
 def unplaced(
-    model: keras.Model, name: str, values: Mapping[str, Array], tensors: Sequence[AdapterTensor]
+    tree: Tree, name: str, values: Mapping[str, Array], tensors: Sequence[AdapterTensor]
 ) -> list[str]:
     """The keys of an adapter's values that are neither served by row nor equal to the base's."""
-    same = {id(item.variable) for item in all_owned(model.variables) if not _differs(item, [name])}
+    owned = all_owned(tree.root.variables)
+    same = {id(item.variable) for item in owned if not _differs(item, [name])}
     known = {tensor.key for tensor in tensors}
-    known |= {key for identity, key in Tree.of(model).variable_keys.items() if identity in same}
+    known |= {key for identity, key in tree.variable_keys.items() if identity in same}
     return [key for key in values if key not in known]
 
 
@@ -174,12 +173,12 @@ def _differs(item: OwnedValues, names: Sequence[str]) -> bool:
     return any(not np.array_equal(value, item.value(BASE)) for value in values)
 
 
-def _owners(model: keras.Model) -> dict[int, tuple[str, keras.layers.Layer, str]]:
+def _owners(tree: Tree) -> dict[int, tuple[str, keras.layers.Layer, str]]:
     """Path, layer and role of each kernel and bias that can differ from row to row."""
     owners = {}
-    for node in walk(model):
+    for node in tree.nodes:
         layer = node.layer
-        if not layer.built or not _is_linear(layer):
+        if not layer.built or not _takes_rows(layer):
             continue
         owners[id(layer.bias)] = node.path, layer, "bias"
         if not isinstance(layer, LoRALayer) and layer.dtype_policy.quantization_mode is None:
@@ -187,7 +186,7 @@ def _owners(model: keras.Model) -> dict[int, tuple[str, keras.layers.Layer, str]
     return owners
 
 
-def _is_linear(layer: keras.layers.Layer) -> bool:
-    """Whether `Rows` can compute the layer's product row by row."""
-    known = isinstance(layer, keras.layers.Dense | keras.layers.EinsumDense)
-    return known and lora_class_for(plain_class(layer)) is not None
+def _takes_rows(layer: keras.layers.Layer) -> bool:
+    """Whether the layer can be computed with an adapter of its own for each row."""
+    sites = sites_of(layer).values()
+    return bool(sites) and all(site.kind.by_row for site in sites)

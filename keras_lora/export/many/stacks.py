@@ -20,7 +20,7 @@ import numpy as np
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
-NAMES, PLACES = "names", "places"  # keys of what is stored, beside those of the stacks
+NAMES, PLACES = "names", "places"  # keys of two stored arrays; `stack_key` gives the others
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""What files for other runtimes share: a merged SavedModel to convert, and a comparison.
+"""The steps from a model to a file of another runtime: merge, convert, run, compare, write.
 
-A file is written only after its runtime has run it and given the model's answers.
+A file is written only after its runtime has run it and has given the model's answers.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from keras_lora.walker import walk
 Arrays: TypeAlias = Mapping[str, np.ndarray]
 
 TOLERANCE = 1e-4
-# Both kinds of file, and the graph on the way to them, hold 2 GiB at most: less what is no weight.
+# Both kinds of file, and the graph that is converted, have 2 GiB at most; not all are weights.
 WEIGHTS_LIMIT = 2_000_000_000
 _LOW_PRECISION = ("float16", "bfloat16")
-# Of the batches to compare on: batch size, and size of every other axis that is free.
+# The batches to compare on: the size of the batch, and of every other axis that is free.
 _SIZES = ((1, 7), (3, 5))
 
 
@@ -45,7 +45,15 @@ class Program:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a SavedModel becomes a file of a runtime, and how that runs."""
+    """A runtime: how a SavedModel is converted to its file, and how the file is loaded.
+
+    Attributes:
+        name: In messages.
+        extra: The extra of this package that installs `packages`.
+        packages: The packages that `convert` and `load` import.
+        convert: From the directory of a SavedModel to the content of a file.
+        load: From the content of a file to a program.
+    """
 
     name: str
     extra: str
@@ -57,7 +65,19 @@ class Runtime:
 def write_converted(
     model: keras.Model, endpoint: Endpoint, target: Path, runtime: Runtime, sample: Any | None
 ) -> RuntimeReport:
-    """Write the endpoint of the merged model for a runtime, if it answers there as here."""
+    """Write the endpoint of the merged model for a runtime, if the runtime gives its answers.
+
+    Args:
+        model: The model, adapted or plain.
+        endpoint: The endpoint to convert, of this model.
+        target: The file to write.
+        runtime: The runtime.
+        sample: A batch of inputs to compare on; random ones if None.
+
+    Raises:
+        ImportError: a package of the runtime is not installed.
+        ValueError: the runtime cannot have this model.
+    """
     _check_packages(runtime)
     _check_precision(model)
     _check_size(model, runtime)
@@ -78,7 +98,7 @@ def write_converted(
 
 
 class UnsupportedError(ValueError):
-    """A runtime cannot have this model, with the reason and what to do instead."""
+    """A runtime cannot have this model; the message gives the reason and the fix."""
 
     def __init__(self, runtime: str, reason: object, fix: str = "") -> None:
         fix = fix or "export it to a SavedModel instead: export_saved_model"
@@ -86,7 +106,11 @@ class UnsupportedError(ValueError):
 
 
 def package(name: str, extra: str) -> Any:
-    """An optional package, or an error that says how to install it."""
+    """An optional package.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -100,7 +124,7 @@ def _check_packages(runtime: Runtime) -> None:
 
 
 def _check_precision(model: keras.Model) -> None:
-    """Refuse low-precision weights: neither runtime computes with them as Keras does."""
+    """Refuse float16 and bfloat16 weights: neither runtime computes with them as Keras does."""
     low = [path for path, layer in _low_precision(model) if layer.variable_dtype != "float32"]
     if low:
         raise invalid(
@@ -124,7 +148,10 @@ def _check_size(model: keras.Model, runtime: Runtime) -> None:
 
 @contextlib.contextmanager
 def _in_float32(model: keras.Model) -> Iterator[None]:
-    """Mixed precision off: its weights are float32, and no runtime rounds in between as it does."""
+    """Within the context mixed precision is off; its weights are float32 in any case.
+
+    No runtime rounds between operations as mixed precision does.
+    """
     policies = [(layer, layer.dtype_policy) for _, layer in _low_precision(model)]
     for layer, _ in policies:
         layer.dtype_policy = "float32"
@@ -136,10 +163,11 @@ def _in_float32(model: keras.Model) -> Iterator[None]:
 
 
 def _batches(endpoint: Endpoint, sample: Any | None) -> list[Arrays]:
-    """Inputs by their names: those given, or random ones of two sizes."""
+    """Inputs by their names: the sample, or random inputs of two sizes."""
     specs = keras.tree.flatten(endpoint.signature)
     if any(spec.dtype == tf.string for spec in specs):
-        raise invalid("model", "inputs that are numbers", "strings", "export what follows on them")
+        fix = "export the part of the model after the string operations"
+        raise invalid("model", "inputs that are numbers", "strings", fix)
     if sample is None:
         rng = np.random.default_rng(0)
         return [{s.name: _random(s, rng, *sizes) for s in specs} for sizes in _SIZES]
@@ -156,18 +184,18 @@ def _random(spec: tf.TensorSpec, rng: np.random.Generator, batch: int, size: int
     shape = (first or batch, *(size if axis is None else axis for axis in rest))
     if spec.dtype.is_floating:
         return rng.normal(size=shape).astype(spec.dtype.as_numpy_dtype)
-    # Every vocabulary and every mask has 0 and 1. No row is all 0, which would mask it all.
+    # Every vocabulary and every mask has 0 and 1. A row of zeros alone would be masked whole.
     values = rng.integers(0, 2, shape)
     values[..., 0] = 1
     return values.astype(spec.dtype.as_numpy_dtype)
 
 
 def _answers(endpoint: Endpoint, batch: Arrays) -> Arrays:
-    """What the model itself says."""
+    """The model's own answers."""
     tensors = [tf.constant(value) for value in batch.values()]
     try:
         outputs = endpoint.call(keras.tree.pack_sequence_as(endpoint.signature, tensors))
-    except Exception as error:  # any of the model's own
+    except Exception as error:  # the model's own code may raise any class
         raise _unfit(batch, error) from error
     answers = {name: np.array(value) for name, value in outputs.items()}
     if not all(np.isfinite(value).all() for value in answers.values()):
@@ -188,12 +216,12 @@ def _tried(runtime: Runtime, action: Callable[[Any], Any], argument: object) -> 
         return action(argument)
     except UnsupportedError:
         raise
-    except Exception as error:  # each of these tools has its own classes
+    except Exception as error:  # converters and runtimes have classes of their own
         raise UnsupportedError(runtime.name, f"{type(error).__name__}: {error}") from error
 
 
 def _compared(runtime: Runtime, program: Program, batch: Arrays, expected: Arrays) -> float:
-    """The largest difference, relative to the largest value of its output, if that is above 1."""
+    """The largest difference, relative to the largest value of the output if that is above 1."""
     received = _tried(runtime, program.run, batch)
     differences = {name: _difference(received[name], expected[name]) for name in expected}
     wrong = {name: d for name, d in differences.items() if not d <= TOLERANCE}
@@ -207,7 +235,7 @@ def _compared(runtime: Runtime, program: Program, batch: Arrays, expected: Array
 
 def _difference(received: np.ndarray, expected: np.ndarray) -> float:
     if received.shape != expected.shape:
-        return math.inf  # another shape is no answer at all
+        return math.inf
     wide = expected.astype("float64")
     scale = max(1.0, np.max(np.abs(wide), initial=0.0))
     return float(np.max(np.abs(received - wide), initial=0.0) / scale)

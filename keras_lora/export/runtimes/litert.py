@@ -37,37 +37,38 @@ def export_litert(
     sample: Any | None = None,
     overwrite: bool = False,
 ) -> RuntimeReport:
-    """Write a merged `.tflite` file, and see that LiteRT gives the model's answers with it.
+    """Write a merged `.tflite` file, with which LiteRT gives the model's answers.
 
-    The model itself is left as it was. The signature `serving_default` has the names that
-    `export_saved_model` gives to inputs and outputs; its batch axis is free, as are the axes
-    that the model's inputs leave free, unless sizes are given here. Only LiteRT's own operations
-    are used, so that every interpreter runs the file.
+    The model itself stays as it is. The signature `serving_default` has the names that
+    `export_saved_model` gives to inputs and outputs. Its batch axis is free, as are the axes
+    that the model's inputs leave free, unless `batch_size` or `sequence_length` sets them. The
+    file has LiteRT's own operations alone, so that every interpreter runs it.
 
     Needs `pip install "keras-lora[litert]"`.
 
     Args:
         model: A built model, adapted or plain, on the TensorFlow backend. Its active adapters
-            are merged for the export alone. One of mixed precision computes in float32 there.
-        path: The file to write, such as `"model.tflite"`; made whole beside it and then renamed.
-        batch_size: The one batch size that the file takes. Recurrent layers need it, unless they
-            are made with `unroll=True`.
+            are merged for the export alone. A file of mixed precision computes in float32.
+        path: The file to write, such as `"model.tflite"`. It is written under another name and
+            renamed when whole.
+        batch_size: The only batch size that the file takes. Recurrent layers need it, unless
+            they are made with `unroll=True`.
         sequence_length: The size of every other axis that the inputs leave free. Rotary
-            embeddings, as in Llama and Gemma, need it.
+            embeddings, as in Llama and Gemma, need a fixed size.
         input_signature: As for `export_saved_model`.
-        sample: A batch of inputs as `predict` takes it, on which the answers are compared;
-            without it, two random ones. Where sizes are free, these have 7 and 5.
+        sample: A batch of inputs as `predict` takes it, on which the answers are compared. By
+            default two random batches, with sizes 7 and 5 on free axes.
         overwrite: Replace `path` if it exists.
 
     Returns:
         The names and shapes, and the largest difference of the answers.
 
     Raises:
-        ImportError: a package of the extra is not installed.
-        ValueError: another backend than TensorFlow, an unbuilt model, a path that exists, weights
-            in low precision or above 2 GB, an operation that LiteRT does not have, or has for
-            fixed sizes alone, or answers that differ by more than 1e-4 (of the largest, where
-            that is above 1). Nothing is then written.
+        ImportError: TensorFlow or a package of the extra is not installed.
+        ValueError: the backend is not TensorFlow, the model is not built, the path exists, the
+            weights are in float16 or bfloat16 or above 2 GB, LiteRT does not have an operation or
+            has it for fixed sizes alone, or the answers differ by more than 1e-4 (times the
+            largest answer if that is above 1). Nothing is written.
 
     Example:
 
@@ -76,6 +77,9 @@ def export_litert(
     >>> model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=2))
     >>> kl.export_litert(model, tempfile.mkdtemp() + "/model.tflite").inputs
     {'x': (None, 3)}
+
+    Reference:
+        LiteRT, https://ai.google.dev/edge/litert/models/signatures
     """
     target = Path(path)
     for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
@@ -109,7 +113,7 @@ def _convert(saved_model: Path) -> bytes:
         raise UnsupportedError("LiteRT", *_reason(str(error))) from error
 
 
-# By the beginning of an operation's name: what LiteRT has for fixed sizes alone.
+# The operations that LiteRT has for fixed sizes alone, by the beginning of their names.
 _FIXES = {
     "StridedSlice": "pass sequence_length, as LiteRT has it for fixed sizes alone",
     "TensorList": "pass batch_size, or make the recurrent layers with unroll=True",
@@ -117,13 +121,13 @@ _FIXES = {
 
 
 def _reason(message: str) -> tuple[str, str]:
-    """What is wrong and the fix, off the converter's pages of locations."""
+    """The reason and the fix, from a message that is pages of source locations."""
     listed = re.findall(r"(?:TF Select|Custom|Flex) ops: (.+)", message)
     names = ", ".join(listed or sorted(set(re.findall(r"'tf\.(\w+)' op", message))))
     if not names:
         return message[:500], ""
     fixes = [fix for name, fix in _FIXES.items() if name in names]
-    return f"the operations {names}", "; ".join(fixes) or "use others in their place"
+    return f"the operations {names}", "; ".join(fixes) or "use other operations"
 
 
 def _load(data: bytes) -> Program:

@@ -1,8 +1,8 @@
 """ONNX files, which `onnxruntime` runs without Keras, TensorFlow and this package.
 
-The SavedModel is converted by the parts of `tf2onnx`, since its one documented call for a graph,
-`tf2onnx.convert.from_graph_def`, copies the weights for each optimization and allows no choice of
-them. Of these parts `tests/test_export_runtimes.py` watches all:
+The SavedModel is converted by parts of `tf2onnx`. Its one documented call for a graph,
+`tf2onnx.convert.from_graph_def`, copies the weights for each optimization and gives no choice of
+optimizations. `tests/test_export_runtimes.py` watches all of these parts:
 `tf_loader.from_saved_model`, `tfonnx.process_tf_graph` (documented for handlers of operations),
 `optimizer.optimize_graph` with a choice of its classes, and the graph that a handler is given.
 """
@@ -42,9 +42,9 @@ def export_onnx(
     sample: Any | None = None,
     overwrite: bool = False,
 ) -> RuntimeReport:
-    """Write a merged `.onnx` file, and see that `onnxruntime` gives the model's answers with it.
+    """Write a merged `.onnx` file, with which `onnxruntime` gives the model's answers.
 
-    The model itself is left as it was. Inputs and outputs have the names that
+    The model itself stays as it is. Inputs and outputs have the names that
     `export_saved_model` gives them; the batch axis is free, as are the axes that the model's
     inputs leave free. Exact GELU, whose `Erfc` ONNX does not have, is written with `Erf`.
 
@@ -52,22 +52,23 @@ def export_onnx(
 
     Args:
         model: A built model, adapted or plain, on the TensorFlow backend. Its active adapters
-            are merged for the export alone. One of mixed precision computes in float32 there.
-        path: The file to write, such as `"model.onnx"`; made whole beside it and then renamed.
+            are merged for the export alone. A file of mixed precision computes in float32.
+        path: The file to write, such as `"model.onnx"`. It is written under another name and
+            renamed when whole.
         input_signature: As for `export_saved_model`.
-        sample: A batch of inputs as `predict` takes it, on which the answers are compared;
-            without it, two random ones. Where sizes are free, these have 7 and 5.
+        sample: A batch of inputs as `predict` takes it, on which the answers are compared. By
+            default two random batches, with sizes 7 and 5 on free axes.
         overwrite: Replace `path` if it exists.
 
     Returns:
         The names and shapes, and the largest difference of the answers.
 
     Raises:
-        ImportError: a package of the extra is not installed.
-        ValueError: another backend than TensorFlow, an unbuilt model, a path that exists, weights
-            in low precision or above 2 GB, an operation that ONNX does not have, or answers that
-            differ by more than 1e-4 (of the largest, where that is above 1). Nothing is then
-            written.
+        ImportError: TensorFlow or a package of the extra is not installed.
+        ValueError: the backend is not TensorFlow, the model is not built, the path exists, the
+            weights are in float16 or bfloat16 or above 2 GB, ONNX does not have an operation, or
+            the answers differ by more than 1e-4 (times the largest answer if that is above 1).
+            Nothing is written.
 
     Example:
 
@@ -76,6 +77,9 @@ def export_onnx(
     >>> model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=2))
     >>> kl.export_onnx(model, tempfile.mkdtemp() + "/model.onnx").inputs
     {'x': (None, 3)}
+
+    Reference:
+        ONNX operators, https://onnx.ai/onnx/operators/
     """
     target = Path(path)
     check_export(model, target, overwrite)
@@ -83,7 +87,8 @@ def export_onnx(
     return write_converted(model, endpoint, target, ONNX, sample)
 
 
-# Without "EinsumOptimizer", which stores kernels of attention twice: onnxruntime has Einsum.
+# Without "EinsumOptimizer", which stores the kernels of attention layers twice.
+# It is not needed, since onnxruntime has Einsum.
 _OPTIMIZERS = (
     "TransposeOptimizer",
     "ConstFoldOptimizer",
@@ -131,8 +136,9 @@ def _onnx_graph(saved_model: Path) -> Any:
 def _write_erfc(context: Any, node: Any, name: str, _: Any) -> None:
     """Erfc(z) = 1 - Erf(z), within the exact GELU x Erfc(-x / sqrt(2)) / 2.
 
-    The difference loses the small values of Erfc. There it is multiplied by what it is small for,
-    so that an error of 1e-7 |x| remains. Elsewhere Erfc stays, and is refused.
+    The difference loses the small values of Erfc, which belong to large x. In GELU these are
+    multiplied by x, so that an error of 1e-7 |x| remains. Outside of such a product Erfc stays,
+    and `_check` refuses it.
     """
     (z,), (result,) = node.input, node.output
     if not _multiplies(context, result, _scaled(context, z)):
@@ -167,7 +173,7 @@ def _is_product(context: Any, node: Any, factor: str, x: str) -> bool:
 
 
 def _scaled(context: Any, name: str) -> str:
-    """What a tensor is a multiple of, by constants."""
+    """The tensor of which a tensor is a constant multiple."""
     node = context.get_node_by_output(name)
     free = [i for i in node.input if not context.get_node_by_output(i).is_const()]
     return _scaled(context, free[0]) if node.type in ("Mul", "Neg") and len(free) == 1 else name
@@ -183,7 +189,7 @@ def _check(proto: Any) -> None:
     unknown = {n.op_type for n in _nodes(proto.graph) if not onnx.defs.has(n.op_type, n.domain)}
     if unknown:
         reason = f"the operations {', '.join(sorted(unknown))}"
-        raise UnsupportedError("onnxruntime", reason, "use others in their place")
+        raise UnsupportedError("onnxruntime", reason, "use other operations")
     onnx.checker.check_model(proto)
 
 
@@ -196,7 +202,10 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def _share_transposed(graph: Any) -> None:
-    """An embedding that is the head as well is stored once: TensorFlow folds its transpose."""
+    """Store a matrix once that is also used transposed, as an embedding that is also the head.
+
+    TensorFlow has folded the transpose into a second constant.
+    """
     onnx = package("onnx", _EXTRA)
     kept: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
     for tensor in list(graph.initializer):
@@ -212,7 +221,7 @@ def _share_transposed(graph: Any) -> None:
 
 
 def _transposed(array: np.ndarray, others: Mapping[str, np.ndarray]) -> str | None:
-    # A row first, since of a model's many square matrices each meets each.
+    # One row is compared first: every two square matrices of a model are compared.
     equal = (
         name
         for name, other in others.items()
@@ -222,7 +231,7 @@ def _transposed(array: np.ndarray, others: Mapping[str, np.ndarray]) -> str | No
 
 
 def _name_axes(graph: Any) -> None:
-    """Names for the free axes of the inputs, which are numbered otherwise."""
+    """Name the free axes of the inputs, to which tf2onnx has given numbers."""
     for value in graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param:

@@ -161,8 +161,8 @@ def gemma4_audio() -> keras.Model:
     )
 
 
-def gemma4() -> tuple[keras.Model, Inputs]:
-    vision_encoder = models.Gemma4VisionEncoder(
+def gemma4_vision() -> keras.Model:
+    return models.Gemma4VisionEncoder(
         image_size=16,
         patch_size=4,
         pool_size=2,
@@ -174,6 +174,10 @@ def gemma4() -> tuple[keras.Model, Inputs]:
         intermediate_dim=20,
         output_dim=16,
     )
+
+
+def gemma4() -> tuple[keras.Model, Inputs]:
+    vision_encoder = gemma4_vision()
     audio_encoder = gemma4_audio()
     model = models.Gemma4Backbone(
         vocabulary_size=sizes.VOCAB,
