@@ -15,7 +15,7 @@ from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.files.adapter_files import PathLike, read_adapter_files
 from keras_lora.files.keys import base_fingerprint, factor_keys
 from keras_lora.inject import PlannedLayer
-from keras_lora.layers import Adapter, adapter_shapes, split_kernel
+from keras_lora.layers import Adapter, adapter_shapes
 from keras_lora.walker import Target, Tree, all_targets
 
 _FIELDS = {
@@ -80,7 +80,7 @@ class _Reader:
             )
 
     def layers(self) -> list[PlannedLayer]:
-        stable = {node.path: node.stable_path for node in self._tree.nodes}
+        stable = self._tree.stable_paths
         wanted = [key.removesuffix("/lora_a") for key in self._tensors if key.endswith("/lora_a")]
         targets = {stable.get(t.path, t.path): t for t in all_targets(self._tree)}
         missing = [path for path in wanted if path not in targets]
@@ -135,7 +135,7 @@ class _Reader:
     def _layer(self, path: str, target: Target) -> PlannedLayer | None:
         spec = self._spec(path)
         names = factor_keys(path, spec)
-        shapes = adapter_shapes(split_kernel(target.layer), target.kernel_shape, spec)
+        shapes = adapter_shapes(target.site.split(), target.kernel_shape, spec)
         factors = [self._take(name) for name in names]
         fit = [self._fits(n, x, s) for n, x, s in zip(names, factors, shapes, strict=True)]
         return PlannedLayer(target, spec, factors) if all(fit) else None

@@ -85,28 +85,3 @@ __all__ = [
     "sites_of",
     "supported_base",
 ]
-
-
-from typing import Any
-
-from keras_lora.lowrank.equations import EinsumSplit
-
-
-def base_kernel(layer: Any) -> Any:
-    return site_of(layer).matrix
-
-
-def is_table(layer: Any) -> bool:
-    return family_of(layer) == "embedding"
-
-
-def kernel_shape(layer: Any) -> tuple[int, ...]:
-    return site_of(layer).shape
-
-
-def split_kernel(layer: Any) -> EinsumSplit:
-    return site_of(layer).split()
-
-
-def bias_of(layer: Any) -> Any:
-    return site_of(layer).bias

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_lora.checks import invalid, warn
 from keras_lora.config import AdapterSpec
 from keras_lora.layers.adapter import LayerAdapter
-from keras_lora.layers.bank import AdapterBank, layer_adapter
+from keras_lora.layers.bank import AdapterBank
 from keras_lora.layers.checkpoint import (
     BASE_ONLY,
     STATE_PREFIX,
@@ -190,8 +189,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
 
     def assign_base(self, value: Tensor) -> None:
         """`W0 <- value`, and `|W0|`, which DoRA keeps, with it. Adapters stay as they are."""
-        self.base_kernel.assign(value)
-        self.bank.measure()
+        self.bank.assign_base(value)
 
     @property
     def adapter_variables(self) -> list[keras.Variable]:
@@ -206,8 +204,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
 
     def fold(self) -> None:
         """`W0 <- W`, the effective kernel."""
-        # Without the gradient: torch would take the kernel for a function of A and B.
-        self.assign_base(ops.stop_gradient(self.kernel))
+        self.bank.fold()
 
     @contextlib.contextmanager
     def without_slots(self) -> Iterator[None]:
@@ -228,8 +225,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
         Summed in float32, or in the dtype of `W0` where that is wider, and rounded once. `W0`
         itself, as a variable, where no adapter is active.
         """
-        bank = self.bank
-        return bank.computation.kernel_of(bank.site)
+        return self.bank.kernel
 
     def products(self, inputs: Tensor) -> Products:
         """How `W0`, and the updates of the adapters, act on these inputs."""
@@ -306,41 +302,6 @@ class LoRALayer(Adapting, keras.layers.Layer):
 
     def load_assets(self, dir_path: str) -> None:
         """Nothing: `save_assets` writes nothing."""
-
-    # TEMPORARY
-    @property
-    def has_dropout(self) -> bool:
-        return self.bank.has_dropout
-
-    @property
-    def trains_adapters(self) -> bool:
-        return self.bank.trains
-
-    def adapter_of(self, *a: Any) -> LayerAdapter:
-        return layer_adapter(*a)
-
-    def add_adapter(self, *a: Any) -> Any:
-        return self.bank.add(*a)
-
-    def factor_shapes(self, *a: Any) -> Any:
-        return self.bank.shapes(*a)
-
-    def put_adapter(self, *a: Any) -> Any:
-        return self.bank.put(*a)
-
-    def set_scale_factor(self, *a: Any) -> Any:
-        return self.bank.set_scale_factor(*a)
-
-    def remove_adapter(self, *a: Any) -> Any:
-        return self.bank.remove(*a)
-
-    def fits(self, *a: Any) -> Any:
-        return self.bank.fits(*a)
-
-    def activate(self, *a: Any) -> Any:
-        return self.bank.activate(*a)
-
-    # END
 
     def adapted_output(self, inputs: Tensor, training: bool | None, bias: Tensor | None) -> Tensor:
         """`act(x W0 + b + delta)`; the base's own `call` where no adapter can change it.
