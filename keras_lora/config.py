@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from keras_lora.checks import check_alpha, check_rank, invalid, is_number
+from keras_lora.initializers import STARTS
 from keras_lora.lowrank.equations import scaling
 
 PRESETS = ("attention", "all-linear", "all")
 BIASES = ("none", "lora_only", "all")
-INITS = ("kaiming_uniform", "gaussian")
 
 Targets = str | Sequence[str] | Callable[[Any], bool]
 
@@ -63,8 +63,8 @@ class AdapterSpec:
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise invalid(name, "True or False", getattr(self, name))
-        if self.init not in INITS:
-            raise invalid("init", f"one of {INITS}", self.init)
+        if self.init not in STARTS:
+            raise invalid("init", f"one of {tuple(STARTS)}", self.init)
 
     @property
     def scaling(self) -> float:

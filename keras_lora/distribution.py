@@ -7,10 +7,12 @@ from typing import Any
 
 import keras
 
-from keras_lora.layers import base_kernel
+from keras_lora.layers import (
+    site_of,
+)
 
 
 def strategy_scope(layer: keras.layers.Layer) -> contextlib.AbstractContextManager[Any]:
     """The `tf.distribute` scope that the layer's kernel was made in; new variables belong there."""
-    strategy = getattr(base_kernel(layer).value, "distribute_strategy", None)
+    strategy = getattr(site_of(layer).matrix.value, "distribute_strategy", None)
     return contextlib.nullcontext() if strategy is None else strategy.scope()

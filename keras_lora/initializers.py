@@ -1,37 +1,83 @@
-"""Ways to start the factors `A` and `B`."""
+"""How the factors `A` and `B` of an adapter begin.
+
+`W0` is never changed by a start. A start whose product `A0 B0` is not zero is given a frozen
+counterpart, `-A0 B0`, so that a fresh adapter is the base exactly and unloading it is exact too.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
 
 import keras
 
-from keras_lora.config import AdapterSpec
+from keras_lora.lowrank.equations import Shape, Tensor
 
-Initializer: TypeAlias = "keras.initializers.Initializer"
+# Called as `initializer(shape, dtype)`, when the factor is first needed.
+Initializer = Callable[[Shape, str], Tensor]
 
 
-def factor_initializers(
-    spec: AdapterSpec, fan_in: int, is_table: bool
-) -> tuple[Initializer, Initializer]:
-    """How `A` and `B` start, so that `A B = 0`.
+@dataclass(frozen=True)
+class Started:
+    """How `A` and `B` begin.
 
-    Of a kernel that sums over `fan_in` inputs `A` is random, as `spec.init` says, and `B` is
-    zero. Of an embedding's table `A` is zero and `B` is standard normal, as the rows of
-    `nn.Embedding` are: a token's row of `A` moves once the token was seen.
-
-    Reference: Hu et al. 2021, section 4.1; the uniform bound is that of PEFT, which is He's
-    with a slope of sqrt(5). For embeddings, PEFT and the authors' loralib.
+    Attributes:
+        a: The initializer of `A`.
+        b: The initializer of `B`.
     """
-    zeros = keras.initializers.Zeros()
-    if is_table:
-        return zeros, keras.initializers.RandomNormal(stddev=1.0)
-    return _a_initializer(spec, fan_in), zeros
+
+    a: Initializer
+    b: Initializer
 
 
-def _a_initializer(spec: AdapterSpec, fan_in: int) -> Initializer:
-    if spec.init == "gaussian":
-        return keras.initializers.RandomNormal(stddev=1 / spec.rank)
-    bound = 1 / math.sqrt(fan_in)
-    return keras.initializers.RandomUniform(-bound, bound)
+class Start(ABC):
+    """Abstract: a way to begin the factors of an adapter."""
+
+    @abstractmethod
+    def started(self, fan_in: int, rank: int) -> Started:
+        """The beginning of `A`, `(fan_in, rank)` as a matrix, and of `B`."""
+
+
+@final
+@dataclass(frozen=True)
+class Uniform(Start):
+    """`A` uniform within `±1/sqrt(d)` for `d` inputs, `B` zero.
+
+    Reference: Hu et al. 2021, section 4.1; the bound is that of PEFT, which is He's with a slope
+    of sqrt(5).
+    """
+
+    def started(self, fan_in: int, rank: int) -> Started:  # noqa: ARG002
+        bound = 1 / math.sqrt(fan_in)
+        return Started(keras.initializers.RandomUniform(-bound, bound), keras.initializers.Zeros())
+
+
+@final
+@dataclass(frozen=True)
+class Gaussian(Start):
+    """`A` normal with standard deviation `1/r`, `B` zero.
+
+    Reference: Hu et al. 2021, section 4.1; the deviation is that of PEFT.
+    """
+
+    def started(self, fan_in: int, rank: int) -> Started:  # noqa: ARG002
+        return Started(keras.initializers.RandomNormal(stddev=1 / rank), keras.initializers.Zeros())
+
+
+@final
+@dataclass(frozen=True)
+class Lookup(Start):
+    """`A` zero and `B` standard normal: the row of a token in `A` moves once the token was seen.
+
+    Reference: PEFT and the authors' loralib, https://github.com/microsoft/LoRA.
+    """
+
+    def started(self, fan_in: int, rank: int) -> Started:  # noqa: ARG002
+        return Started(keras.initializers.Zeros(), keras.initializers.RandomNormal(stddev=1.0))
+
+
+EMBEDDING_START = Lookup()
+STARTS: dict[str, Start] = {"kaiming_uniform": Uniform(), "gaussian": Gaussian()}

@@ -13,7 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_lora.inject import adapted, original_flag
-from keras_lora.layers import Factor, LoRALayer, kernel_shape
+from keras_lora.layers import (
+    Factor,
+    LoRALayer,
+    site_of,
+)
 from keras_lora.walker import Tree
 
 # Adam keeps two moments of each trained parameter, in float32.
@@ -131,7 +135,7 @@ def lora_summary(model: keras.Model, console: Console | None = None) -> LoRASumm
             adapter.scaling,
             name in layer.active_adapters,
             adapter.parameters,
-            math.prod(kernel_shape(layer)),
+            math.prod(site_of(layer).shape),
         )
         for path, layer in layers.items()
         for name, adapter in layer.adapters.items()

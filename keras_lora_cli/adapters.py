@@ -16,7 +16,9 @@ from keras_lora.exchange.keras_hub.h5 import read_keras_hub_lora
 from keras_lora.exchange.peft_files import PeftModule, read_peft_adapter
 from keras_lora.files.keys import owned_by, stable_layers
 from keras_lora.files.saving import adapter_tensors
-from keras_lora.layers import kernel_shape, split_kernel
+from keras_lora.layers import (
+    site_of,
+)
 from keras_lora.lowrank.combining import Array, WeightedFactors
 from keras_lora.walker import Tree
 from keras_lora_cli.paths import ADAPTER_CONFIG_FILE, ADAPTERS, Kind, check_kind, read_json
@@ -126,7 +128,8 @@ def adapter_of(model: keras.Model, name: str, path: str) -> Adapter:
     for owner, layer in stable_layers(tree).items():
         if name in layer.adapters:
             found = _layer(layer.adapters[name].acting_spec, _at(owner, factors))
-            matrices = split_kernel(layer).matrices(found.a, found.b, kernel_shape(layer))
+            site = site_of(layer)
+            matrices = site.split().matrices(found.a, found.b, site.shape)
             layers[owner] = replace(found, matrices=matrices)
     config = _CONFIG_READERS[kind](path)
     return Adapter(kind=kind, layers=layers, values=values, config=config)

@@ -12,7 +12,9 @@ from support.command_line import BASE, HEAD, REVIEWS, Ask, Run, assert_same_tens
 from support.models import randomize_adapters
 
 import keras_lora as kl
-from keras_lora.layers import split_kernel
+from keras_lora.layers import (
+    site_of,
+)
 
 pytest_plugins = ["support.command_line"]
 
@@ -147,7 +149,7 @@ def test_experts_are_compared_by_their_shapes_or_with_a_base(
         base = ["--base", tmp_path / "experts.keras"]
         (found,) = ask("diff", tmp_path / str(rank), tmp_path / str(rank), *base)["layers"]
         assert found["norms"][0] == pytest.approx(norm)
-        assert split_kernel(layer).shared
+        assert site_of(layer).split().shared
     (found,) = ask("diff", tmp_path / "2", tmp_path / "2")["layers"]
     assert found["ranks"] == [2, 2]
     result = run("diff", tmp_path / "3", tmp_path / "3")

@@ -64,7 +64,7 @@ def test_zero_opposed_and_scaled(
 
 def test_deltas_of_other_layers_are_refused() -> None:
     other = WeightedFactors(np.ones((1, D, 2)), np.ones((1, 2, K + 1)), 1.0)
-    with pytest.raises(ValueError, match=r"expected a term of shape \(1, 11, 13\)"):
+    with pytest.raises(ValueError, match=r"expected factors of a delta of shape \(1, 11, 13\)"):
         delta_distance(term(1, 2, 1.0, 1), other)
     with pytest.raises(ValueError, match=r"expected an array of shape \(2,\)"):
         array_distance(np.ones(2), np.ones(3))

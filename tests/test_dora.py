@@ -150,7 +150,7 @@ def test_dropout_is_on_both_products(case: Case, monkeypatch: pytest.MonkeyPatch
     """x W0 + (g - 1) drop(x) W0 + g s (drop(x) A) B, as in PEFT."""
     mask = np.random.default_rng(4).integers(0, 2, (3, *case.input_shape)).astype("float32")
     monkeypatch.setattr(
-        "keras_lora.layers.lora_layer.dropped", lambda x, *_: 2 * x * keras.ops.array(mask)
+        "keras_lora.layers.slot_adapters.dropped", lambda x, *_: 2 * x * keras.ops.array(mask)
     )
     model, x = case.model(activation=None), case.batch()
     w0 = numpy_of(model.get_layer("case").kernel)

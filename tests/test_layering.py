@@ -15,8 +15,8 @@ ROOT = Path(keras_lora.__file__).parent
 FLOORS = [
     {"checks", "version"},
     {"lowrank"},
-    {"config"},
     {"initializers"},
+    {"config"},
     {"layers"},
     {"distribution", "walker"},
     {"inject"},

@@ -35,7 +35,10 @@ from support.cases import (
 )
 
 import keras_lora as kl
-from keras_lora.layers import Rows, split_kernel
+from keras_lora.layers import (
+    MixedBatch,
+    site_of,
+)
 
 # Some kernels of the table have a side of one.
 pytestmark = pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")
@@ -67,12 +70,14 @@ def test_adapted_equals_the_reference(case: Case) -> None:
 def test_rows_with_factors_of_their_own_equal_the_reference(case: Case) -> None:
     model, x, rng = adapted(case), case.batch(), np.random.default_rng(7)
     (layer,) = kl.lora_layers(model).values()
-    w0, split = numpy_of(layer.base_kernel), split_kernel(layer)
+    w0, split = numpy_of(layer.base_kernel), site_of(layer).split()
     shapes = [factor.shape for factor in adapter(model).factors]
     a, b = (rng.normal(size=(len(x), *shape)).astype("float32") for shape in shapes)
     first = [np.moveaxis(f, axis + 1, 1) for f, axis in zip((a, b), split.rank_axes, strict=True)]
-    rows = Rows(pytest.fail, (ops.convert_to_tensor(first[0]), ops.convert_to_tensor(first[1])))
-    with layer.without_slots(), layer.with_rows(rows):
+    rows = MixedBatch(
+        pytest.fail, (ops.convert_to_tensor(first[0]), ops.convert_to_tensor(first[1]))
+    )
+    with layer.without_slots(), layer.computing(rows):
         received = numpy_of(layer(x))
     for i, row in enumerate(x):
         kernel = w0 + reference_delta(case, a[i], b[i], 1)
@@ -86,11 +91,11 @@ def test_rows_with_kernels_and_biases_of_their_own_equal_the_reference(case: Cas
     model, x, rng = adapted(case), case.batch(), np.random.default_rng(7)
     (layer,) = kl.lora_layers(model).values()
     kernels = rng.normal(size=(len(x), *layer.base_kernel.shape)).astype("float32")
-    rows, biases = Rows(pytest.fail, kernel=ops.convert_to_tensor(kernels)), None
+    rows, biases = MixedBatch(pytest.fail, kernel=ops.convert_to_tensor(kernels)), None
     if layer.bias is not None:
         biases = rng.normal(size=(len(x), *layer.bias.shape)).astype("float32")
         rows = dataclasses.replace(rows, bias=ops.convert_to_tensor(biases))
-    with layer.without_slots(), layer.with_rows(rows):
+    with layer.without_slots(), layer.computing(rows):
         received = numpy_of(layer(x))
     for i, row in enumerate(x):
         if biases is not None:

@@ -65,7 +65,7 @@ def test_its_factors_train_as_in_peft(
     expected.pow(2).mean().backward()
     optimizer.step()
 
-    monkeypatch.setattr("keras_lora.layers.lora_layer.dropped", lambda x, *_: x * mask)
+    monkeypatch.setattr("keras_lora.layers.slot_adapters.dropped", lambda x, *_: x * mask)
     model = keras.Sequential([keras.Input((D,)), keras.layers.Dense(K, name="up")])
     model.set_weights([w, bias])
     options: dict[str, Any] = {"use_dora": use_dora, "dropout": dropout}

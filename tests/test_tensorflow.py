@@ -14,7 +14,9 @@ from support.cases import ALPHA, BY_ID, RANK, adapted, adapter, numpy_of, refere
 from support.models import composite, data, functional, randomize_adapters
 
 import keras_lora as kl
-from keras_lora.layers import split_kernel
+from keras_lora.layers import (
+    site_of,
+)
 
 CONFIG = kl.LoRAConfig(rank=2, alpha=3)
 
@@ -169,7 +171,7 @@ def test_the_gradient_of_a_frozen_kernel_is_not_in_the_training_graph(
             waiting += [t.op for t in operation.inputs]
     layers = kl.lora_layers(model).values()
     kernels = {tuple(layer.base_kernel.shape) for layer in layers}
-    matrices = {split_kernel(x).matrix_shape(tuple(x.base_kernel.shape)) for x in layers}
+    matrices = {site_of(x).split().matrix_shape(tuple(x.base_kernel.shape)) for x in layers}
     forms = kernels | matrices | {(1, *matrix) for matrix in matrices}
     operations = [graph.get_operation_by_name(name) for name in needed]
     assert {"MatMul"} <= {operation.type for operation in operations}

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import keras
 
-from keras_lora.layers.slots import read, write
+from keras_lora.layers.factors import read, write
 from keras_lora.lowrank.equations import Tensor
 
 State = list[Tensor]

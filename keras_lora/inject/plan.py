@@ -17,8 +17,7 @@ from keras_lora.layers import (
     all_owned,
     bias_of,
     check_adapter_name,
-    lora_class_for,
-    plain_class,
+    site_of,
     split_kernel,
 )
 from keras_lora.walker import Node, Target, Tree, match_names, matches, select_targets
@@ -93,11 +92,10 @@ def _takes(target: Target, spec: AdapterSpec, *factors: Any) -> bool:
 
 
 def _check_dora(specs: Sequence[tuple[Target, AdapterSpec]]) -> None:
-    classes: list[Any] = [lora_class_for(plain_class(target.layer)) for target, _ in specs]
     refused = [
         target.path
-        for (target, spec), lora_class in zip(specs, classes, strict=True)
-        if spec.use_dora and not lora_class.takes_dora
+        for target, spec in specs
+        if spec.use_dora and not site_of(target.layer).kind.takes_dora
     ]
     if refused:
         raise invalid(

@@ -6,8 +6,11 @@ place*: the object and its variables stay the same, only its class changes. `det
 inverse.
 """
 
+from keras_lora.layers.adapter import Adapter, LayerAdapter, adapter_shapes, factor_names
+from keras_lora.layers.bank import AdapterBank, layer_adapter
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
-from keras_lora.layers.kinds import base_kernel, bias_of, is_table, kernel_shape
+from keras_lora.layers.factors import Factor
+from keras_lora.layers.kinds import Kind, Site, family_of
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
 from keras_lora.layers.lora_layer import (
     DEFAULT_ADAPTER,
@@ -18,6 +21,7 @@ from keras_lora.layers.lora_layer import (
     plain_class,
     remember_flag,
 )
+from keras_lora.layers.mixed_batch import MixedBatch
 from keras_lora.layers.owned import (
     BASE,
     OwnedValues,
@@ -35,40 +39,40 @@ from keras_lora.layers.registry import (
     output_gain,
     output_norms,
     register_lora_class,
-    split_kernel,
+    site_of,
+    sites_of,
     supported_base,
 )
-from keras_lora.layers.rows import Rows
-from keras_lora.layers.slots import Adapter, Factor, LayerAdapter, adapter_shapes, factor_names
 
 __all__ = [
     "BASE",
     "DEFAULT_ADAPTER",
     "WAS_TRAINABLE",
     "Adapter",
+    "AdapterBank",
     "Factor",
+    "Kind",
     "LayerAdapter",
     "LoRADense",
     "LoRAEinsumDense",
     "LoRAEmbedding",
     "LoRALayer",
     "LoRAReversibleEmbedding",
+    "MixedBatch",
     "OwnedValues",
-    "Rows",
+    "Site",
     "adapter_shapes",
     "add_owner",
     "all_owned",
     "attach",
-    "base_kernel",
-    "bias_of",
     "check_adaptable",
     "check_adapter_name",
     "detach",
     "factor_names",
+    "family_of",
     "forget_owners",
     "is_registered",
-    "is_table",
-    "kernel_shape",
+    "layer_adapter",
     "lora_class_for",
     "output_gain",
     "output_norms",
@@ -77,6 +81,32 @@ __all__ = [
     "register_lora_class",
     "remember_flag",
     "remove_owner",
-    "split_kernel",
+    "site_of",
+    "sites_of",
     "supported_base",
 ]
+
+
+from typing import Any
+
+from keras_lora.lowrank.equations import EinsumSplit
+
+
+def base_kernel(layer: Any) -> Any:
+    return site_of(layer).matrix
+
+
+def is_table(layer: Any) -> bool:
+    return family_of(layer) == "embedding"
+
+
+def kernel_shape(layer: Any) -> tuple[int, ...]:
+    return site_of(layer).shape
+
+
+def split_kernel(layer: Any) -> EinsumSplit:
+    return site_of(layer).split()
+
+
+def bias_of(layer: Any) -> Any:
+    return site_of(layer).bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_lora.layers.bank import AdapterBank
 from keras_lora.layers.owned import OwnedValues
 from keras_lora.layers.state import LoRAState
 
 STATE_PREFIX = "lora_"
-_SCALING_PREFIX = f"{STATE_PREFIX}scaling."
+_SCALING = "scaling."
+_SCALE_KEY = re.compile(rf"{STATE_PREFIX}([^.:]+:)?{re.escape(_SCALING)}")
 _BASE_PREFIX = f"{STATE_PREFIX}base."
 BASE_ONLY = (
     "The weights file holds no adapters: the base's weights were loaded and the adapters of the "
@@ -25,36 +28,44 @@ BASE_ONLY = (
 def adapter_values(state: LoRAState) -> dict[str, np.ndarray]:
     """The values by key."""
     values = {}
-    for name, adapter in state.adapters.items():
-        for which, factor in adapter.named_factors.items():
-            values[f"{STATE_PREFIX}{which}.{name}"] = np.array(factor)
-        values[f"{_SCALING_PREFIX}{name}"] = np.array(adapter.scaling, "float32")
-    if state.seeds is not None:
-        # Else a resumed run would draw other dropout masks than an unbroken one.
-        values[f"{STATE_PREFIX}seeds"] = ops.convert_to_numpy(state.seeds.state)
-    return values | {key: item.parked[name] for key, item, name in _owned_values(state)}
+    for bank in state.banks.values():
+        for name, adapter in bank.adapters.items():
+            for which, factor in adapter.named_factors.items():
+                values[_key(bank, f"{which}.{name}")] = np.array(factor)
+            values[_key(bank, f"{_SCALING}{name}")] = np.array(adapter.scaling, "float32")
+        if bank.seeds is not None:
+            # Without them a resumed run would draw other dropout masks than an unbroken one.
+            values[_key(bank, "seeds")] = ops.convert_to_numpy(bank.seeds.state)
+    return values | {key: item.value(name) for key, item, name in _owned_values(state)}
 
 
 def assign_values(state: LoRAState, saved: Mapping[str, Any]) -> None:
     """The inverse of `adapter_values`, but for the scales."""
     put: dict[str, Callable[[Any], None]] = {}
-    for name, adapter in state.adapters.items():
-        for which, factor in adapter.named_factors.items():
-            put[f"{STATE_PREFIX}{which}.{name}"] = factor.assign
-    if state.seeds is not None:
-        put[f"{STATE_PREFIX}seeds"] = state.seeds.state.assign
+    for bank in state.banks.values():
+        for name, adapter in bank.adapters.items():
+            for which, factor in adapter.named_factors.items():
+                put[_key(bank, f"{which}.{name}")] = factor.assign
+        if bank.seeds is not None:
+            put[_key(bank, "seeds")] = bank.seeds.state.assign
     put |= {key: partial(item.assign, name) for key, item, name in _owned_values(state)}
     for key in put.keys() & saved.keys():
         put[key](saved[key])
-    for slot in state.slots:
+    for slot in [slot for bank in state.banks.values() for slot in bank.slots]:
         slot.refresh()
 
 
+def _key(bank: AdapterBank, what: str) -> str:
+    """The key of a value of a bank; the name of the matrix is in it where a layer has several."""
+    matrix = bank.site.name
+    return f"{STATE_PREFIX}{matrix}:{what}" if matrix else STATE_PREFIX + what
+
+
 def check_values(state: LoRAState, saved: Mapping[str, Any], path: str) -> None:
-    """Refuse values that are not of the adapters which the layer at `path` has.
+    """Refuse values of other adapters than the layer at `path` has.
 
     Raises:
-        ValueError: they are of others.
+        ValueError: they are of other adapters.
     """
     wrong = _misfits(adapter_values(state), saved)
     if wrong:
@@ -76,13 +87,13 @@ def _misfits(live: Mapping[str, np.ndarray], saved: Mapping[str, Any]) -> list[s
         received, expected = tuple(saved[key].shape), tuple(live[key].shape)
         if received != expected:
             wrong.append(f"{key} has shape {received}, expected {expected}")
-        elif key.startswith(_SCALING_PREFIX) and abs(saved[key][()] - live[key]) > 1e-6:
+        elif _SCALE_KEY.match(key) and abs(saved[key][()] - live[key]) > 1e-6:
             wrong.append(f"{key} is {saved[key][()]}, expected {live[key]}")
     return wrong
 
 
 def _owned_values(state: LoRAState) -> list[tuple[str, OwnedValues, str]]:
-    """The values parked, by key: those of other adapters, and the base's own."""
+    """The parked values, by key: those of other adapters, and the base's own."""
     pairs = [(i, item, n) for i, item in enumerate(state.owned) for n in item.parked]
     return [
         (f"{STATE_PREFIX}held.{i}.{name}" if name else f"{_BASE_PREFIX}{i}", item, name)

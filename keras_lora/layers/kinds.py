@@ -1,4 +1,7 @@
-"""The matrix `W0` of a layer, adapted or plain: the kernel or, of an embedding, the table.
+"""The kinds of matrices that can be adapted: one row for each, and a site for each in a model.
+
+What differs between Keras's classes is in `KINDS` and nowhere else: a new class of layer is a row
+of this table and a final class (CONTRIBUTING.md adds one).
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_kernel`, `_embeddings`: the frozen matrix itself, since `kernel` and `embeddings` of an
@@ -7,45 +10,165 @@ Private Keras API in this file, and why (`tests/test_private_api.py` watches eac
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import keras
 from keras import ops
 
-from keras_lora.lowrank.equations import Shape, Tensor
+from keras_lora.checks import invalid
+from keras_lora.initializers import EMBEDDING_START, Start
+from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor, split_equation
+from keras_lora.lowrank.products import Products, einsum_products
 
 Layer: TypeAlias = "keras.layers.Layer"
+Family = Literal["linear", "embedding", "convolution", "recurrent", "weight"]
 
 
-def is_table(layer: Layer) -> bool:
-    """Whether the layer looks rows up in its matrix, which has one for each token."""
-    return isinstance(layer, keras.layers.Embedding)
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What the rest of the package asks about a matrix `W0` of a Keras layer.
+
+    Attributes:
+        equation: The einsum of the layer's input and the matrix, such as `"...x,xy->...y"`; the
+            shapes of `A` and `B` follow from it.
+        matrix: The layer's attribute that is the frozen variable `W0`.
+        bias: The layer's attribute that is the bias; None for a layer without one.
+        constraint: The layer's attribute that is the constraint on `W0`.
+        family: Which presets of `targets` select it, and in which adapters of other tools it can
+            be: `"all-linear"` and `"attention"` select the linear ones, `"all"` every family.
+        products: How `W0` acts on an input. The default is the einsum.
+        weight: `W0` in floating point, where the variable has it in another form (quantized).
+        start: How factors begin, where `AdapterSpec.init` does not say.
+        has_dropout: Whether dropout applies to the adapter's input.
+        takes_dora: Whether DoRA applies: whether the equation is all that `W0` does.
+        by_row: Whether each row of a batch can have an adapter of its own (`MixedBatch`).
+    """
+
+    equation: Callable[[Layer], str]
+    matrix: str = "_kernel"
+    bias: str | None = "bias"
+    constraint: str = "kernel_constraint"
+    family: Family = "linear"
+    products: Callable[[Site, Tensor], Products] | None = None
+    weight: Callable[[Site], Tensor] | None = None
+    start: Start | None = None
+    has_dropout: bool = True
+    takes_dora: bool = True
+    by_row: bool = False
 
 
-def base_kernel(layer: Layer) -> keras.Variable:
-    """`W0`."""
-    return layer._embeddings if is_table(layer) else layer._kernel
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One matrix of one layer, adapted or not: the place that an adapter has in a model.
+
+    Attributes:
+        layer: The layer.
+        kind: The row of the matrix in `KINDS`.
+        name: The name of the matrix; empty where the layer has one matrix.
+    """
+
+    layer: Layer
+    kind: Kind
+    name: str = ""
+
+    @property
+    def matrix(self) -> keras.Variable:
+        """`W0`."""
+        return getattr(self.layer, self.kind.matrix)
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.matrix.shape)
+
+    @property
+    def bias(self) -> keras.Variable | None:
+        return None if self.kind.bias is None else getattr(self.layer, self.kind.bias)
+
+    @property
+    def wide_dtype(self) -> str:
+        """The dtype of sums that are rounded once."""
+        dtype = keras.backend.standardize_dtype(self.matrix.dtype)
+        return "float64" if dtype == "float64" else "float32"
+
+    def weight(self) -> Tensor:
+        """`W0` in floating point."""
+        kind = self.kind
+        return ops.convert_to_tensor(self.matrix) if kind.weight is None else kind.weight(self)
+
+    def wide_matrix(self) -> Tensor:
+        """`W0` in the wide dtype."""
+        return ops.cast(self.weight(), self.wide_dtype)
+
+    def split(self, input_rank: int | None = None) -> EinsumSplit:
+        """How the matrix is factored.
+
+        Raises:
+            ValueError: the equation has a diagonal.
+        """
+        return split_equation(self.kind.equation(self.layer), input_rank)
+
+    def products(self, inputs: Tensor) -> Products:
+        """How `W0` acts on these inputs."""
+        if self.kind.products is not None:
+            return self.kind.products(self, inputs)
+        return einsum_products(self.split(len(inputs.shape)), self.weight())
 
 
-def kernel_shape(layer: Layer) -> Shape:
-    return tuple(base_kernel(layer).shape)
+def dense_equation(layer: Layer) -> str:  # noqa: ARG001
+    return "...x,xy->...y"
 
 
-def kernel_constraint(layer: Layer) -> Any:
-    return layer.embeddings_constraint if is_table(layer) else layer.kernel_constraint
+def einsum_dense_equation(layer: Layer) -> str:
+    return layer.equation
 
 
-def bias_of(layer: Layer) -> keras.Variable | None:
-    return None if is_table(layer) else layer.bias
+_DENSE = Kind(equation=dense_equation, by_row=True)
+_EINSUM_DENSE = Kind(equation=einsum_dense_equation, by_row=True)
+# The einsum of an embedding is that of tokens as one-hot vectors, which are never formed.
+_EMBEDDING = Kind(
+    equation=dense_equation,
+    matrix="_embeddings",
+    bias=None,
+    constraint="embeddings_constraint",
+    family="embedding",
+    start=EMBEDDING_START,
+    # The input of an embedding adapter is a token's number, which dropout cannot zero.
+    has_dropout=False,
+    # Looked up or called in reverse, a row of the matrix has no norm of its outputs in common.
+    takes_dora=False,
+)
+
+# For each class of layers its matrices by name; the name of a layer's only matrix is empty.
+KINDS: dict[type, Mapping[str, Kind]] = {
+    keras.layers.Dense: {"": _DENSE},
+    keras.layers.EinsumDense: {"": _EINSUM_DENSE},
+    keras.layers.Embedding: {"": _EMBEDDING},
+    keras.layers.ReversibleEmbedding: {"": _EMBEDDING},
+}
 
 
-def wide_dtype(variable: keras.Variable) -> str:
-    """The dtype of sums that are rounded once."""
-    dtype = keras.backend.standardize_dtype(variable.dtype)
-    return "float64" if dtype == "float64" else "float32"
+def kinds_of(layer_class: type) -> Mapping[str, Kind]:
+    """The kinds of a class's matrices: those of the nearest class in `KINDS`, itself first."""
+    return next((KINDS[c] for c in layer_class.__mro__ if c in KINDS), {})
 
 
-def wide_kernel(layer: Layer) -> Tensor:
-    """`W0` in that dtype."""
-    kernel = base_kernel(layer)
-    return ops.cast(ops.convert_to_tensor(kernel), wide_dtype(kernel))
+def family_of(layer: Layer) -> Family | None:
+    """The family of a layer's matrices; None for a layer that has no kind."""
+    kinds = kinds_of(type(layer))
+    return next(iter(kinds.values())).family if kinds else None
+
+
+def only(sites: Mapping[str, Any], layer: Layer) -> Any:
+    """The site, or the bank, of a layer's only matrix.
+
+    Raises:
+        ValueError: the layer has several.
+    """
+    if len(sites) != 1:
+        raise invalid(
+            "layer", "a layer with one matrix", sorted(sites), f"name a matrix of {layer.name!r}"
+        )
+    (site,) = sites.values()
+    return site

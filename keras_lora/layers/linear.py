@@ -46,12 +46,8 @@ class LoRADense(LoRALayer, keras.layers.Dense):
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
-    @staticmethod
-    def kernel_equation(layer: keras.layers.Layer) -> str:  # noqa: ARG004
-        return "...x,xy->...y"
-
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self._affine(inputs, training)
+        return self.adapted_output(inputs, training, self.bias)
 
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRAEinsumDense")
@@ -94,9 +90,5 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
-    @staticmethod
-    def kernel_equation(layer: keras.layers.Layer) -> str:
-        return layer.equation
-
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self._affine(inputs, training)
+        return self.adapted_output(inputs, training, self.bias)

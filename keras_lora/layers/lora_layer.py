@@ -17,7 +17,8 @@ from keras import ops
 
 from keras_lora.checks import invalid, warn
 from keras_lora.config import AdapterSpec
-from keras_lora.layers.bank import AdapterHolder, Adapting
+from keras_lora.layers.adapter import LayerAdapter
+from keras_lora.layers.bank import AdapterBank, layer_adapter
 from keras_lora.layers.checkpoint import (
     BASE_ONLY,
     STATE_PREFIX,
@@ -25,29 +26,32 @@ from keras_lora.layers.checkpoint import (
     assign_values,
     check_values,
 )
-from keras_lora.layers.kinds import (
-    bias_of,
-    is_table,
-    kernel_constraint,
-)
-from keras_lora.layers.rows import Rows
-from keras_lora.layers.slots import Slot, dropped
+from keras_lora.layers.computation import Computation
+from keras_lora.layers.kinds import KINDS, kinds_of, only
+from keras_lora.layers.slots import Slot
 from keras_lora.layers.state import LoRAState
-from keras_lora.lowrank.equations import EinsumSplit, Tensor, joint_gain
+from keras_lora.lowrank.equations import Tensor
+from keras_lora.lowrank.products import Products, adapted_sum
 
 DEFAULT_ADAPTER = "default"
-# Marks a variable or a layer that was frozen here with the flag that it had before.
+# Marks a variable or a layer that was frozen for an adapter with the flag that it had before.
 WAS_TRAINABLE = "_lora_was_trainable"
 
 
-class LoRALayer(AdapterHolder):
+class Adapting:
+    """Marks the classes of this package: they stand before Keras's in those of a layer."""
+
+
+class LoRALayer(Adapting, keras.layers.Layer):
     """Abstract base of every adapted layer.
 
         y = act(x W0 + b + sum_i s_i (drop_i(x) A_i) B_i)     over the active adapters i
 
     `W0` is frozen, `A_i` and `B_i` are float32 whatever the layer's dtype, and the product
-    `A_i B_i` is never formed in the forward pass. A final class says which einsum its kernel
-    belongs to (`kernel_equation`) and is also a subclass of the Keras layer that it adapts.
+    `A_i B_i` is never formed in the forward pass. A final class is also a subclass of the Keras
+    layer that it adapts, whose row in `KINDS` says how the kernel acts. One of a class of your own
+    may change that row: a static method `kernel_equation(layer)` gives the einsum of the layer's
+    input and kernel, such as `"...x,xy->...y"`, and `takes_dora = False` refuses DoRA.
 
     With `use_dora`, of each output the weights of an adapter have the trainable norm `m_i`:
 
@@ -70,8 +74,7 @@ class LoRALayer(AdapterHolder):
         ValueError: an invalid spec, a constraint on the kernel, or Keras's own `lora_rank`.
     """
 
-    # Whether an adapter may have DoRA's magnitude: whether `base_kernel` is all that acts on x.
-    takes_dora = True
+    _lora: LoRAState
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Let a class go by the name of the class that it adapts.
@@ -81,6 +84,13 @@ class LoRALayer(AdapterHolder):
         """
         super().__init_subclass__(**options)
         cls.__name__ = _adapted_class(cls).__name__
+        own, changes = vars(cls), dict[str, Any]()
+        if "kernel_equation" in own:
+            changes["equation"] = own["kernel_equation"].__func__
+        if "takes_dora" in own:
+            changes["takes_dora"] = own["takes_dora"]
+        if changes:
+            KINDS[cls] = {"": dataclasses.replace(only(kinds_of(cls), cls), **changes)}
 
     def __init__(
         self,
@@ -111,33 +121,88 @@ class LoRALayer(AdapterHolder):
         if kwargs.get("weights") is not None:
             fix = "build the layer and assign to its base_kernel"
             raise invalid("weights", "None", type(kwargs["weights"]), fix)
-        acting = tuple(specs if active is None else active)
-        if not set(acting) <= set(specs):
+        chosen = tuple(specs if active is None else active)
+        if not set(chosen) <= set(specs):
             raise invalid("active", f"names among {sorted(specs)}", active)
-        if not self.takes_dora and any(spec.use_dora for spec in specs.values()):
+        kinds = kinds_of(type(self))
+        takes_dora = all(kind.takes_dora for kind in kinds.values())
+        if not takes_dora and any(spec.use_dora for spec in specs.values()):
             raise invalid("use_dora", f"False for a {type(self).__qualname__}", True)
         super().__init__(*args, **kwargs)
         check_adaptable(self)
-        self._lora = LoRAState(
-            base_class=_adapted_class(type(self)),
-            pending=specs,
-            active=acting,
-            train_bias=train_bias,
-        )
+        self._lora = LoRAState.of(self, _adapted_class(type(self)), kinds)
+        self._lora.pending, self._lora.pending_active = specs, chosen
+        self._lora.train_bias = train_bias
 
     def __repr__(self) -> str:
         return super().__repr__().replace(type(self).__name__, type(self).__qualname__, 1)
 
     def build(self, input_shape: Any = None) -> None:
         super().build(input_shape)
+        biases = {id(bank.site.bias) for bank in self.banks.values()}
         for variable in self.base_variables:
             remember_flag(variable)
-            variable.trainable = variable is bias_of(self) and self._lora.train_bias
-        active = self._lora.active
-        for name, spec in self._lora.pending.items():
-            self.add_adapter(name, spec)
+            variable.trainable = id(variable) in biases and self._lora.train_bias
+        for bank in self.banks.values():
+            for name, spec in self._lora.pending.items():
+                bank.add(name, spec)
+            bank.activate(self._lora.pending_active)
         self._lora.pending = {}
-        self.activate(active)
+
+    @property
+    def banks(self) -> Mapping[str, AdapterBank]:
+        """The adapters of each matrix, by its name; the only matrix of a layer has none."""
+        return self._lora.banks
+
+    @property
+    def bank(self) -> AdapterBank:
+        """The adapters of the layer's only matrix.
+
+        Raises:
+            ValueError: the layer has several matrices.
+        """
+        return only(self._lora.banks, self)
+
+    @property
+    def adapters(self) -> Mapping[str, LayerAdapter]:
+        """The adapters of this layer by name, active or not."""
+        return self.bank.adapters
+
+    @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that are active in `call` and `kernel`."""
+        return self.bank.active if self.built else self._lora.pending_active
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The variables that the layer computes with; at least a slot for each active adapter."""
+        return tuple(self.bank.slots)
+
+    @property
+    def base_class(self) -> type:
+        """The class that the layer has without its adapters."""
+        return self._lora.base_class
+
+    @property
+    def base_kernel(self) -> keras.Variable:
+        """The frozen matrix `W0`; `assign_base` gives it other values."""
+        return self.bank.site.matrix
+
+    def assign_base(self, value: Tensor) -> None:
+        """`W0 <- value`, and `|W0|`, which DoRA keeps, with it. Adapters stay as they are."""
+        self.base_kernel.assign(value)
+        self.bank.measure()
+
+    @property
+    def adapter_variables(self) -> list[keras.Variable]:
+        """Every variable that the layer has beyond its base's, dropout seeds included."""
+        return [v for bank in self.banks.values() for v in bank.variables]
+
+    @property
+    def base_variables(self) -> list[keras.Variable]:
+        """The layer's own variables without those of its adapters."""
+        ours = {id(v) for v in self.adapter_variables}
+        return [v for v in self.weights if id(v) not in ours]
 
     def fold(self) -> None:
         """`W0 <- W`, the effective kernel."""
@@ -145,72 +210,50 @@ class LoRALayer(AdapterHolder):
         self.assign_base(ops.stop_gradient(self.kernel))
 
     @contextlib.contextmanager
-    def with_rows(self, rows: Rows) -> Iterator[None]:
-        """Within the context each row of a batch has adapters of its own."""
-        self._lora.rows = rows
-        try:
+    def without_slots(self) -> Iterator[None]:
+        """Within the context the layer is its base, bit for bit. Not for compiled functions."""
+        with contextlib.ExitStack() as stack:
+            for bank in self.banks.values():
+                stack.enter_context(bank.without_slots())
             yield
-        finally:
-            self._lora.rows = None
+
+    def computing(self, computation: Computation) -> contextlib.AbstractContextManager[None]:
+        """Within the context the layer is computed with other adapters than those of its slots."""
+        return self.bank.computing(computation)
 
     @property
     def kernel(self) -> Tensor:
         """The effective kernel `W`, such as `W0 + sum_i s_i A_i B_i`, in the dtype of `W0`.
 
-        Summed in float32, or in the dtype of `W0` where that is wider, and rounded once.
-        `W0` itself, as a variable, where no adapter acts.
+        Summed in float32, or in the dtype of `W0` where that is wider, and rounded once. `W0`
+        itself, as a variable, where no adapter is active.
         """
-        base = self.base_kernel
-        if self._lora.rows is not None:
-            self._lora.rows.refuse("its kernel is read, and there is another for each row")
-        if not self._lora.slots:
-            return base
-        wide = self._wide_dtype()
-        split = self._split()
-        total = ops.cast(base, wide)
-        updates = [self._update(slot, split, total, wide) for slot in self._lora.slots]
-        gains = [gain for _, _, gain in updates if gain is not None]
-        if gains:
-            total = split.times_gain(total, joint_gain(gains), split.kernel)
-        for a, b, _ in updates:
-            # Not `+=`: on torch `total` is still the memory of the variable.
-            total = total + split.delta(a, b)
-        return ops.cast(total, base.dtype)
+        bank = self.bank
+        return bank.computation.kernel_of(bank.site)
+
+    def products(self, inputs: Tensor) -> Products:
+        """How `W0`, and the updates of the adapters, act on these inputs."""
+        bank = self.bank
+        return bank.computation.products(bank.site, inputs)
 
     def adapted_product(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """`x W0 + sum_i s_i (drop_i(x) A_i) B_i`: the layer before bias and activation.
 
-        Of DoRA it is `x W0 + sum_i (g_i - 1) drop_i(x) W0 + g_i s_i (drop_i(x) A_i) B_i` with
+        With DoRA it is `x W0 + sum_i (g_i - 1) drop_i(x) W0 + g_i s_i (drop_i(x) A_i) B_i` with
         `g_i = m_i / |W0 + s_i A_i B_i|`, the norm being a constant in the gradient.
         """
-        split = self._split(len(inputs.shape))
-        if self._lora.rows is not None:
-            return self._lora.rows.product(split, inputs, self.base_kernel)
-        terms, kernel = [], ops.convert_to_tensor(self.base_kernel)
-        for slot in self._lora.slots:
-            x = inputs
-            if training and self._lora.seeds is not None:
-                x = dropped(x, slot.rate, self._lora.seeds)
-            terms.append((x, *self._update(slot, split, kernel, self.compute_dtype)))
-        return split.adapted_product(inputs, kernel, terms)
-
-    def _update(
-        self, slot: Slot, split: EinsumSplit, kernel: Tensor, dtype: str
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`A_i`, `g_i s_i B_i`, and `g_i` where the slot has a magnitude."""
-        b, gain = slot.scaled_b(self._wide_dtype()), None
-        if slot.magnitude is not None:
-            gain = slot.magnitude.gain(split, kernel, self._lora.squared_norms, slot.a, b)
-            b = split.times_gain(b, gain, split.b)
-        return ops.cast(slot.a, dtype), ops.cast(b, dtype), gain
+        bank = self.bank
+        terms = bank.computation.terms(bank.site, inputs, training)
+        return adapted_sum(self.products(inputs), inputs, terms)
 
     def get_config(self) -> dict[str, Any]:
-        built = {name: adapter.acting_spec for name, adapter in self._lora.adapters.items()}
+        banks = list(self.banks.values())
+        built = {name: adapter.acting_spec for name, adapter in banks[0].adapters.items()}
         specs = self._lora.pending | built
         return {
             **super().get_config(),
             "adapters": {name: dataclasses.asdict(spec) for name, spec in specs.items()},
-            "active": list(self._lora.active),
+            "active": list(banks[0].active if self.built else self._lora.pending_active),
             "train_bias": self._trains_bias(),
         }
 
@@ -218,7 +261,7 @@ class LoRALayer(AdapterHolder):
         """Refused: Keras's own adapters would add to these, unseen by merging and saving."""
         raise ValueError(
             f"Layer '{self.path}': expected a layer without adapters of keras_lora to enable "
-            f"Keras's own LoRA on. Received: adapters {list(self._lora.adapters)}. Add another "
+            f"Keras's own LoRA on. Received: adapters {list(self.adapters)}. Add another "
             "adapter with apply_lora(model, config, name=...)."
         )
 
@@ -242,13 +285,15 @@ class LoRALayer(AdapterHolder):
         saved = {key: store[key] for key in keys if key.startswith(STATE_PREFIX)}
         if saved:
             check_values(self._lora, saved, self.path)
-        untrained = self._untrained_magnitudes()
+        untrained = [(bank, bank.untrained_magnitudes()) for bank in self.banks.values()]
         super().load_own_variables({key: store[key] for key in keys if key not in saved})
-        self._measure()
+        for bank in self.banks.values():
+            bank.measure()
         if not saved:
             warn(BASE_ONLY)
-            for magnitude in untrained:
-                magnitude.assign(self._draw_norms((), "float32"))
+            for bank, magnitudes in untrained:
+                for magnitude in magnitudes:
+                    magnitude.assign(bank.norms())
         assign_values(self._lora, saved)
 
     def save_assets(self, dir_path: str) -> None:  # noqa: ARG002
@@ -262,23 +307,60 @@ class LoRALayer(AdapterHolder):
     def load_assets(self, dir_path: str) -> None:
         """Nothing: `save_assets` writes nothing."""
 
-    def _affine(self, inputs: Tensor, training: bool | None) -> Tensor:
-        """`act(x W0 + b + delta)`; the base's own `call` where there is no slot."""
-        rows = self._lora.rows
-        if rows is None and not self._lora.slots:
-            return super().call(inputs, training=training)
-        x = self.adapted_product(inputs, training)
-        if rows is not None and rows.bias is not None:
-            x = rows.add_bias(x)
-        elif self.bias is not None:
-            x = ops.add(x, self.bias)
+    # TEMPORARY
+    @property
+    def has_dropout(self) -> bool:
+        return self.bank.has_dropout
+
+    @property
+    def trains_adapters(self) -> bool:
+        return self.bank.trains
+
+    def adapter_of(self, *a: Any) -> LayerAdapter:
+        return layer_adapter(*a)
+
+    def add_adapter(self, *a: Any) -> Any:
+        return self.bank.add(*a)
+
+    def factor_shapes(self, *a: Any) -> Any:
+        return self.bank.shapes(*a)
+
+    def put_adapter(self, *a: Any) -> Any:
+        return self.bank.put(*a)
+
+    def set_scale_factor(self, *a: Any) -> Any:
+        return self.bank.set_scale_factor(*a)
+
+    def remove_adapter(self, *a: Any) -> Any:
+        return self.bank.remove(*a)
+
+    def fits(self, *a: Any) -> Any:
+        return self.bank.fits(*a)
+
+    def activate(self, *a: Any) -> Any:
+        return self.bank.activate(*a)
+
+    # END
+
+    def adapted_output(self, inputs: Tensor, training: bool | None, bias: Tensor | None) -> Tensor:
+        """`act(x W0 + b + delta)`; the base's own `call` where no adapter can change it.
+
+        Args:
+            inputs: `x`.
+            training: Whether dropout acts.
+            bias: `b`, in a shape that adds to the product; None for a layer without bias.
+        """
+        computation = self.bank.computation
+        if not computation.changes_output:
+            return super().call(inputs)
+        x = computation.add_bias(self.adapted_product(inputs, training), bias)
         return x if self.activation is None else self.activation(x)
 
     def _trains_bias(self) -> bool:
         if not self.built:
             return self._lora.train_bias
-        bias = bias_of(self)
-        return bias is not None and bias.trainable
+        biases = [bank.site.bias for bank in self.banks.values()]
+        return any(bias is not None and bias.trainable for bias in biases)
 
     def _check_load_own_variables(self, store: Any) -> None:
         expected = len(self.base_variables)
@@ -306,17 +388,18 @@ def check_adaptable(layer: keras.layers.Layer) -> None:
     """Refuse a layer whose kernel is not simply `W0`.
 
     Raises:
-        ValueError: a kernel constraint, Keras's own LoRA, quantized weights, a diagonal.
+        ValueError: a kernel constraint, Keras's own LoRA, quantized weights.
     """
     name = layer.path or layer.name
-    constraint = kernel_constraint(layer)
-    if constraint is not None:
-        which = "embeddings_constraint" if is_table(layer) else "kernel_constraint"
-        raise ValueError(
-            f"Layer '{name}': expected no {which.replace('_', ' ')}, since a constraint on W0 does "
-            f"not hold for W0 + AB. Received: {which}={constraint}. Exclude the layer or build it "
-            "without the constraint."
-        )
+    for kind in kinds_of(type(layer)).values():
+        constraint = getattr(layer, kind.constraint)
+        if constraint is not None:
+            raise ValueError(
+                f"Layer '{name}': expected no {kind.constraint.replace('_', ' ')}, since a "
+                "constraint on W0 does not hold for W0 + AB. Received: "
+                f"{kind.constraint}={constraint}. Exclude the layer or build it without the "
+                "constraint."
+            )
     if layer.lora_enabled or layer.lora_rank:
         raise ValueError(
             f"Layer '{name}': expected a layer without Keras's own LoRA. Received: "

@@ -11,41 +11,51 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
+
+from keras_lora.layers.factors import Factor
 
 _OWNED = "_lora_owned"
-BASE = ""  # the name under which the base owns a value; no adapter has an empty name
+BASE = ""  # the owner of the base's own value; no adapter has an empty name
 
 
 class OwnedValues:
-    """The values of one variable by adapter name, without that of the present owner."""
+    """The values of one variable by owner; the one of `owner` is in the variable."""
 
     def __init__(self, variable: keras.Variable) -> None:
         self.variable = variable
         self.owner = BASE
-        self.parked: dict[str, np.ndarray] = {}
+        self._values = {BASE: Factor.inside(variable)}
 
     @property
     def names(self) -> set[str]:
-        return {self.owner, *self.parked}
+        return set(self._values)
+
+    @property
+    def parked(self) -> dict[str, Factor]:
+        """The values that are not in the variable."""
+        return {name: value for name, value in self._values.items() if name != self.owner}
 
     def value(self, name: str) -> np.ndarray:
-        if name == self.owner:
-            return np.array(ops.convert_to_numpy(self.variable), copy=True)
-        return self.parked[name]
+        return np.array(self._values[name])
 
     def assign(self, name: str, value: Any) -> None:
-        if name == self.owner:
-            self.variable.assign(value)
+        if name in self._values:
+            self._values[name].assign(value)
         else:
-            self.parked[name] = np.array(value, copy=True)
+            self._values[name] = Factor(value, dtype=str(self.variable.dtype))
 
     def switch(self, name: str) -> None:
-        """Let the variable have the value of this name."""
+        """Let the variable have the value of this owner."""
         if name != self.owner:
-            self.parked[self.owner] = self.value(self.owner)
-            self.variable.assign(self.parked.pop(name))
+            self._values[self.owner].leave()
+            self._values[name].enter(self.variable)
             self.owner = name
+
+    def remove(self, name: str) -> None:
+        """Drop the value of an owner. Where it was in the variable, the base's returns."""
+        if self.owner == name:
+            self.switch(BASE)
+        del self._values[name]
 
 
 def owned(variable: keras.Variable) -> OwnedValues | None:
@@ -67,13 +77,11 @@ def add_owner(variable: keras.Variable, name: str) -> OwnedValues:
 
 
 def remove_owner(variable: keras.Variable, name: str) -> None:
-    """The inverse of `hold`. Where the adapter's value was in the variable, the base's returns."""
+    """The inverse of `add_owner`."""
     item = owned(variable)
     if item is None or name not in item.names:
         return
-    if item.owner == name:
-        item.switch(BASE)
-    del item.parked[name]
+    item.remove(name)
     if not item.parked:
         delattr(variable, _OWNED)
 

@@ -1,7 +1,15 @@
-"""Which class adapts which, and the conversion of a built layer in place."""
+"""Which class adapts which, and the conversion of a built layer in place.
+
+Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
+    `_call_signature`, `_call_has_training_arg`, `_call_has_mask_arg`, `_call_context_args`,
+        `_call_has_context_arg`: Keras looks at the signature of `call` in the constructor alone,
+        and an adapted class may have another.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -10,13 +18,12 @@ import numpy as np
 from keras import ops
 
 from keras_lora.checks import invalid
+from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
-from keras_lora.layers.kinds import wide_kernel
+from keras_lora.layers.kinds import KINDS, Kind, Site, kinds_of, only
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
-from keras_lora.layers.lora_layer import LoRALayer, plain_class
-from keras_lora.layers.slots import LayerAdapter
+from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.state import LoRAState
-from keras_lora.lowrank.equations import EinsumSplit, split_equation
 
 _LORA_CLASSES: dict[type, type[LoRALayer]] = {
     keras.layers.Dense: LoRADense,
@@ -26,20 +33,24 @@ _LORA_CLASSES: dict[type, type[LoRALayer]] = {
 }
 
 
-def register_lora_class(layer_class: type, lora_class: type[LoRALayer]) -> None:
+def register_lora_class(
+    layer_class: type, lora_class: type[LoRALayer], kind: Kind | None = None
+) -> None:
     """Say how a layer class of your own is adapted.
 
-    Needed for a subclass of `Dense`, `EinsumDense` or an embedding that overrides `call`: what
-    it computes is not known here. `lora_class` repeats that computation with
-    `self.adapted_product(inputs, training)` in the place of `inputs @ kernel`. One of
-    `LoRAEmbedding` and `layer_class` does so with `self.adapted_lookup(inputs)`.
+    Needed for a subclass of `Dense`, `EinsumDense` or an embedding that overrides `call`, since
+    no one else knows what it computes. `lora_class` repeats that computation with
+    `self.adapted_product(inputs, training)` in the place of `inputs @ kernel`; a subclass of
+    `LoRAEmbedding` and `layer_class`, with `self.adapted_lookup(inputs)`.
 
     Args:
         layer_class: The class to adapt.
         lora_class: A subclass of both `LoRALayer` and `layer_class`.
+        kind: For a class that is no `Dense`, `EinsumDense` or embedding: its row in the table of
+            kinds (`keras_lora.layers.Kind`).
 
     Raises:
-        ValueError: `lora_class` is not a subclass of both.
+        ValueError: `lora_class` is not a subclass of both, or has no kind.
 
     Example:
 
@@ -59,6 +70,12 @@ def register_lora_class(layer_class: type, lora_class: type[LoRALayer]) -> None:
     if not issubclass(lora_class, LoRALayer) or not issubclass(lora_class, layer_class):
         raise invalid(
             "lora_class", f"a subclass of LoRALayer and of {layer_class.__name__}", lora_class
+        )
+    if kind is not None:
+        KINDS[layer_class] = {"": kind}
+    if not kinds_of(lora_class):
+        raise invalid(
+            "kind", f"the row of {layer_class.__name__}", kind, "pass a keras_lora.layers.Kind"
         )
     _LORA_CLASSES[layer_class] = lora_class
     lora_class_for.cache_clear()
@@ -95,44 +112,72 @@ def supported_base(layer_class: type) -> type | None:
 
 def attach(layer: keras.layers.Layer, state: LoRAState | None = None) -> LoRALayer:
     """Turn a built layer into an adapted one in place, with the adapters of `state` or none."""
-    layer._lora = LoRAState(base_class=type(layer)) if state is None else state
     layer_class: Any = type(layer)
-    layer.__class__ = lora_class_for(layer_class)
-    layer._track_adapters()
+    lora_class: Any = lora_class_for(layer_class)
+    layer._lora = state or LoRAState.of(layer, layer_class, kinds_of(lora_class))
+    _become(layer, lora_class)
+    for bank in layer.banks.values():
+        bank.track()
     return layer
 
 
 def detach(layer: LoRALayer) -> LoRAState:
-    """The inverse of `attach`: the plain layer again. The adapters are in what is returned."""
+    """The inverse of `attach`: the plain layer again. The adapters are in the state."""
     state = layer._lora
-    layer._untrack_adapters()
+    for bank in state.banks.values():
+        bank.untrack()
     del layer._lora
-    layer.__class__ = state.base_class
+    _become(layer, state.base_class)
     return state
 
 
-def split_kernel(layer: keras.layers.Layer) -> EinsumSplit:
-    """How a layer that can be adapted is factored.
+def _become(layer: keras.layers.Layer, layer_class: Any) -> None:
+    """Change the class of a layer, and the notes that Keras took of its `call` when it was made.
+
+    With the notes of a base whose `call` has no `training`, an adapter would have no dropout.
+    """
+    layer.__class__ = layer_class
+    signature = inspect.signature(layer.call)
+    layer._call_signature = signature
+    layer.call_signature_parameters = list(signature.parameters)
+    layer._call_has_training_arg = "training" in signature.parameters
+    layer._call_has_mask_arg = "mask" in signature.parameters
+    layer._call_has_context_arg = {
+        name: name in signature.parameters for name in layer._call_context_args
+    }
+
+
+def sites_of(layer: keras.layers.Layer) -> Mapping[str, Site]:
+    """The matrices of a layer that can be adapted, by name, whether they are adapted or not."""
+    if isinstance(layer, LoRALayer):
+        return {name: bank.site for name, bank in layer.banks.items()}
+    layer_class: Any = type(layer)
+    lora_class: Any = lora_class_for(layer_class)
+    kinds = {} if lora_class is None else kinds_of(lora_class)
+    return {name: Site(layer, kind, name) for name, kind in kinds.items()}
+
+
+def site_of(layer: keras.layers.Layer) -> Site:
+    """The only matrix of a layer.
 
     Raises:
-        ValueError: its equation has a diagonal.
+        ValueError: the layer has several, or none.
     """
-    lora_class: Any = lora_class_for(plain_class(layer))
-    return split_equation(lora_class.kernel_equation(layer))
+    return only(sites_of(layer), layer)
 
 
-def output_norms(layer: keras.layers.Layer, adapter: LayerAdapter | None = None) -> np.ndarray:
+def output_norms(site: Site, adapter: LayerAdapter | None = None) -> np.ndarray:
     """`|W0|` of each output or, with an adapter, `|W0 + s A B|`, in float32."""
-    split, kernel = split_kernel(layer), wide_kernel(layer)
+    split, kernel = site.split(), site.wide_matrix()
     if adapter is not None:
         factors = (ops.cast(np.array(factor), kernel.dtype) for factor in adapter.factors[:2])
         kernel = kernel + adapter.scaling * split.delta(*factors)
     return ops.convert_to_numpy(ops.sqrt(split.squared_norms(kernel))).astype("float32")
 
 
-def output_gain(layer: keras.layers.Layer, adapter: LayerAdapter) -> np.ndarray:
+def output_gain(site: Site, adapter: LayerAdapter) -> np.ndarray:
     """`g = m / |W0 + s A B|` of each output, for an adapter with DoRA, in float32."""
-    split, kernel = split_kernel(layer), wide_kernel(layer)
+    split, kernel = site.split(), site.wide_matrix()
     a, b, m = (ops.cast(np.array(factor), kernel.dtype) for factor in adapter.factors)
     gain = split.gain(kernel, split.squared_norms(kernel), a, adapter.scaling * b, m)
     return ops.convert_to_numpy(gain).astype("float32")

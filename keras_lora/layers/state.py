@@ -1,7 +1,8 @@
-"""What an adapted layer has more than its base."""
+"""What an adapted layer has beside its base."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -9,33 +10,42 @@ from weakref import WeakSet
 import keras
 
 from keras_lora.config import AdapterSpec
+from keras_lora.layers.bank import AdapterBank
+from keras_lora.layers.kinds import Kind, Site
 from keras_lora.layers.owned import OwnedValues
-from keras_lora.layers.rows import Rows
-from keras_lora.layers.slots import LayerAdapter, Slot
 
 
 @dataclass
 class LoRAState:
-    """What a layer has more than its base class has. Keras tracks none of this object."""
+    """What a layer has that its base class has not. Keras tracks none of this object.
+
+    Attributes:
+        base_class: The class of the layer without its adapters.
+        banks: The adapters of each of the layer's matrices, by the name of the matrix.
+        owned: The owned values that a checkpoint of this layer holds for its whole model.
+        models: Models that were adapted or switched with this layer in them, whose optimizers
+            have moments for its slots.
+        pending: Between the constructor and `build`: the specs of the adapters to make.
+        pending_active: Between them too: the names of the adapters that will be active.
+        train_bias: Whether the bias trains once the layer is built.
+        refusal: Why the last weights file was refused.
+        unsaveable: Why a `.keras` file cannot hold this layer; None where it can.
+    """
 
     base_class: type
-    adapters: dict[str, LayerAdapter] = field(default_factory=dict)
-    slots: list[Slot] = field(default_factory=list)
-    active: tuple[str, ...] = ()
-    # There once an adapter has dropout; then the masks are part of the computation for good.
-    seeds: keras.random.SeedGenerator | None = None
-    # `|W0|^2` of each output: there once an adapter has DoRA.
-    squared_norms: keras.Variable | None = None
-    # What a checkpoint of this layer holds for its model: see `inject.apply`.
+    banks: Mapping[str, AdapterBank]
     owned: list[OwnedValues] = field(default_factory=list)
-    # Models that were adapted or switched with this layer in them: their optimizers know of it.
     models: WeakSet[Any] = field(default_factory=WeakSet)
-    # Within `with_rows`: what each row of a batch has of its own.
-    rows: Rows | None = None
-    # Between the constructor and `build`.
     pending: dict[str, AdapterSpec] = field(default_factory=dict)
+    pending_active: tuple[str, ...] = ()
     train_bias: bool = False
-    # Why the last weights file was refused.
     refusal: str | None = None
-    # Why a `.keras` file cannot hold this layer, or None: see `inject.guard_saving`.
     unsaveable: str | None = None
+
+    @classmethod
+    def of(
+        cls, layer: keras.layers.Layer, base_class: type, kinds: Mapping[str, Kind]
+    ) -> LoRAState:
+        """The state of a layer without adapters."""
+        banks = {name: AdapterBank(Site(layer, kind, name)) for name, kind in kinds.items()}
+        return cls(base_class, banks)

@@ -2,9 +2,9 @@
 
     delta = sum_i c_i A_i B_i        c_i = (weight of adapter i) * (its scaling s_i)
 
-`cat` and `svd` work on this sum. The other methods work on the factors: on all the `A_i`,
-weighted by `sign(c_i) sqrt|c_i|`, and separately on all the `B_i`, weighted by `sqrt|c_i|`.
-So they need equal ranks, and their `A B` differs from the sum by cross terms `A_i B_j`.
+`cat` and `svd` give this sum. The other methods combine all the `A_i`, weighted by
+`sign(c_i) sqrt|c_i|`, and separately all the `B_i`, weighted by `sqrt|c_i|`. So they need equal
+ranks, and their `A B` differs from the sum by cross terms `A_i B_j`.
 
 References:
     Ilharco et al. 2022, "Editing Models with Task Arithmetic", section 2.
@@ -85,9 +85,9 @@ class Combination:
         rank: For `"svd"`: the rank to truncate to, at most; `None` keeps the exact sum.
         density: The fraction of entries kept, in `(0, 1]`; needed by `"ties"`, `"dare_ties"`,
             `"dare_linear"` and `"magnitude_prune"`, and by no other method.
-        majority_sign: What elects a sign in `"ties"` and `"dare_ties"`: the `"total"` of the
-            values, or the `"frequency"` of each sign.
-        seed: Of the entries that `"dare_ties"` and `"dare_linear"` drop; not negative.
+        majority_sign: How `"ties"` and `"dare_ties"` elect a sign: by the `"total"` of the values,
+            or by the `"frequency"` of each sign.
+        seed: The seed for the entries that `"dare_ties"` and `"dare_linear"` drop; not negative.
 
     Raises:
         ValueError: a value outside the above.
@@ -133,10 +133,12 @@ class Combination:
 
 
 class Truncation(NamedTuple):
-    """The factors that `truncate` returns, and what they leave out.
+    """The factors that `truncate` returns, and the singular values before truncation.
 
-    `a` is `(shared, d, rank)`, `b` is `(shared, rank, k)`, and `singular_values`, of shape
-    `(shared, n)`, holds those of the product before truncation, the largest first.
+    Attributes:
+        a: `A'`, of shape `(shared, d, rank)`.
+        b: `B'`, of shape `(shared, rank, k)`.
+        singular_values: The singular values of `A B`, of shape `(shared, n)`, the largest first.
 
     Example:
 
@@ -162,16 +164,23 @@ def truncate(a: Array, b: Array, rank: int) -> Truncation:
         A = Q_a R_a     B^T = Q_b R_b     R_a R_b^T = U S V^T
         A' = Q_a U_r sqrt(S_r)            B' = sqrt(S_r) V_r^T Q_b^T
 
-    The `(d, k)` product is never formed, and both factors carry the same norm. Where `d`, `k`
-    or the rank of the factors is less than `rank`, the new factors have no more than that.
+    The `(d, k)` product is never formed, and both new factors have the same norm. If `d`, `k` or
+    the rank of the given factors is less than `rank`, the new factors have that lower rank.
 
     Args:
         a: `A`, of shape `(shared, d, r)`.
         b: `B`, of shape `(shared, r, k)`.
-        rank: The largest rank of the result, for each shared index.
+        rank: The highest rank of the result, for each shared index.
+
+    Returns:
+        The new factors in float64, with the singular values.
 
     Raises:
-        ValueError: shapes other than these, values that are not finite, or a bad rank.
+        ValueError: shapes other than these, values that are not finite, or a rank that is no
+            positive integer.
+
+    Reference:
+        Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
 
     Example:
 
@@ -185,7 +194,7 @@ def truncate(a: Array, b: Array, rank: int) -> Truncation:
     q_a, r_a = np.linalg.qr(a)  # (shared, d, m), (shared, m, r)
     q_b, r_b = np.linalg.qr(b.mT)  # (shared, k, n), (shared, n, r)
     u, s, vt = np.linalg.svd(r_a @ r_b.mT, full_matrices=False)
-    # Where terms cancel, what is left of them is rounding, and its relative error means nothing.
+    # Where adapters cancel each other, only rounding errors are left, which count as zero.
     s[s <= _rounding(r_a, r_b)] = 0
     root = np.sqrt(s[:, None, :rank])  # (shared, 1, rank)
     return Truncation(q_a @ (u[..., :rank] * root), (q_b @ (vt.mT[..., :rank] * root)).mT, s)
@@ -214,14 +223,15 @@ def combine(terms: Sequence[WeightedFactors], options: Combination) -> tuple[Arr
       `A B = sum_i c_i A_i B_i + sum_{i != j} w_i^A w_j^B A_i B_j`.
 
     Args:
-        terms: The adapters of one layer, one at least; of equal ranks, but for `cat` and `svd`.
+        terms: The adapters of one layer, one at least. Their ranks must be equal, except for `cat`
+            and `svd`.
         options: The method and its parameters.
 
     Returns:
         `A` of shape `(shared, d, rank)` and `B` of shape `(shared, rank, k)`, in float64.
 
     Raises:
-        ValueError: no terms, shapes that disagree, or ranks that differ where they must not.
+        ValueError: no terms, shapes that differ, or ranks that differ where they must be equal.
 
     Example:
 
@@ -241,14 +251,14 @@ def combine(terms: Sequence[WeightedFactors], options: Combination) -> tuple[Arr
     rng = np.random.default_rng(options.seed)
     coefficients = np.array([term.coefficient for term in terms])
     roots = np.sqrt(np.abs(coefficients))
-    a = _merged([term.a for term in terms], np.copysign(roots, coefficients), options, rng)
-    return a, _merged([term.b for term in terms], roots, options, rng)
+    a = _combined([term.a for term in terms], np.copysign(roots, coefficients), options, rng)
+    return a, _combined([term.b for term in terms], roots, options, rng)
 
 
-def _merged(
+def _combined(
     factors: Sequence[Array], weights: Array, options: Combination, rng: np.random.Generator
 ) -> Array:
-    """All the `A_i`, or all the `B_i`, as one."""
+    """One factor from all the `A_i`, or from all the `B_i`."""
     x = np.stack([_sparse(factor, options, rng) for factor in factors])
     weighted = x * weights[:, None, None, None]  # (terms, shared, m, n)
     if options.method not in _ELECTING:
@@ -297,7 +307,7 @@ def _checked(a: Array, b: Array) -> tuple[Array, Array]:
 
 def _check_terms(terms: Sequence[WeightedFactors], method: str) -> None:
     if not terms:
-        raise invalid("terms", "one adapter at least", list(terms), "name the adapters to combine")
+        raise invalid("terms", "at least one adapter", list(terms), "name the adapters to combine")
     shapes = [term.shape for term in terms]
     if len(set(shapes)) > 1:
         expected = "adapters of one layer, of equal (shared, d, k)"

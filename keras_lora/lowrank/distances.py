@@ -2,10 +2,10 @@
 
     D_i = c_i A_i B_i        distance = |D_1 - D_2|        cosine = <D_1, D_2> / (|D_1| |D_2|)
 
-with Frobenius norms. Of the `(d, k)` matrices none is formed: with the orthogonal `Q_A`, `Q_B` of
-`[A_1, A_2]` and `[B_1; B_2]^T`, `D_i = Q_A C_i Q_B^T`, and norms and products are those of the
-small `C_i`. The Gram matrices of the factors give them too, but lose half of the digits where the
-two are close.
+with Frobenius norms. The `(d, k)` matrices are never formed. With the orthogonal `Q_A`, `Q_B` of
+the QR decompositions of `[A_1, A_2]` and `[B_1; B_2]^T`, `D_i = Q_A C_i Q_B^T`, so norms and
+products of the `D_i` are those of the small `C_i`. The Gram matrices of the factors would give
+them too, with half of the digits lost where the two deltas are close.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from keras_lora.lowrank.combining import Array, WeightedFactors
 
 @dataclass(frozen=True)
 class Distance:
-    """Two arrays, or two deltas, against each other.
+    """How far two arrays, or the deltas of two adapters, are apart.
 
     Attributes:
         norms: The Frobenius norm of each.
-        distance: That of their difference.
-        cosine: Of the angle between them, in [-1, 1]; 1 where both are zero, 0 where one is.
+        distance: The Frobenius norm of their difference.
+        cosine: The cosine of the angle between them, in [-1, 1]; 1 if both are zero, 0 if only
+            one is.
     """
 
     norms: tuple[float, float]
@@ -34,7 +35,7 @@ class Distance:
 
     @property
     def relative(self) -> float:
-        """The distance by the larger of the norms, in [0, 2]; 0 where both are zero."""
+        """The distance divided by the larger norm, in [0, 2]; 0 if both are zero."""
         return self.distance / max(self.norms) if any(self.norms) else 0.0
 
 
@@ -43,10 +44,10 @@ def delta_distance(first: WeightedFactors, second: WeightedFactors) -> Distance:
 
     Args:
         first: `c A B` of one adapter; `c` is its scaling.
-        second: That of the other, of any rank.
+        second: `c A B` of the other adapter, of any rank.
 
     Raises:
-        ValueError: they are of layers of other shapes.
+        ValueError: the adapters are of layers with different shapes.
 
     Example:
 
@@ -57,7 +58,7 @@ def delta_distance(first: WeightedFactors, second: WeightedFactors) -> Distance:
     (True, True, 0.707)
     """
     if first.shape != second.shape:
-        raise invalid("second", f"a term of shape {first.shape}", second.shape)
+        raise invalid("second", f"factors of a delta of shape {first.shape}", second.shape)
     a = np.linalg.qr(np.concatenate([first.a, second.a], 2)).R  # (shared, m, r_1 + r_2)
     b = np.linalg.qr(np.concatenate([first.b, second.b], 1).mT).R  # (shared, n, r_1 + r_2)
     own = np.arange(a.shape[2]) < first.rank
@@ -72,7 +73,7 @@ def array_distance(first: Array, second: Array) -> Distance:
     """How far two arrays of one shape are apart.
 
     Raises:
-        ValueError: they are of two shapes.
+        ValueError: the shapes differ.
 
     Example:
 

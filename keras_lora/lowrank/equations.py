@@ -3,7 +3,7 @@
     h = x W0 + s (x A) B        s = alpha / r,   or alpha / sqrt(r) for rsLoRA
     W' = m (W0 + s A B) / |W0 + s A B|                    for DoRA
 
-Every kernel here belongs to an einsum ``input,kernel->output``; a `Dense` is the einsum
+Every kernel belongs to an einsum ``input,kernel->output``; a `Dense` is the einsum
 ``...a,ab->...b``. The kernel's axes fall into three groups (`EinsumSplit`), and the shapes of
 `A` and `B`, the factored product and the delta all follow from them.
 
@@ -26,8 +26,6 @@ from keras import ops
 
 Tensor = Any
 Shape = tuple[int, ...]
-# `x_i`, `A_i`, `B_i`, and DoRA's gain `g_i` where the adapter has one.
-Term = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 _ROUNDING = 2.0**-23  # of float32
 
@@ -98,7 +96,7 @@ class EinsumSplit:
         return self.shared + self.free
 
     @cached_property
-    def rows(self) -> str:
+    def batch(self) -> str:
         """The input's axes that pass into the output and are not in the kernel."""
         return "".join(c for c in self.input if c in self.output and c not in self.kernel)
 
@@ -124,7 +122,7 @@ class EinsumSplit:
 
     @cached_property
     def is_matrix_product(self) -> bool:
-        """Whether the einsum is one product of two matrices, (rows, d) @ (d, k).
+        """Whether the einsum is one product of two matrices, (n, d) @ (d, k).
 
         It is not when an axis is shared, or when the input has an axis that is summed away
         without the kernel.
@@ -168,7 +166,7 @@ class EinsumSplit:
 
     def squared_norms(self, w: Tensor) -> Tensor:
         """`|W|^2` of each output, over the contracted axes."""
-        squares = _transposed(ops.square(w), self.kernel, self.contracted + self.outputs)
+        squares = transposed(ops.square(w), self.kernel, self.contracted + self.outputs)
         return ops.sum(squares, list(range(len(self.contracted)))) if self.contracted else squares
 
     def gain(self, w: Tensor, squared: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
@@ -177,20 +175,20 @@ class EinsumSplit:
             |W0 + A B|^2 = |W0|^2 + B . (2 A^T W0 + A^T A B)        summed over the rank
 
         `squared` is `|W0|^2`; nothing of the kernel's shape is formed. The norm is a constant in
-        the gradient. Where it is zero, `g` is 1: there `W'` is zero too.
+        the gradient. For an output whose norm is zero, `W'` is zero and `g` is 1.
 
         Reference: Liu et al. 2024, equation 5 and section 4.3.
         """
         w, a, b = map(ops.stop_gradient, (w, a, b))
         d, k = self.matrix_shape(tuple(w.shape))
-        w = _transposed(w, self.kernel, self.shared + self.contracted + self.free)
+        w = transposed(w, self.kernel, self.shared + self.contracted + self.free)
         w = ops.reshape(w, (-1, d, k))
         a, b = ops.reshape(a, (-1, d, a.shape[-1])), ops.reshape(b, (-1, a.shape[-1], k))
         a_t = ops.transpose(a, (0, 2, 1))
         cross = ops.cast(ops.matmul(ops.cast(a_t, w.dtype), w), b.dtype)  # (shared, r, k)
         change = ops.sum(b * (2 * cross + ops.matmul(ops.matmul(a_t, a), b)), 1)
         total = squared + ops.reshape(change, squared.shape)
-        # Where W0 and A B cancel, what is left of them is rounding.
+        # Where W0 and A B cancel, the difference is rounding.
         norm = ops.stop_gradient(ops.sqrt(ops.maximum(total, _ROUNDING * squared)))
         return ops.where(norm > 0, magnitude / ops.where(norm > 0, norm, 1), 1)
 
@@ -198,114 +196,8 @@ class EinsumSplit:
         """`x` times the gain of each output; `axes` are those of `x`."""
         order = "".join(c for c in axes if c in self.outputs)
         size = dict(zip(self.outputs, gain.shape, strict=True))
-        gain = _transposed(gain, self.outputs, order)
-        return _times(x, ops.reshape(gain, [size.get(c, 1) for c in axes]))
-
-    def times_gain_by_row(self, product: Tensor, gain: Tensor) -> Tensor:
-        """The product times `g_i`, where each row `i` of the batch has its own gain."""
-        row = self.input[0]
-        order = "".join(c for c in self.output if c == row or c in self.outputs)
-        gain = _transposed(gain, row + self.outputs, order)
-        for axis, c in enumerate(self.output):
-            gain = gain if c in order else ops.expand_dims(gain, axis)
-        return _times(product, gain)
-
-    def adapted_product(self, x: Tensor, w: Tensor, terms: Sequence[Term]) -> Tensor:
-        """`x W0 + sum_i (g_i - 1) x_i W0 + (x_i A_i) B_i`, one term for each adapter.
-
-        `x_i` is `x`, or `x` after dropout; `g_i` is 1 but for DoRA. `A B` is never formed, nor
-        the gradient of the frozen `W0`. Where the einsum is a product of matrices it is computed
-        as one: on TensorFlow an einsum costs more than the same product in two dimensions.
-        """
-        w = ops.stop_gradient(w)
-        if not self.is_matrix_product:
-            return _sum(_Einsums(self, w), x, terms)
-        d, k = self.matrix_shape(tuple(w.shape))
-        columns = _transposed(w, self.kernel, self.contracted + self.free)
-        columns = _reshaped(columns, self.contracted, self.free, (d, k))
-        rows = self._to_rows(x, d)
-        matrices = [
-            (
-                rows if x_i is x else self._to_rows(x_i, d),
-                _reshaped(a, self.contracted, self.rank_label, (d, -1)),
-                _reshaped(b, self.rank_label, self.free, (-1, k)),
-                None if gain is None else ops.reshape(gain, (k,)),
-            )
-            for x_i, a, b, gain in terms
-        ]
-        return self._from_rows(_sum(_Matrices(columns), rows, matrices), x, w)
-
-    def product_by_row(self, x: Tensor, w: Tensor) -> Tensor:
-        """`x_i W_i`, where each row `i` of the batch, the input's first axis, has its own `W_i`."""
-        return ops.einsum(f"{self.input},{self.input[0]}{self.kernel}->{self.output}", x, w)
-
-    def update_by_row(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """`(x_i A_i) B_i`, where each row `i` of the batch has its own factors.
-
-        `a` is `(batch, r, shared, contracted)` and `b` `(batch, r, shared, free)`: the rank comes
-        first, so that factors of any rank are rows of one table.
-        """
-        row, rank = self.input[0], self.rank_label
-        down = f"{self.input},{row}{rank}{self.shared}{self.contracted}->{self.hidden}"
-        up = f"{self.hidden},{row}{rank}{self.shared}{self.free}->{self.output}"
-        return ops.einsum(up, ops.einsum(down, x, a), b)
-
-    def _to_rows(self, x: Tensor, d: int) -> Tensor:
-        x = _transposed(x, self.input, self.rows + self.contracted)
-        return _reshaped(x, self.rows, self.contracted, (-1, d))
-
-    def _from_rows(self, product: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        size = self.sizes(tuple(w.shape)) | dict(zip(self.input, ops.shape(x), strict=True))
-        order = self.rows + self.free
-        product = _reshaped(product, self.rows, self.free, tuple(size[c] for c in order))
-        return _transposed(product, order, self.output)
-
-
-@dataclass(frozen=True, eq=False)
-class _Einsums:
-    """The products of any einsum."""
-
-    split: EinsumSplit
-    w: Tensor
-
-    def base(self, x: Tensor) -> Tensor:
-        split = self.split
-        return ops.einsum(f"{split.input},{split.kernel}->{split.output}", x, self.w)
-
-    def update(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return ops.einsum(self.split.up, ops.einsum(self.split.down, x, a), b)
-
-    def times_gain(self, product: Tensor, gain: Tensor) -> Tensor:
-        return self.split.times_gain(product, gain, self.split.output)
-
-
-@dataclass(frozen=True, eq=False)
-class _Matrices:
-    """The products of matrices: (rows, d) @ (d, k), and (rows, d) @ (d, r) @ (r, k)."""
-
-    w: Tensor
-
-    def base(self, x: Tensor) -> Tensor:
-        return ops.matmul(x, self.w)
-
-    def update(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return ops.matmul(ops.matmul(x, a), b)
-
-    def times_gain(self, product: Tensor, gain: Tensor) -> Tensor:
-        return _times(product, gain)
-
-
-def _sum(products: _Einsums | _Matrices, x: Tensor, terms: Sequence[Term]) -> Tensor:
-    """The sum of `EinsumSplit.adapted_product`; adapters without dropout share one scaling."""
-    total = products.base(x)
-    shared = [gain for x_i, _, _, gain in terms if x_i is x and gain is not None]
-    if shared:
-        total = products.times_gain(total, joint_gain(shared))
-    for x_i, a, b, gain in terms:
-        if x_i is not x and gain is not None:
-            total = total + products.times_gain(products.base(x_i), gain - 1)
-        total = total + products.update(x_i, a, b)
-    return total
+        gain = transposed(gain, self.outputs, order)
+        return times(x, ops.reshape(gain, [size.get(c, 1) for c in axes]))
 
 
 def joint_gain(gains: Sequence[Tensor]) -> Tensor:
@@ -314,18 +206,18 @@ def joint_gain(gains: Sequence[Tensor]) -> Tensor:
     return sum((gain - 1 for gain in others), first)
 
 
-def _times(x: Tensor, gain: Tensor) -> Tensor:
+def times(x: Tensor, gain: Tensor) -> Tensor:
     """In the dtype of the gain: rounded to 16 bits, a gain near 1 would be 1."""
     return ops.cast(ops.cast(x, gain.dtype) * gain, x.dtype)
 
 
-def _transposed(x: Tensor, labels: str, order: str) -> Tensor:
+def transposed(x: Tensor, labels: str, order: str) -> Tensor:
     if labels == order:
         return x
     return ops.transpose(x, [labels.index(c) for c in order])
 
 
-def _reshaped(x: Tensor, left: str, right: str, shape: tuple[Any, ...]) -> Tensor:
+def reshaped(x: Tensor, left: str, right: str, shape: tuple[Any, ...]) -> Tensor:
     """Between a matrix and the axes `left + right`; the same thing if each is one axis."""
     return x if len(left) == len(right) == 1 else ops.reshape(x, shape)
 

@@ -1,7 +1,7 @@
-"""The factors that Keras itself keeps for a layer, converted to those of this package and back.
+"""The factors that Keras's own LoRA has for a layer, converted to this package's and back.
 
-Keras factors a kernel between its last axis and all the others, this package between what an
-output sums over and what it does not (`EinsumSplit`):
+Keras splits the axes of a kernel into the last one and all others. This package splits them into
+the axes that an output sums over and the axes that it does not (`EinsumSplit`):
 
     delta = a b      a: (*kernel.shape[:-1], r)      b: (r, kernel.shape[-1])
     delta = A B      A: (shared, contracted, R)      B: (shared, R, free)
@@ -24,14 +24,14 @@ Pair: TypeAlias = tuple[Array, Array]
 
 
 def from_per_axis(split: EinsumSplit, a: Array, b: Array) -> Pair:
-    """`(A, B)` with `A B = a b`, from factors of the kernel's last axis `l`.
+    """`(A, B)` with `A B = a b`, from the factors that split off the kernel's last axis `l`.
 
-    Where `l` is free and `n` are the other free axes,
+    If `l` is free and `n` are the other free axes,
 
         A[s, c, (n, r)] = a[s, c, n, r]        B[s, (n, r), n', l] = [n = n'] b[r, l]
 
-    and the mirror image where `l` is contracted. Where that rank is above `min(d, k)`, or `l` is
-    shared, one factor is the identity and the other the delta: rank `min(d, k)`.
+    and the mirror image if `l` is contracted. If the rank would be above `min(d, k)`, or if `l` is
+    shared, one factor is the identity and the other the delta, of rank `min(d, k)`.
 
     Args:
         split: The axes of the kernel.
@@ -69,8 +69,18 @@ def from_per_axis(split: EinsumSplit, a: Array, b: Array) -> Pair:
 def to_per_axis(split: EinsumSplit, kernel_shape: Shape, a: Array, b: Array) -> Pair:
     """The inverse of `from_per_axis`: `(a, b)` of the least rank that has `a b = A B`.
 
-    That is the rank of the delta as a matrix of `kernel.shape[:-1]` by `kernel.shape[-1]`: the
-    factors as they are where that is their own layout, as in `Dense`. It is at least 1.
+    This is the rank of the delta as a matrix of `kernel.shape[:-1]` by `kernel.shape[-1]`, and at
+    least 1. For a layer whose `A` and `B` have this layout already, such as `Dense`, they are
+    returned as they are.
+
+    Args:
+        split: The axes of the kernel.
+        kernel_shape: The shape of the kernel.
+        a: `A`, `(shared, contracted, R)`.
+        b: `B`, `(shared, R, free)`.
+
+    Returns:
+        `a` `(*kernel.shape[:-1], r)` and `b` `(r, kernel.shape[-1])` in float64.
 
     Example:
 
@@ -100,7 +110,7 @@ def to_per_axis(split: EinsumSplit, kernel_shape: Shape, a: Array, b: Array) -> 
 
 
 def _around_last(split: EinsumSplit) -> tuple[str, str]:
-    """The axes of the factor that has not the kernel's last axis; those beside it in the other."""
+    """The axes of the factor without the kernel's last axis; the other axes of the other factor."""
     if split.kernel[-1] in split.free:
         return split.contracted, split.free[:-1]
     return split.free, split.contracted[:-1]
@@ -117,7 +127,7 @@ def _shaped(split: EinsumSplit, shape: Shape, a: Array, b: Array) -> Pair:
 
 
 def _identity_and_delta(split: EinsumSplit, delta: Array) -> Pair:
-    """`delta = I delta` or `delta I`, whichever has the lower rank."""
+    """`delta = I delta` or `delta = delta I`, whichever has the lower rank."""
     d, k = split.matrix_shape(delta.shape)
     order = split.shared + split.contracted + split.free
     matrices = np.einsum(f"{split.kernel}->{order}", delta).reshape(-1, d, k)
@@ -131,14 +141,14 @@ def _last_axis_factors(left: Array, right: Array, width: int) -> Pair:
     shared, rows, rank = left.shape
     if shared == 1 and right.shape[-1] == width and rank <= min(rows, width):
         return left[0], right[0]
-    q, t = np.linalg.qr(left)  # (S, P, m) (S, m, R): the rank is that of what is left, T right
+    q, t = np.linalg.qr(left)  # (S, P, m) (S, m, R); T right has the rank of the product
     u, v = _rank_factors((t @ right).reshape(-1, width))  # (S m N, r) (r, l)
     u = u.reshape(shared, t.shape[1], -1)  # (S, m, N r)
     return (q @ u).reshape(-1, len(v)), v
 
 
 def _rank_factors(matrix: Array) -> Pair:
-    """`(m, r) (r, l)` with `r` the rank of a matrix, or 1 if it is zero."""
+    """`(m, r) (r, l)` with `r` the rank of a matrix, or 1 if the matrix is zero."""
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     noise = s[0] * max(matrix.shape) * np.finfo("float64").eps
     rank = max(1, int((s > noise).sum()))

@@ -3,7 +3,16 @@
 from keras_lora.walker.heads import backbone_of, is_backbone, output_heads
 from keras_lora.walker.names import match_names, matches
 from keras_lora.walker.targets import Target, all_targets, find_targets, select_targets
-from keras_lora.walker.tree import Layer, Node, Tree, all_layers, lora_layers, numbered, walk
+from keras_lora.walker.tree import (
+    Layer,
+    Node,
+    Tree,
+    all_layers,
+    lora_layers,
+    numbered,
+    site_path,
+    walk,
+)
 
 __all__ = [
     "Layer",
@@ -21,5 +30,6 @@ __all__ = [
     "numbered",
     "output_heads",
     "select_targets",
+    "site_path",
     "walk",
 ]

@@ -12,7 +12,11 @@ from typing import Any
 import keras
 
 from keras_lora.checks import invalid
-from keras_lora.layers import is_table, plain_class, supported_base
+from keras_lora.layers import (
+    family_of,
+    plain_class,
+    supported_base,
+)
 from keras_lora.walker.tree import Layer, Tree
 
 
@@ -36,7 +40,7 @@ def _output_heads(tree: Tree, model: Layer) -> set[int]:
 
 def _heads_at(tree: Tree, layer: Layer) -> set[int]:
     if supported_base(plain_class(layer)) is not None:
-        return set() if is_table(layer) else {id(layer)}
+        return set() if family_of(layer) == "embedding" else {id(layer)}
     if isinstance(layer, keras.layers.Wrapper):
         return _heads_at(tree, layer.layer)
     return _output_heads(tree, layer) if isinstance(layer, keras.Model) else set()

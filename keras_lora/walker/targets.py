@@ -9,17 +9,17 @@ from keras_lora.checks import warn
 from keras_lora.config import Targets
 from keras_lora.layers import (
     LoRALayer,
+    Site,
     check_adaptable,
-    is_table,
-    kernel_shape,
+    family_of,
     lora_class_for,
     plain_class,
-    split_kernel,
+    sites_of,
     supported_base,
 )
 from keras_lora.walker.heads import output_heads
 from keras_lora.walker.names import listed, match_names, matches, shortened, unmatched
-from keras_lora.walker.tree import Layer, Node, Tree
+from keras_lora.walker.tree import Layer, Node, Tree, site_path
 
 _KINDS = "Dense, EinsumDense, Embedding or ReversibleEmbedding"
 
@@ -36,6 +36,7 @@ class Target:
             `"ReversibleEmbedding"`, or one of `register_lora_class`.
         kernel_shape: Shape of its kernel; of an embedding `(vocabulary, dim)`.
         parent_class: Class name of the layer that holds it.
+        matrix: Which matrix of the layer, where the layer has several; then `path` ends in it.
     """
 
     path: str
@@ -43,6 +44,12 @@ class Target:
     kind: str
     kernel_shape: tuple[int, ...]
     parent_class: str
+    matrix: str = ""
+
+    @property
+    def site(self) -> Site:
+        """The matrix itself."""
+        return sites_of(self.layer)[self.matrix]
 
 
 def find_targets(
@@ -112,7 +119,7 @@ def select_targets(
     for target in kept:
         if not isinstance(target.layer, LoRALayer):
             check_adaptable(target.layer)
-            split_kernel(target.layer)
+            target.site.split()
     return kept
 
 
@@ -144,17 +151,18 @@ def _candidates(tree: Tree) -> tuple[list[Target], list[Node]]:
             left_out.append(node)
             continue
         parent = type(node.parent).__name__
-        shape = kernel_shape(node.layer)
-        targets.append(Target(node.path, node.layer, base.__name__, shape, parent))
+        for name, site in sites_of(node.layer).items():
+            path = site_path(node.path, name)
+            targets.append(Target(path, node.layer, base.__name__, site.shape, parent, name))
     return targets, left_out
 
 
 def _preset(
     tree: Tree, preset: str, candidates: Sequence[Target], left_out: Sequence[Node]
 ) -> list[Target]:
-    tables = preset == "all"
-    candidates = [t for t in candidates if tables or not is_table(t.layer)]
-    left_out = [node for node in left_out if tables or not is_table(node.layer)]
+    every = preset == "all"
+    candidates = [t for t in candidates if every or family_of(t.layer) == "linear"]
+    left_out = [node for node in left_out if every or family_of(node.layer) == "linear"]
     if left_out:
         reasons = "; ".join(dict.fromkeys(_why_left_out(node) for node in left_out))
         warn(f"targets={preset!r} leaves out {listed(left_out)}: {reasons}")

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import keras
 
-from keras_lora.layers import LoRALayer
+from keras_lora.layers import AdapterBank, LoRALayer, sites_of
 
 Layer: TypeAlias = "keras.layers.Layer"
 
@@ -84,6 +84,29 @@ class Tree:
         found = {n.path: n.layer for n in self.nodes if isinstance(n.layer, LoRALayer)}
         root = {self.root.name: self.root} if isinstance(self.root, LoRALayer) else {}
         return root | found
+
+    @property
+    def banks(self) -> list[AdapterBank]:
+        """The adapters of each matrix that is adapted at the moment."""
+        return [bank for layer in self.adapted for bank in layer.banks.values()]
+
+    @property
+    def banks_by_path(self) -> dict[str, AdapterBank]:
+        """The same by the path of the matrix: that of its layer where the layer has no other."""
+        return {
+            site_path(path, name): bank
+            for path, layer in self.adapted_by_path.items()
+            for name, bank in layer.banks.items()
+        }
+
+    @cached_property
+    def stable_paths(self) -> Mapping[str, str]:
+        """The stable path of each matrix that can be adapted, by its path."""
+        return {
+            site_path(node.path, name): site_path(node.stable_path, name)
+            for node in self.nodes
+            for name in (sites_of(node.layer) if node.layer.built else ())
+        }
 
     @cached_property
     def variable_keys(self) -> Mapping[int, str]:
@@ -157,6 +180,11 @@ def walk(model: Layer) -> Sequence[Node]:
 def all_layers(model: Layer) -> list[Layer]:
     """A model and every layer below: `Tree.of(model).layers`."""
     return _preorder(model, _sublayers)
+
+
+def site_path(path: str, matrix: str) -> str:
+    """The path of a matrix: that of its layer, and its name where the layer has several."""
+    return f"{path}/{matrix}" if matrix else path
 
 
 def numbered(name: str, seen: Counter[str]) -> str:

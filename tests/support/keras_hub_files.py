@@ -12,7 +12,9 @@ import pytest
 
 from keras_lora.exchange.keras_hub.h5 import write_keras_hub_arrays
 from keras_lora.exchange.keras_hub.numbering import keras_hub_layers
-from keras_lora.layers import kernel_shape, split_kernel
+from keras_lora.layers import (
+    site_of,
+)
 from keras_lora.lowrank.per_axis import Pair
 from keras_lora.walker import walk
 from support.cases import numpy_of
@@ -52,7 +54,7 @@ def our_deltas(model: Any, factors: dict[str, Pair]) -> Deltas:
     deltas = {}
     for i, node in keras_hub_layers(model).items():
         if node.path in factors:
-            split = split_kernel(node.layer)
+            split = site_of(node.layer).split()
             equation = f"{split.a},{split.b}->{split.kernel}"
             deltas[i] = np.einsum(equation, *factors[node.path])
     assert len(deltas) == len(factors)
@@ -79,7 +81,7 @@ def random_factors(model: Any, names: list[str], rank: int = 3) -> dict[str, Pai
     return {
         n.path: tuple(  # type: ignore[misc]
             rng.normal(scale=0.3, size=shape)
-            for shape in split_kernel(n.layer).factor_shapes(kernel_shape(n.layer), rank)
+            for shape in site_of(n.layer).split().factor_shapes(site_of(n.layer).shape, rank)
         )
         for n in walk(model)
         if n.layer.name in names and hasattr(n.layer, "enable_lora")

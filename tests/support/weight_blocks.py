@@ -8,12 +8,14 @@ import keras
 import numpy as np
 
 from keras_lora.exchange.converters import Block, HuggingFaceWeights
-from keras_lora.layers import base_kernel, split_kernel
+from keras_lora.layers import (
+    site_of,
+)
 
 
 def matrices(layer: keras.layers.Layer) -> np.ndarray[Any, Any]:
     """A kernel as `(shared, in, out)`."""
-    split, kernel = split_kernel(layer), np.array(base_kernel(layer))
+    split, kernel = site_of(layer).split(), np.array(site_of(layer).matrix)
     order = [split.kernel.index(c) for c in split.shared + split.contracted + split.free]
     return kernel.transpose(order).reshape(-1, *split.matrix_shape(kernel.shape))
 

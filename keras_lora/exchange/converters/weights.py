@@ -24,12 +24,10 @@ from keras_lora.exchange.converters.tensors import (
     weight_keys,
 )
 from keras_lora.layers import (
-    base_kernel,
-    is_table,
-    kernel_shape,
+    family_of,
     lora_class_for,
     plain_class,
-    split_kernel,
+    site_of,
 )
 from keras_lora.lowrank.equations import Shape
 from keras_lora.walker import Node, backbone_of, lora_layers, numbered, walk
@@ -127,7 +125,9 @@ def hugging_face_weights(
     refused |= unlocated | _bare_parameters(blocks, layers)
     blocks = {path: found for path, found in blocks.items() if path not in refused}
     # The matrix of a refused embedding may still come from one weight, and is among the others.
-    kernel_layers = [n.layer for p, n in layers.items() if p in blocks or not is_table(n.layer)]
+    kernel_layers = [
+        n.layer for p, n in layers.items() if p in blocks or family_of(n.layer) != "embedding"
+    ]
     variables = _named_variables(model, kernel_layers)
     others = _sources(variables, recording)
     return HuggingFaceWeights(converter.model_type, blocks, refused, others, variables)
@@ -143,14 +143,14 @@ def _kernels(
     """The kernels that come from weights; and for each other layer, why its kernel does not."""
     kernels, refused = {}, {}
     for path, node in layers.items():
-        value = recording.values.get(id(base_kernel(node.layer)))
+        value = recording.values.get(id(site_of(node.layer).matrix))
         if isinstance(value, Traced):
             try:
-                split = split_kernel(node.layer)
+                split = site_of(node.layer).split()
             except ValueError as error:  # a diagonal
                 refused[path] = str(error)
             else:
-                kernels[path] = ConvertedKernel(value, split, kernel_shape(node.layer))
+                kernels[path] = ConvertedKernel(value, split, site_of(node.layer).shape)
         elif value is not None:
             refused[path] = "computed by the converter from other values than weights"
         elif recording.stopped:
@@ -189,7 +189,9 @@ def _bare_parameters(
     Such a parameter may have more axes than a matrix, so that its shape is not known.
     """
     weights = {
-        path: found[0].weight for path, found in blocks.items() if is_table(layers[path].layer)
+        path: found[0].weight
+        for path, found in blocks.items()
+        if family_of(layers[path].layer) == "embedding"
     }
     return {
         path: f"a bare parameter in the Hugging Face model, and no embedding: {key}"
@@ -224,7 +226,7 @@ def _named_variables(
     # Parents come first, so the innermost layer with a variable gives the path.
     owners = {id(v): (prefix + v.name, v) for prefix, layer in tree for v in layer.weights}
     adapters = [v for layer in lora_layers(model).values() for v in layer.adapter_variables]
-    kernels = [base_kernel(layer) for layer in layers]
+    kernels = [site_of(layer).matrix for layer in layers]
     left_out = {id(v) for v in (*adapters, *kernels)}
     seen: Counter[str] = Counter()
     return {numbered(p, seen): v for key, (p, v) in owners.items() if key not in left_out}

@@ -33,9 +33,8 @@ from keras_lora.inject import (
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     Adapter,
-    is_table,
-    kernel_shape,
-    split_kernel,
+    family_of,
+    site_of,
 )
 from keras_lora.lowrank.combining import truncate
 from keras_lora.lowrank.equations import Shape
@@ -175,7 +174,7 @@ def _at_rank(node: Node, pair: Pair, rank: int | None) -> tuple[np.ndarray, np.n
     a, b = pair
     if rank is None or a.shape[-1] <= rank:
         return a, b, 0.0
-    split, shape = split_kernel(node.layer), kernel_shape(node.layer)
+    split, shape = site_of(node.layer).split(), site_of(node.layer).shape
     kept = truncate(*split.matrices(a, b, shape), rank)
     return *split.factors(kept.a, kept.b, shape), kept.relative_error
 
@@ -213,7 +212,7 @@ def keras_hub_factors(
     """
     pairs = read_keras_hub_lora(path)
     nodes = match_keras_hub_layers(model, pairs, path, skip_unsupported=skip_unsupported)
-    return {n.path: from_per_axis(split_kernel(n.layer), *pairs[i]) for i, n in nodes.items()}
+    return {n.path: from_per_axis(site_of(n.layer).split(), *pairs[i]) for i, n in nodes.items()}
 
 
 def write_keras_hub_lora(
@@ -255,12 +254,12 @@ def write_keras_hub_lora(
     enabled = enabled_layers(layers, set(names))
     _check_writable(layers, enabled, factors, names)
     pairs = {
-        i: to_per_axis(split_kernel(n.layer), kernel_shape(n.layer), *factors[n.path])
+        i: to_per_axis(site_of(n.layer).split(), site_of(n.layer).shape, *factors[n.path])
         for i, n in enabled.items()
         if n.path in factors
     }
     rank = _file_rank(rank, max(len(b) for _, b in pairs.values()))
-    shapes = {i: kernel_shape(node.layer) for i, node in enabled.items()}
+    shapes = {i: site_of(node.layer).shape for i, node in enabled.items()}
     padded = {i: _padded(pairs.get(i), shape, rank) for i, shape in shapes.items()}
     write_keras_hub_arrays(path, rank, padded)
     return rank
@@ -274,7 +273,9 @@ def _check_writable(
 ) -> None:
     nodes = {node.path: node for node in enabled.values()}
     asked = nodes.keys() | factors.keys()
-    embeddings = [n.path for n in layers.values() if is_table(n.layer) and n.path in asked]
+    embeddings = [
+        n.path for n in layers.values() if family_of(n.layer) == "embedding" and n.path in asked
+    ]
     problems = Problems()
     reason = "an embedding, whose factors KerasHub neither writes nor reads"
     problems.add(*(f"'{path}' is {reason}" for path in embeddings))
@@ -302,7 +303,7 @@ def _unwritable(node: Node | None, path: str, pair: Pair) -> Iterator[str]:
         return
     a, b = pair
     rank = a.shape[-1] if a.ndim and a.size else 1
-    expected = split_kernel(node.layer).factor_shapes(kernel_shape(node.layer), rank)
+    expected = site_of(node.layer).split().factor_shapes(site_of(node.layer).shape, rank)
     if (a.shape, b.shape) != expected:
         yield (
             f"'{path}' of shapes {a.shape} and {b.shape}, expected {expected[0]} and {expected[1]}"

@@ -15,7 +15,12 @@ import numpy as np
 from keras_lora.checks import invalid_file, warn
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
-from keras_lora.layers import is_table, kernel_shape, lora_class_for, plain_class, split_kernel
+from keras_lora.layers import (
+    family_of,
+    lora_class_for,
+    plain_class,
+    site_of,
+)
 from keras_lora.lowrank.per_axis import Pair
 from keras_lora.walker import Node, backbone_of, walk
 
@@ -48,10 +53,10 @@ def enabled_layers(layers: Mapping[int, Node], names: Collection[str]) -> dict[i
 def is_exchanged(layer: keras.layers.Layer) -> bool:
     """Whether this package can adapt a layer, and KerasHub writes and reads its factors."""
     # KerasHub neither writes the factors of an embedding nor reads them.
-    if lora_class_for(plain_class(layer)) is None or is_table(layer):
+    if lora_class_for(plain_class(layer)) is None or family_of(layer) == "embedding":
         return False
     try:
-        split_kernel(layer)
+        site_of(layer).split()
     except ValueError:  # a diagonal
         return False
     return True
@@ -119,7 +124,7 @@ def _not_as_enabled(layers: Mapping[int, Node], numbers: Collection[int]) -> Ite
 
 def _misfit(i: int, node: Node, pair: Pair) -> str | None:
     a, b = pair
-    shape, rank = kernel_shape(node.layer), len(b)
+    shape, rank = site_of(node.layer).shape, len(b)
     if (*a.shape[:-1], b.shape[-1]) == shape:
         return None
     return (

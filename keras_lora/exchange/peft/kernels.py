@@ -11,7 +11,11 @@ import keras
 from keras_lora.exchange.converters import Block, HuggingFaceWeights
 from keras_lora.exchange.converters.tensors import Array
 from keras_lora.exchange.peft.embeddings import refused_embeddings
-from keras_lora.layers import is_table, kernel_shape, output_norms, split_kernel
+from keras_lora.layers import (
+    family_of,
+    output_norms,
+    site_of,
+)
 from keras_lora.lowrank.equations import EinsumSplit, Shape
 from keras_lora.walker import walk
 
@@ -43,9 +47,9 @@ def exchanged_kernels(
     refusals = refused_embeddings(model, weights)
     return {
         path: ExchangedKernel(
-            split_kernel(layer),
-            kernel_shape(layer),
-            is_table(layer),
+            site_of(layer).split(),
+            site_of(layer).shape,
+            family_of(layer) == "embedding",
             refusals.get(path),
             partial(output_norms, layer),
         )

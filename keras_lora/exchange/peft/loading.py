@@ -81,7 +81,7 @@ def load_peft_adapter(
 
     Example:
 
-    >>> import tempfile, keras_hub, keras_lora as kl
+    >>> import tempfile, keras_hub, numpy as np, keras_lora as kl
     >>> from keras_lora.exchange.peft_files import PeftModule, write_peft_adapter
     >>> module = PeftModule(a=np.ones((2, 6)), b=np.ones((18, 2)), rank=2, alpha=8)
     >>> directory = tempfile.mkdtemp()

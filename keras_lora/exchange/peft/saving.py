@@ -43,10 +43,9 @@ from keras_lora.layers import (
     LayerAdapter,
     LoRALayer,
     all_owned,
-    is_table,
-    kernel_shape,
+    family_of,
     output_norms,
-    split_kernel,
+    site_of,
 )
 from keras_lora.walker import Tree, backbone_of, walk
 
@@ -116,39 +115,61 @@ def save_peft_adapter(
         The PEFT checkpoint format:
         https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
-    tree = Tree.of(model)
-    check_names(tree, [name])
+    layers = _layers_of(model, name)
     weights = hugging_face_weights(model, transformers_config, model_type=model_type)
     slices = find_slices(model, weights, heads or {})
-    layers = {p: x for p, x in tree.adapted_by_path.items() if name in x.adapters}
-    problems = Problems()
-    modules = _modules(layers, name, weights, exchanged_kernels(model, weights), problems)
-    saved = gather(_own_values(model, name), slices, problems)
-    adapters = {path: layer.adapters[name] for path, layer in layers.items()}
-    modules = _with_magnitudes(model, adapters, modules, weights, problems)
-    problems.raise_any(lambda received: _not_in_base(weights.model_type, received))
+    modules, saved = _hugging_face_values(model, name, layers, weights, slices)
     names = hugging_face_names(model, weights.model_type, prefix)
     inside = _in_backbone(model, weights, slices)
     keys = [*module_names(weights), *saved]
     full = {key: names.rename(key) if key in inside else key for key in keys}
     _warn_of_foreign(names.foreign(full[key] for key in modules if key in inside))
     bias, whole = _trained_apart(saved, modules)
+    config = {
+        "base_model_name_or_path": base_model_name,
+        "task_type": names.task,
+        "lora_dropout": next(iter(layers.values())).adapters[name].spec.dropout,
+        "bias": bias,
+        "modules_to_save": [module_name(full[key]) for key in whole] or None,
+        "fan_in_fan_out": _stored_transposed(layers, weights),
+    }
     write_peft_adapter(
         directory,
         {full[key]: module for key, module in modules.items()},
         {full[key]: value for key, value in saved.items()},
-        {
-            "base_model_name_or_path": base_model_name,
-            "task_type": names.task,
-            "lora_dropout": next(iter(layers.values())).adapters[name].spec.dropout,
-            "bias": bias,
-            "modules_to_save": [module_name(full[key]) for key in whole] or None,
-            "fan_in_fan_out": _stored_transposed(layers, weights),
-        },
+        config,
         all_modules=[full[key] for key in module_names(weights)],
         dtype=dtype,
         overwrite=overwrite,
     )
+
+
+def _layers_of(model: keras.Model, name: str) -> dict[str, LoRALayer]:
+    """The layers of an adapter, by path."""
+    tree = Tree.of(model)
+    check_names(tree, [name])
+    return {p: layer for p, layer in tree.adapted_by_path.items() if name in layer.adapters}
+
+
+def _hugging_face_values(
+    model: keras.Model,
+    name: str,
+    layers: Mapping[str, LoRALayer],
+    weights: HuggingFaceWeights,
+    slices: ParameterSlices,
+) -> tuple[dict[str, PeftModule], dict[str, Array]]:
+    """The modules and the parameters of an adapter, under the names of the converter.
+
+    Raises:
+        ValueError: layers or values that the Hugging Face model does not have.
+    """
+    problems = Problems()
+    adapters = {path: layer.adapters[name] for path, layer in layers.items()}
+    modules = _modules(layers, name, weights, exchanged_kernels(model, weights), problems)
+    saved = gather(_own_values(model, name), slices, problems)
+    modules = _with_magnitudes(model, adapters, modules, weights, problems)
+    problems.raise_any(lambda received: _not_in_base(weights.model_type, received))
+    return modules, saved
 
 
 def _not_in_base(model_type: str, received: str) -> ValueError:
@@ -185,8 +206,8 @@ def _modules(
 def _part(layer: LoRALayer, name: str, block: Block) -> KernelPart:
     adapter = layer.adapters[name]
     factors = np.array(adapter.a), np.array(adapter.b)
-    a, b = split_kernel(layer).matrices(*factors, kernel_shape(layer))
-    return KernelPart(block, a[0], b[0], adapter.acting_spec, is_table(layer))
+    a, b = site_of(layer).split().matrices(*factors, site_of(layer).shape)
+    return KernelPart(block, a[0], b[0], adapter.acting_spec, family_of(layer) == "embedding")
 
 
 def _with_magnitudes(
@@ -212,7 +233,7 @@ def _with_magnitudes(
 
 def _magnitude(layer: keras.layers.Layer, adapter: LayerAdapter | None) -> Array:
     if adapter is None or adapter.magnitude is None:
-        return output_norms(layer, adapter)
+        return output_norms(site_of(layer), adapter)
     return np.array(adapter.magnitude)
 
 
@@ -234,7 +255,7 @@ def _trained_apart(saved: Collection[str], modules: Collection[str]) -> tuple[st
 
 def _stored_transposed(layers: Mapping[str, LoRALayer], weights: HuggingFaceWeights) -> bool:
     """PEFT's `fan_in_fan_out`, which concerns only linear modules."""
-    linear = [path for path, layer in layers.items() if not is_table(layer)]
+    linear = [path for path, layer in layers.items() if family_of(layer) != "embedding"]
     return any(weights.blocks[path][0].stored_transposed for path in linear)
 
 

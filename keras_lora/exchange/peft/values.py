@@ -16,7 +16,12 @@ from keras_lora.checks import invalid
 from keras_lora.exchange.converters import Block, HuggingFaceWeights
 from keras_lora.exchange.converters.tensors import Array
 from keras_lora.exchange.problems import Problems
-from keras_lora.layers import BASE, LoRALayer, base_kernel, kernel_shape, owned
+from keras_lora.layers import (
+    BASE,
+    LoRALayer,
+    owned,
+    site_of,
+)
 from keras_lora.lowrank.equations import Shape
 from keras_lora.walker import walk
 
@@ -69,8 +74,8 @@ def find_slices(
     for path, blocks in weights.blocks.items():
         layer = layers[path]
         included = of_adapted or not isinstance(layer, LoRALayer)
-        if included and len(kernel_shape(layer)) == 2:
-            found = _slice_of(base_kernel(layer), blocks[0])
+        if included and len(site_of(layer).shape) == 2:
+            found = _slice_of(site_of(layer).matrix, blocks[0])
             slices.setdefault(blocks[0].weight, []).append(found)
     for path, module in heads.items():
         slices |= _head_slices(layers.get(path), path, module)

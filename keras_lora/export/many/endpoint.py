@@ -175,7 +175,7 @@ class ServedAdapters:
     def _computing_by_row(self, taken: Mapping[str, tf.Tensor]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for each in self.layers:
-                stack.enter_context(each.layer.with_rows(each.by_row(taken, self.refusals)))
+                stack.enter_context(each.layer.computing(each.by_row(taken, self.refusals)))
             yield
 
     def _values(self, name: str) -> dict[str, Array]:

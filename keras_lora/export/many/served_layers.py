@@ -15,14 +15,12 @@ from keras_lora.files.keys import stable_layers
 from keras_lora.layers import (
     BASE,
     LoRALayer,
+    MixedBatch,
     OwnedValues,
-    Rows,
     all_owned,
-    kernel_shape,
-    lora_class_for,
     output_gain,
-    plain_class,
-    split_kernel,
+    site_of,
+    sites_of,
 )
 from keras_lora.walker import Tree
 
@@ -54,7 +52,7 @@ class ServedLayer:
         values = (self.kernel, self.bias, self.gain)
         return [t for t in (*(self.factors or ()), *values) if t is not None]
 
-    def by_row(self, taken: Mapping[str, tf.Tensor], refusals: list[str]) -> Rows:
+    def by_row(self, taken: Mapping[str, tf.Tensor], refusals: list[str]) -> MixedBatch:
         """The layer's part of the tensors of a batch.
 
         Args:
@@ -70,7 +68,7 @@ class ServedLayer:
 
         factors = self.factors and (of(self.factors[0]), of(self.factors[1]))
         gain = self.gain and taken[self.gain.key]
-        return Rows(refuse, factors, of(self.kernel), of(self.bias), gain)
+        return MixedBatch(refuse, factors, of(self.kernel), of(self.bias), gain)
 
     def scale_values(self, name: str, values: dict[str, Array]) -> None:
         """Replace `B` by `s B` in an adapter's values and, with DoRA, by `g s B`, and `m` by `g`.
@@ -82,8 +80,8 @@ class ServedLayer:
         adapter, b = self.layer.adapters[name], self.factors[1].key
         values[b] = np.float32(adapter.scaling) * values[b]
         if self.gain is not None and adapter.spec.use_dora:
-            split = split_kernel(self.layer)
-            gain = output_gain(self.layer, adapter)
+            split = site_of(self.layer).split()
+            gain = output_gain(site_of(self.layer), adapter)
             values[b] = np.array(split.times_gain(values[b], gain, split.b))
             values[self.gain.key] = gain
             del values[f"{self.path}/{MAGNITUDE}"]
@@ -95,7 +93,7 @@ def adapted_layers(tree: Tree, names: Sequence[str], refusals: list[str]) -> dic
     for path, layer in stable_layers(tree).items():
         if not set(names) & set(layer.adapters):
             continue
-        if _is_linear(layer):
+        if _takes_rows(layer):
             factors, gain = _factors(path, layer), _gain(path, layer, names)
             served[id(layer)] = ServedLayer(path, layer, factors, gain=gain)
         else:
@@ -105,8 +103,9 @@ def adapted_layers(tree: Tree, names: Sequence[str], refusals: list[str]) -> dic
 
 
 def _factors(path: str, layer: LoRALayer) -> tuple[AdapterTensor, AdapterTensor]:
-    split = split_kernel(layer)
-    shapes: list[list[Any]] = [list(s) for s in split.factor_shapes(kernel_shape(layer), rank=0)]
+    site = site_of(layer)
+    split = site.split()
+    shapes: list[list[Any]] = [list(s) for s in split.factor_shapes(site.shape, rank=0)]
     for shape, axis in zip(shapes, split.rank_axes, strict=True):
         shape[axis] = None
     a, b = map(tuple, shapes)
@@ -118,7 +117,8 @@ def _gain(path: str, layer: LoRALayer, names: Sequence[str]) -> AdapterTensor | 
     specs = [layer.adapters[name].spec for name in names if name in layer.adapters]
     if not any(spec.use_dora for spec in specs):
         return None
-    return AdapterTensor(f"{path}/lora_gain", split_kernel(layer).norm_shape(kernel_shape(layer)))
+    site = site_of(layer)
+    return AdapterTensor(f"{path}/lora_gain", site.split().norm_shape(site.shape))
 
 
 def add_owned(
@@ -178,7 +178,7 @@ def _owners(tree: Tree) -> dict[int, tuple[str, keras.layers.Layer, str]]:
     owners = {}
     for node in tree.nodes:
         layer = node.layer
-        if not layer.built or not _is_linear(layer):
+        if not layer.built or not _takes_rows(layer):
             continue
         owners[id(layer.bias)] = node.path, layer, "bias"
         if not isinstance(layer, LoRALayer) and layer.dtype_policy.quantization_mode is None:
@@ -186,7 +186,7 @@ def _owners(tree: Tree) -> dict[int, tuple[str, keras.layers.Layer, str]]:
     return owners
 
 
-def _is_linear(layer: keras.layers.Layer) -> bool:
-    """Whether `Rows` can compute the layer's product row by row."""
-    known = isinstance(layer, keras.layers.Dense | keras.layers.EinsumDense)
-    return known and lora_class_for(plain_class(layer)) is not None
+def _takes_rows(layer: keras.layers.Layer) -> bool:
+    """Whether the layer can be computed with an adapter of its own for each row."""
+    sites = sites_of(layer).values()
+    return bool(sites) and all(site.kind.by_row for site in sites)

@@ -1,18 +1,22 @@
-"""What each row of a batch has of its own, where one model serves many adapters at once."""
+"""A batch of which each row has an adapter of its own, where one model serves many at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import final
 
-import keras
 from keras import ops
 
+from keras_lora.layers.computation import Computation
+from keras_lora.layers.kinds import Site
 from keras_lora.lowrank.equations import EinsumSplit, Tensor
+from keras_lora.lowrank.products import ByRow, Products, Term
 
 
+@final
 @dataclass(frozen=True, eq=False)
-class Rows:
+class MixedBatch(Computation):
     """Factors, kernels and biases with the batch as their first axis, in the compute dtype.
 
         y_i = act(g_i (x_i W_i) + b_i + (x_i A_i) B_i)        for each row i of the batch
@@ -22,7 +26,7 @@ class Rows:
 
     Attributes:
         refuse: Takes the reason where the layer is used in a way that has no such form. It may
-            raise; else the layer goes on without rows.
+            raise; otherwise the layer goes on without adapters.
         factors: `A` `(batch, r, shared, contracted)` and `B` `(batch, r, shared, free)`.
         kernel: `(batch, *kernel)`.
         bias: `(batch, *bias)`.
@@ -35,30 +39,37 @@ class Rows:
     bias: Tensor | None = None
     gain: Tensor | None = None
 
-    def product(self, split: EinsumSplit, x: Tensor, kernel: keras.Variable) -> Tensor:
-        """The layer before bias and activation."""
-        refusal = self._refusal(split, x)
-        if refusal is not None:
-            self.refuse(refusal)
-            return split.adapted_product(x, ops.convert_to_tensor(kernel), [])
-        if self.kernel is None:
-            product = split.adapted_product(x, ops.convert_to_tensor(kernel), [])
-        else:
-            product = split.product_by_row(x, self.kernel)
-        if self.gain is not None:
-            product = split.times_gain_by_row(product, self.gain)
-        return product if self.factors is None else product + split.update_by_row(x, *self.factors)
+    changes_output = True
 
-    def add_bias(self, product: Tensor) -> Tensor:
+    def products(self, site: Site, x: Tensor) -> Products:
+        split, frozen = site.split(len(x.shape)), site.products(x)
+        refusal = self._refusal(split, x)
+        if refusal is None:
+            return ByRow(split, frozen, self.kernel)
+        self.refuse(refusal)
+        return frozen
+
+    def terms(self, site: Site, x: Tensor, training: bool | None) -> Sequence[Term]:  # noqa: ARG002
+        if self.factors is None or self._refusal(site.split(len(x.shape)), x) is not None:
+            return []
+        return [Term(x, *self.factors, self.gain)]
+
+    def add_bias(self, product: Tensor, bias: Tensor | None) -> Tensor:
+        if self.bias is None:
+            return product if bias is None else ops.add(product, bias)
         shape = ops.shape(self.bias)
         if product.shape[0] != shape[0] and isinstance(shape[0], int):
             return product  # refused already
         ones = (1,) * (len(product.shape) - len(shape))
         return product + ops.reshape(self.bias, (shape[0], *ones, *shape[1:]))
 
+    def kernel_of(self, site: Site) -> Tensor:
+        self.refuse("its kernel is read, and there is another for each row")
+        return site.matrix
+
     def _refusal(self, split: EinsumSplit, x: Tensor) -> str | None:
         """Why the rows of `x` are not those of the batch; None where they are."""
-        if split.input[0] not in split.rows or split.output[0] != split.input[0]:
+        if split.input[0] not in split.batch or split.output[0] != split.input[0]:
             return f"its einsum {split.input},{split.kernel}->{split.output} moves the first axis"
         own = (*(self.factors or ()), self.kernel, self.bias)
         batch = next(tensor.shape[0] for tensor in own if tensor is not None)

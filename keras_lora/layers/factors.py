@@ -1,0 +1,124 @@
+"""Values of an adapter: parked as an array, or in a variable that a layer computes with.
+
+To switch adapters is little but these reads and writes, so on TensorFlow they go past Keras, to
+the `tf.Variable` itself: `Variable.assign` converts, casts and reads the variable back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
+import numpy as np
+from keras import ops
+
+from keras_lora.lowrank.equations import Shape, Tensor
+
+
+def read(variable: keras.Variable) -> Tensor:
+    """The present value, in the host's memory, which no later step changes."""
+    if keras.backend.backend() != "tensorflow":
+        return np.array(ops.convert_to_numpy(variable), copy=True)
+    # The variable's own memory: TensorFlow lets go of it, or copies it, before it writes.
+    value = variable.value.value()
+    return value if "CPU" in value.device else value.numpy()
+
+
+def write(variable: keras.Variable, value: Any) -> None:
+    """Give a variable a value that is as the variable is, in shape and dtype."""
+    if keras.backend.backend() == "tensorflow":
+        variable.value.assign(value, read_value=False)
+    else:
+        variable.assign(value)
+
+
+class Factor:
+    """A value of one adapter, at the adapter's own rank: `A`, `B`, the magnitude `m`, a bias.
+
+    Reads as an array and is assigned as a variable is, whether it is parked or in a variable.
+    """
+
+    def __init__(self, value: Any, shape: Shape | None = None, dtype: str = "float32") -> None:
+        """Of an array, or of an initializer and a shape: then it is drawn when it is needed."""
+        drawn = shape is not None
+        self.dtype = dtype
+        self._draw: Callable[..., Tensor] | None = value if drawn else None
+        self._parked: Tensor | None = None if drawn else self._copied(value)
+        self._variable: keras.Variable | None = None
+        self._fills = True
+        self.shape: Shape = np.shape(value) if shape is None else shape
+
+    @classmethod
+    def inside(cls, variable: keras.Variable) -> Factor:
+        """The present value of a variable, and in it."""
+        factor = cls(variable, tuple(variable.shape), str(variable.dtype))
+        factor.start(variable)
+        return factor
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(ops.convert_to_numpy(self._value()), dtype, copy=True)
+
+    def assign(self, value: Any) -> None:
+        """Raises:
+        ValueError: another shape.
+        """
+        value = self._copied(ops.convert_to_numpy(value))
+        if value.shape != self.shape:
+            raise ValueError(f"Expected a factor of shape {self.shape}. Received: {value.shape}.")
+        self._draw = None
+        if self._variable is None:
+            self._parked = value
+        else:
+            self._write(self._variable, value)
+
+    def enter(self, variable: keras.Variable, fills: bool = True) -> None:
+        """Put the values into a variable, of the same rank (`fills`) or a higher one."""
+        value = self._value()
+        self._fills = fills
+        self._write(variable, value)
+        self._parked, self._variable = None, variable
+
+    def initializer(self, shape: Shape) -> Callable[..., Tensor]:
+        """Gives a new variable these values; Keras may call it later, or within a graph."""
+        if self._draw is not None and shape == self.shape:
+            return self._draw
+        value = self._padded(self._value(), shape)
+        return lambda shape, dtype: ops.reshape(ops.convert_to_tensor(value, dtype), shape)
+
+    def start(self, variable: keras.Variable) -> None:
+        """Be in a variable that has these values from its start, by `initializer`."""
+        self._parked, self._draw, self._variable = None, None, variable
+        self._fills = tuple(variable.shape) == self.shape
+
+    def leave(self) -> None:
+        """Park the values. The variable keeps its present ones."""
+        if self._variable is not None:
+            self._parked, self._variable = self._value(), None
+
+    def _value(self) -> Tensor:
+        if self._draw is not None:
+            self._parked = ops.convert_to_numpy(self._draw(self.shape, self.dtype))
+            self._draw = None
+        if self._variable is None:
+            assert self._parked is not None
+            return self._parked
+        whole = read(self._variable)
+        return whole if self._fills else ops.convert_to_numpy(whole)[self._part()].copy()
+
+    def _copied(self, value: Any) -> np.ndarray:
+        # Where a variable's memory is shared, a later step would change what was parked.
+        return np.array(value, self.dtype, copy=True)
+
+    def _write(self, variable: keras.Variable, value: Tensor) -> None:
+        write(variable, value if self._fills else self._padded(value, variable.shape))
+
+    def _padded(self, value: Tensor, shape: Any) -> Tensor:
+        whole = np.zeros(shape, self.dtype)
+        whole[self._part()] = value
+        return whole
+
+    def _part(self) -> tuple[slice, ...]:
+        """Which part of a variable of a higher rank the values are."""
+        return tuple(slice(size) for size in self.shape)

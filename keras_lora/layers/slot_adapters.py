@@ -1,0 +1,67 @@
+"""`SlotAdapters`: a matrix is computed with the adapters that are in its slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, final
+
+import keras
+from keras import ops
+
+from keras_lora.layers.computation import Computation
+from keras_lora.layers.kinds import Site
+from keras_lora.layers.slots import Slot, dropped
+from keras_lora.lowrank.equations import Tensor, joint_gain
+from keras_lora.lowrank.products import Products, Term
+
+
+class _Slots(Protocol):
+    """What is asked of a bank."""
+
+    slots: list[Slot]
+    seeds: keras.random.SeedGenerator | None
+    squared_norms: keras.Variable | None
+
+
+@final
+class SlotAdapters(Computation):
+    """The adapters in the slots of a bank: those that `set_adapter` made active."""
+
+    def __init__(self, bank: _Slots) -> None:
+        self._bank = bank
+
+    @property
+    def changes_output(self) -> bool:
+        return bool(self._bank.slots)
+
+    def products(self, site: Site, x: Tensor) -> Products:
+        return site.products(x)
+
+    def terms(self, site: Site, x: Tensor, training: bool | None) -> Sequence[Term]:
+        seeds, dtype = self._bank.seeds, site.layer.compute_dtype
+        split, norms, terms = site.split(len(x.shape)), self._bank.squared_norms, []
+        # Read only for a gain: what is read is cast in mixed precision.
+        matrix = None if norms is None else site.weight()
+        for slot in self._bank.slots:
+            x_i = dropped(x, slot.rate, seeds) if training and seeds is not None else x
+            a, b, gain = slot.update(split, matrix, norms, site.wide_dtype)
+            terms.append(Term(x_i, ops.cast(a, dtype), ops.cast(b, dtype), gain))
+        return terms
+
+    def add_bias(self, product: Tensor, bias: Tensor | None) -> Tensor:
+        return product if bias is None else ops.add(product, bias)
+
+    def kernel_of(self, site: Site) -> Tensor:
+        """Summed in float32, or in the dtype of `W0` where that is wider, and rounded once."""
+        if not self._bank.slots:
+            return site.matrix
+        split, dtype, total = site.split(), site.wide_dtype, site.wide_matrix()
+        norms = self._bank.squared_norms
+        updates = [slot.update(split, total, norms, dtype) for slot in self._bank.slots]
+        gains = [gain for _, _, gain in updates if gain is not None]
+        if gains:
+            total = split.times_gain(total, joint_gain(gains), split.kernel)
+        for a, b, _ in updates:
+            # Not `+=`: on torch `total` is still the memory of the variable.
+            total = total + split.delta(ops.cast(a, dtype), ops.cast(b, dtype))
+        return ops.cast(total, site.matrix.dtype)
