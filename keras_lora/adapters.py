@@ -1,12 +1,10 @@
-"""Several adapters on one model: which of them act, how strongly, and which are there."""
+"""Several adapters on one model: to activate, disable, delete, scale and combine them."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from keras_lora.checks import invalid, is_finite
 from keras_lora.config import AdapterSpec
 from keras_lora.inject import (
+    PlannedLayer,
     activate,
     active_names,
     adapter_names,
@@ -23,23 +22,23 @@ from keras_lora.inject import (
     check_no_dora,
     drop,
     forget_optimizer_states,
-    guard_saving,
     install,
     known_models,
     plan_factors,
+    prepare_saving,
     switch,
     unload,
     whole_adapters,
 )
 from keras_lora.layers import Adapter, LoRALayer, all_owned, kernel_shape, split_kernel
 from keras_lora.lowrank.combining import Combination, WeightedFactors, combine
-from keras_lora.walker import Tree
+from keras_lora.walker import Target, Tree, all_targets
 
 
 def set_adapter(
     model: keras.Model, names: str | Sequence[str] | None, trainable: bool = True
 ) -> None:
-    """Let exactly these adapters act, and train; their deltas add up.
+    """Activate exactly these adapters, and train them; their deltas add up.
 
         h = x W0 + sum_i s_i (x A_i) B_i        over the adapters named
 
@@ -47,10 +46,10 @@ def set_adapter(
     functions that they have compiled, in a time that does not grow with the number of adapters.
     A new trace is needed only where
 
-    - more adapters act on a layer than ever did, or one of a higher rank, or the first with
+    - more adapters are active on a layer than ever were, or one of a higher rank, or the first with
       dropout or DoRA: the layer then gets new variables;
     - other variables of the base train (adapters with other `layers_to_save` or `bias`), or
-      `trainable` is not what it was: for `fit`, and the optimizer is made anew.
+      `trainable` changes: for `fit`, and the optimizer is made anew.
 
     An optimizer's moments move with the adapters, of this model and of those inside it: to train
     one adapter, then another, and then the first one again is to train it without a break. A layer
@@ -59,7 +58,7 @@ def set_adapter(
     Args:
         model: An adapted model.
         names: A name, several, or None for the base alone.
-        trainable: Whether the adapters, and what belongs to them, train.
+        trainable: Whether the adapters train, with their biases and `layers_to_save`.
 
     Raises:
         ValueError: no adapters, a name that the model does not have, or two adapters that each
@@ -81,7 +80,7 @@ def set_adapter(
 
 @contextlib.contextmanager
 def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
-    """Within the context no adapter acts: the model computes what its base does.
+    """Within the context no adapter is active: the model computes the outputs of its base.
 
     Up to the rounding of the products, which are computed as they are for adapters, so that
     nothing is traced again. No flag and no optimizer changes.
@@ -117,9 +116,9 @@ def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
 def delete_adapter(model: keras.Model, name: str) -> None:
     """Take an adapter out: its factors, and its values of biases and `layers_to_save`.
 
-    The others act as before. Where it was the last one, the model is plain again, as after
-    `unload_lora`. Layers that no other adapter uses become plain, and what is compiled is made
-    anew; else nothing is traced again.
+    The others are active, or not, as before. Where it was the last one, the model is plain again,
+    as after `unload_lora`. Layers that no other adapter uses become plain, and compiled functions
+    are made anew; where there are no such layers, nothing is traced again.
 
     Args:
         model: An adapted model.
@@ -149,13 +148,15 @@ def delete_adapter(model: keras.Model, name: str) -> None:
     emptied = [layer for layer in tree.adapted if set(layer.adapters) == {name}]
     with changing(tree, emptied) if emptied else contextlib.nullcontext():
         drop(tree, name)
-    guard_saving(tree)
+    prepare_saving(tree)
     for inner in known_models(tree):
         forget_optimizer_states(inner, name)
 
 
-class scale_adapter:  # noqa: N801
-    """Let an adapter act more or less: `h = x W0 + factor * s (x A) B`.
+def scale_adapter(
+    model: keras.Model, name: str, factor: float
+) -> contextlib.AbstractContextManager[None]:
+    """Let an adapter count more or less: `h = x W0 + factor * s (x A) B`.
 
     Of DoRA the factor is on `s A B` alone, so that 0 leaves the magnitude:
     `W = m (W0 + factor * s A B) / |W0 + factor * s A B|`, as in PEFT.
@@ -167,6 +168,9 @@ class scale_adapter:  # noqa: N801
         model: An adapted model.
         name: The adapter, active or not.
         factor: A finite number; 1 is the adapter as it was trained, and -1 takes its delta away.
+
+    Returns:
+        A context manager, for a `with` statement at whose end the old factor returns.
 
     Raises:
         ValueError: the model has no such adapter, or a factor that is not finite.
@@ -182,29 +186,26 @@ class scale_adapter:  # noqa: N801
     >>> kl.lora_layers(model)["up"].adapters["default"].scaling
     1.0
     """
+    tree = Tree.of(model)
+    (name,) = check_names(tree, [name])
+    if not is_finite(factor):
+        raise invalid("factor", "a finite number", factor)
+    layers = [layer for layer in tree.adapted if name in layer.adapters]
+    before = [(layer, layer.adapters[name].scale_factor) for layer in layers]
+    for layer in layers:
+        layer.set_scale_factor(name, float(factor))
+    return _scaled(name, before)
 
-    def __init__(self, model: keras.Model, name: str, factor: float) -> None:
-        tree = Tree.of(model)
-        (self._name,) = check_names(tree, [name])
-        if not is_finite(factor):
-            raise invalid("factor", "a finite number", factor)
-        layers = [layer for layer in tree.adapted if name in layer.adapters]
-        self._before = [(layer, layer.adapters[name].scale_factor) for layer in layers]
-        for layer in layers:
-            layer.set_scale_factor(name, float(factor))
 
-    def __enter__(self) -> None:
-        """The factor is set already."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for layer, scale_factor in self._before:
-            if self._name in layer.adapters:
-                layer.set_scale_factor(self._name, scale_factor)
+@contextlib.contextmanager
+def _scaled(name: str, before: Sequence[tuple[LoRALayer, float]]) -> Iterator[None]:
+    """Entered once the factor is set; the old factors return on leaving."""
+    try:
+        yield
+    finally:
+        for layer, factor in before:
+            if name in layer.adapters:
+                layer.set_scale_factor(name, factor)
 
 
 def combine_adapters(
@@ -229,10 +230,10 @@ def combine_adapters(
     - `"magnitude_prune"`, `"ties"`, `"dare_linear"`, `"dare_ties"`: as `"linear"`, of factors of
       which a share `density` is kept, in the way of each method. The ranks must be equal.
 
-    Of DoRA there is no combination: `W0 + s A B` is divided by a norm of its own in each adapter.
+    Adapters with DoRA cannot be combined: each divides `W0 + s A B` by a norm of its own.
 
-    The new adapter has the scale 1. It waits for `set_adapter`, or acts at once where none does. A
-    head or bias that one of the adapters trained goes along.
+    The new adapter has the scale 1. It waits for `set_adapter`, or is active at once where none is.
+    A head or bias that one of the adapters trained goes along.
 
     Args:
         model: An adapted model.
@@ -267,17 +268,18 @@ def combine_adapters(
         method=method, rank=rank, density=density, majority_sign=majority_sign, seed=seed
     )
     _check_weights(weights)
-    check_no_dora(tree, names, "Let them act together: set_adapter(model, [...])")
+    check_no_dora(tree, names, "Activate them together: set_adapter(model, [...])")
     values = _values_of_one(tree, names)
-    factors = {}
+    targets = {target.path: target for target in all_targets(tree)}
+    planned = []
     for index, (path, layer) in enumerate(tree.adapted_by_path.items()):
         terms = [_term(layer, n, weights[n]) for n in names if n in layer.adapters]
         if terms:
-            # Of its own for each layer: else layers of one shape would lose the same entries.
+            # A seed for each layer: otherwise layers of one shape would lose the same entries.
             own = dataclasses.replace(options, seed=seed + index)
-            factors[path] = _combined(path, layer, terms, own)
+            planned.append(_combined(targets[path], terms, own))
     trained = [v for known in whole_adapters(tree, names).values() for v in known.trained]
-    plan = plan_factors(tree, name, Adapter(None, trained), factors, values)
+    plan = plan_factors(tree, name, Adapter(None, trained), planned, values)
     install(tree, plan, active=not active_names(tree))
 
 
@@ -290,15 +292,15 @@ def _term(layer: LoRALayer, name: str, weight: float) -> WeightedFactors:
 
 
 def _combined(
-    path: str, layer: LoRALayer, terms: Sequence[WeightedFactors], options: Combination
-) -> tuple[AdapterSpec, Any, Any]:
+    target: Target, terms: Sequence[WeightedFactors], options: Combination
+) -> PlannedLayer:
     try:
         a, b = combine(terms, options)
     except ValueError as error:
-        raise ValueError(f"Layer '{path}': {error}") from error
+        raise ValueError(f"Layer '{target.path}': {error}") from error
     rank = a.shape[-1]
-    factors = split_kernel(layer).factors(a, b, kernel_shape(layer))
-    return AdapterSpec(rank=rank, alpha=rank), *factors
+    factors = split_kernel(target.layer).factors(a, b, target.kernel_shape)
+    return PlannedLayer(target, AdapterSpec(rank=rank, alpha=rank), factors)
 
 
 def _check_weights(weights: Mapping[str, float]) -> None:
@@ -319,7 +321,7 @@ def _values_of_one(tree: Tree, names: Sequence[str]) -> list[tuple[keras.Variabl
                 "weights",
                 f"adapters of which one at most has its own '{item.variable.path}'",
                 owners,
-                "there is no combination of heads: leave all but one out",
+                "heads cannot be combined: leave out all of these except one",
             )
         values += [(item.variable, item.value(name)) for name in owners]
     return values

@@ -29,8 +29,8 @@ class AdapterSpec:
         rank: Inner size of `A B`; a positive integer.
         alpha: Numerator of the scale `s`; a finite number.
         dropout: Probability with which an input of the adapter is zeroed while training, in
-            `[0, 1)`. The path through the frozen kernel has none; nor, as in PEFT, an embedding,
-            where an input is the number of a token.
+            `[0, 1)`. The path through the frozen kernel has none. Nor, as in PEFT, has an embedding
+            adapter, which is fed token ids.
         use_rslora: Divide by `sqrt(rank)` instead of `rank`.
         use_dora: Train a magnitude `m` of each output too, from `|W0|` on:
             `W = m (W0 + s A B) / |W0 + s A B|`.
@@ -92,7 +92,7 @@ class LoRAConfig:
             fresh classifier head.
 
     Raises:
-        ValueError: a value outside the above; the message says what was expected.
+        ValueError: a value outside the above; the message says which values are expected.
 
     Example:
 
@@ -141,7 +141,7 @@ class LoRAConfig:
         """Plain values only, as JSON takes them.
 
         Raises:
-            ValueError: `targets` is a function, which no file can hold.
+            ValueError: `targets` is a function, which no file can contain.
         """
         if callable(self.targets):
             raise invalid(

@@ -13,6 +13,6 @@ from keras_lora.layers import (
 
 
 def strategy_scope(layer: keras.layers.Layer) -> contextlib.AbstractContextManager[Any]:
-    """The `tf.distribute` scope that the layer's kernel was made in; new variables belong there."""
+    """The `tf.distribute` scope of a layer's kernel, to make new variables of the layer in."""
     strategy = getattr(site_of(layer).matrix.value, "distribute_strategy", None)
     return contextlib.nullcontext() if strategy is None else strategy.scope()

@@ -1,4 +1,4 @@
-"""What an adapted model costs, as a table."""
+"""The cost of an adapted model, as a table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, and bytes of what training keeps of them."""
+    """Parameters, and the bytes that training keeps for them."""
 
     parameters: int
     weight_bytes: int
@@ -55,7 +55,7 @@ class LoRASummary:
     Attributes:
         rows: One for each adapter of each layer.
         model_parameters: All parameters of the model, adapters included.
-        trained: What trains now.
+        trained: The cost of the variables that train now.
         full: The same for full fine-tuning of the base.
     """
 
@@ -142,7 +142,7 @@ def lora_summary(model: keras.Model, console: Console | None = None) -> LoRASumm
     ]
     ours = {id(v) for layer in layers.values() for v in layer.adapter_variables}
     base = [v for v in model.weights if id(v) not in ours]
-    # Adapters as they are, not the slots that hold them, which may be of a higher rank.
+    # The factors of adapters, not those of their slots, which may be of a higher rank.
     trained = [f for layer in layers.values() for f in _trained_factors(layer)]
     summary = LoRASummary(
         rows,

@@ -82,7 +82,7 @@ def test_other_data_are_refused_when_they_end_too_early(tmp_path: Path) -> None:
 def test_an_adapter_of_another_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     kl.save_adapter(adapted(functional), tmp_path)
     before = (tmp_path / "adapter.safetensors").read_bytes()
-    with pytest.raises(kl.AdapterFileError, match="adapter without.*overwrite=True"):
+    with pytest.raises(kl.AdapterFileError, match="adapter alone.*overwrite=True"):
         fit(adapted(functional, 2), kl.AdapterCheckpoint(tmp_path), epochs=1)
     assert (tmp_path / "adapter.safetensors").read_bytes() == before
     checkpoint, counter = kl.AdapterCheckpoint(tmp_path, overwrite=True), Counter()

@@ -58,7 +58,9 @@ def test_application(name: str) -> None:
         assert "predictions" not in paths(model)
         check_adapting(model, inputs)
         return
-    with pytest.raises(ValueError, match=r"the head is all there is.*targets=\['predictions'\]"):
+    with pytest.raises(
+        ValueError, match=r"no other layer can be adapted.*targets=\['predictions'\]"
+    ):
         kl.find_targets(model)
     check_adapting(model, inputs, ["predictions"])
 

@@ -146,7 +146,7 @@ def test_what_does_not_fit_in_the_place_of_another_is_refused(tmp_path: Path) ->
     for name, message in [
         ("wide", r"up: rank 4 among slots of rank \[2\]"),
         ("other", "middle: not adapted"),
-        ("head", "head/kernel: of one of the two only.*head/bias"),
+        ("head", "head/kernel: owned by one of the two adapters only.*head/bias"),
     ]:
         with pytest.raises(kl.AdapterFileError, match=f"{message}.*delete_adapter"):
             kl.load_adapter(model, tmp_path / name, replace=True)

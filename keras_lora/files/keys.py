@@ -31,7 +31,7 @@ def stable_layers(tree: Tree) -> dict[str, LoRALayer]:
     """The adapted layers by stable path.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the model has no adapters.
     """
     stable = {node.path: node.stable_path for node in tree.nodes}
     return {stable.get(path, path): layer for path, layer in adapted(tree).items()}

@@ -1,4 +1,4 @@
-"""An adapter from files meets a model: what belongs to which layer, and what does not fit."""
+"""An adapter from files meets a model: its layers are found, and misfits are reported."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from keras_lora.checks import AdapterFileError, invalid_file, warn
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.files.adapter_files import PathLike, read_adapter_files
 from keras_lora.files.keys import base_fingerprint, factor_keys
+from keras_lora.inject import PlannedLayer
 from keras_lora.layers import Adapter, adapter_shapes, split_kernel
 from keras_lora.walker import Target, Tree, all_targets
 
@@ -31,9 +32,9 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter read from files, and what of a model it is for."""
+    """An adapter read from files, and the layers and variables of a model that it is for."""
 
-    layers: Sequence[tuple[Target, AdapterSpec, Sequence[np.ndarray]]]
+    layers: Sequence[PlannedLayer]
     values: Sequence[tuple[keras.Variable, np.ndarray]]
     adapter: Adapter
     directory: str
@@ -75,10 +76,10 @@ class _Reader:
             raise self._error(
                 f"an adapter of a base with the shapes of {model.name!r} ({type(model).__name__})",
                 f"one of {base.get('name')!r} ({base.get('class')})",
-                "load it into that base; allow_other_base=True takes what fits",
+                "load it into that base; allow_other_base=True takes the layers that fit",
             )
 
-    def layers(self) -> list[tuple[Target, AdapterSpec, Sequence[np.ndarray]]]:
+    def layers(self) -> list[PlannedLayer]:
         stable = {node.path: node.stable_path for node in self._tree.nodes}
         wanted = [key.removesuffix("/lora_a") for key in self._tensors if key.endswith("/lora_a")]
         targets = {stable.get(t.path, t.path): t for t in all_targets(self._tree)}
@@ -89,10 +90,8 @@ class _Reader:
             for path in missing
             for key in factor_keys(path, spec_of_layer(self._directory, self._config, path))
         }
-        found = [
-            (targets[path], self._layer(path, targets[path])) for path in wanted if path in targets
-        ]
-        return [(target, *layer) for target, layer in found if layer is not None]
+        found = [self._layer(path, targets[path]) for path in wanted if path in targets]
+        return [layer for layer in found if layer is not None]
 
     def values(self) -> list[tuple[keras.Variable, np.ndarray]]:
         by_key = {key: identity for identity, key in self._tree.variable_keys.items()}
@@ -117,7 +116,7 @@ class _Reader:
         )
 
     def report(self, allow_absent: bool, any_layer: bool) -> None:
-        """Raises all that does not fit as one error; warns of what is left out."""
+        """Raise all misfits as one error; warn of keys that are left out."""
         problems = [*self._wrong, *(f"{key}: not expected" for key in self._surplus())]
         if not allow_absent:
             problems += [f"{key}: the model has no such layer or variable" for key in self._absent]
@@ -133,13 +132,13 @@ class _Reader:
                 f"{self._absent}"
             )
 
-    def _layer(self, path: str, target: Target) -> tuple[AdapterSpec, Sequence[np.ndarray]] | None:
+    def _layer(self, path: str, target: Target) -> PlannedLayer | None:
         spec = self._spec(path)
         names = factor_keys(path, spec)
         shapes = adapter_shapes(split_kernel(target.layer), target.kernel_shape, spec)
         factors = [self._take(name) for name in names]
         fit = [self._fits(n, x, s) for n, x, s in zip(names, factors, shapes, strict=True)]
-        return (spec, factors) if all(fit) else None
+        return PlannedLayer(target, spec, factors) if all(fit) else None
 
     def _spec(self, path: str) -> AdapterSpec:
         return spec_of_layer(self._directory, self._config, path)
@@ -167,7 +166,7 @@ class _Reader:
 
 def check_fields(directory: PathLike, config: dict[str, Any]) -> None:
     """Raises:
-    AdapterFileError: a config without what every adapter's has.
+    AdapterFileError: a config without a field that every adapter's config has.
     """
     kinds = {"spec": dict, "layer_specs": dict, "base": dict, "variables": list}
     kinds |= {"trained": list}

@@ -9,7 +9,7 @@ may count otherwise.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -17,7 +17,6 @@ import ml_dtypes
 import numpy as np
 
 from keras_lora.checks import AdapterFileError, invalid, warn
-from keras_lora.config import AdapterSpec
 from keras_lora.files.adapter_files import PathLike, write_adapter_files
 from keras_lora.files.keys import (
     base_fingerprint,
@@ -27,23 +26,18 @@ from keras_lora.files.keys import (
 )
 from keras_lora.files.matching import Loaded
 from keras_lora.inject import (
+    Plan,
     active_names,
-    adapted,
     check_names,
-    forget_optimizer_states,
     install,
-    known_models,
+    loses_dropout,
+    misfits,
     plan_factors,
-    reset_optimizer,
+    plan_of,
     whole_adapters,
 )
-from keras_lora.layers import (
-    DEFAULT_ADAPTER,
-    Adapter,
-    LoRALayer,
-    add_owner,
-    check_adapter_name,
-)
+from keras_lora.inject import replace as replace_adapter
+from keras_lora.layers import DEFAULT_ADAPTER, Adapter, check_adapter_name
 from keras_lora.version import __version__
 from keras_lora.walker import Tree
 
@@ -60,20 +54,20 @@ def save_adapter(
 ) -> None:
     """Write one adapter: its factors, and its values of biases and `layers_to_save`.
 
-    `adapter.safetensors` holds everything; `adapter_config.json` says the same for people, without
-    the tensors. A process that is killed at any moment leaves the old adapter or the new one.
+    `adapter.safetensors` has everything; `adapter_config.json` repeats the config for people. A
+    process that is killed at any moment leaves the old adapter or the new one.
 
     Args:
         model: An adapted model.
         directory: Where to; made if it does not exist.
         name: The adapter, active or not. Its name is not written: it is given when loading.
-        overwrite: Replace an adapter that is there.
+        overwrite: Replace an adapter that the directory contains.
         dtype: `"float32"`, or `"float16"` or `"bfloat16"` for half the bytes, rounded once.
 
     Raises:
         ValueError: the model has no such adapter, or an unknown dtype.
-        AdapterFileError: an adapter is there and `overwrite` is false, values are not finite (in
-            that dtype), or the files cannot be written.
+        AdapterFileError: the directory contains an adapter and `overwrite` is false, values are
+            not finite (in that dtype), or the files cannot be written.
 
     Example:
 
@@ -105,11 +99,11 @@ def load_adapter(
 ) -> None:
     """Add an adapter from files to a model, which need not be adapted yet.
 
-    Where no adapter acts, it acts and trains at once; else it waits for `set_adapter`, and nothing
-    changes for the others.
+    Where no adapter is active, the new one is active and trains at once. Otherwise it waits for
+    `set_adapter`, and nothing changes for the others.
 
     With `replace`, it takes the place of the adapter of that name, with another scale and of the
-    same rank or a lower one, and with DoRA only where one with DoRA acted before. Only values
+    same rank or a lower one, and with DoRA only where one with DoRA was active before. Only values
     change: nothing is traced again, and a service changes its task between two requests. Layers of
     the old adapter that the new one lacks have none.
 
@@ -122,8 +116,8 @@ def load_adapter(
             left out is listed in a warning.
 
     Raises:
-        ValueError: a name that is taken (or, to replace, is not there), or layers that cannot be
-            adapted.
+        ValueError: a name that is taken (or, to replace, that the model does not have), or layers
+            that cannot be adapted.
         AdapterFileError: the files are damaged, belong to another base, or do not fit; everything
             that does not fit is listed. The model is then as it was.
 
@@ -148,12 +142,11 @@ def load_adapter(
         check_names(tree, [name])
     loaded = Loaded.read(tree, directory, allow_other_base)
     if replace:
-        _replace(tree, name, loaded)
+        plan = plan_of(name, loaded.adapter, loaded.layers, loaded.values)
+        _check_replaceable(tree, plan, loaded.directory)
+        replace_adapter(tree, plan)
         return
-    factors: dict[str, tuple[AdapterSpec, *tuple[np.ndarray, ...]]] = {
-        t.path: (spec, *values) for t, spec, values in loaded.layers
-    }
-    plan = plan_factors(tree, name, loaded.adapter, factors, loaded.values)
+    plan = plan_factors(tree, name, loaded.adapter, loaded.layers, loaded.values)
     install(tree, plan, active=not active_names(tree))
 
 
@@ -196,73 +189,23 @@ def _plain_config(whole: Adapter | None, paths: Sequence[str]) -> dict[str, Any]
     if whole is None or whole.config is None:
         return None
     config = whole.config
-    # A function has no place in a file, and what it selected has.
+    # A file cannot contain a function: it gets the paths that the function selected.
     return (
         dataclasses.replace(config, targets=paths) if callable(config.targets) else config
     ).to_dict()
 
 
-def _replace(tree: Tree, name: str, loaded: Loaded) -> None:
-    layers = adapted(tree)
-    active = active_names(tree)
-    _check_replaceable(tree, name, loaded)
-    for target, spec, factors in loaded.layers:
-        layer = layers[target.path]
-        layer.put_adapter(name, layer.adapter_of(_maskable(layer, spec), factors, loaded.adapter))
-    new = {target.path for target, _, _ in loaded.layers}
-    for path, layer in layers.items():
-        if name in layer.adapters and path not in new:
-            layer.remove_adapter(name)
-        names = [n for n in active if n in layer.adapters]
-        if names != list(layer.active_adapters):
-            layer.activate(names, layer.trains_adapters)
-    for variable, value in loaded.values:
-        add_owner(variable, name).assign(name, value)
-    for inner in known_models(tree):
-        forget_optimizer_states(inner, name)
-        if name in active:
-            reset_optimizer(inner)
-
-
-def _maskable(layer: LoRALayer, spec: AdapterSpec) -> AdapterSpec:
-    return spec if layer.has_dropout else dataclasses.replace(spec, dropout=0.0)
-
-
-def _check_replaceable(tree: Tree, name: str, loaded: Loaded) -> None:
+def _check_replaceable(tree: Tree, plan: Plan, directory: str) -> None:
     """Whether the adapter fits where the old one is, so that no function is traced again."""
-    layers, active = adapted(tree), active_names(tree)
-    problems = [
-        problem
-        for target, spec, _ in loaded.layers
-        if (problem := _misfit(target.path, layers, active, name, spec))
-    ]
-    received = {id(variable) for variable, _ in loaded.values}
-    live = {id(item.variable) for item in owned_by(tree, name)}
-    keys = tree.variable_keys
-    problems += [f"{keys[i]}: of one of the two only" for i in received ^ live]
+    problems = misfits(tree, plan)
     if problems:
         raise AdapterFileError(
-            f"Invalid {loaded.directory!r}: expected an adapter that fits in the place of "
-            f"{name!r} without a new trace. Received: {'; '.join(problems)}; use delete_adapter "
-            "and then load_adapter without replace."
+            f"Invalid {directory!r}: expected an adapter that fits in the place of {plan.name!r} "
+            f"without a new trace. Received: {'; '.join(problems)}; use delete_adapter and then "
+            "load_adapter without replace."
         )
-    if any(spec.dropout and not layers[t.path].has_dropout for t, spec, _ in loaded.layers):
+    if loses_dropout(plan):
         warn(
-            f"{loaded.directory!r}: its dropout is left out, since the model was compiled without. "
+            f"{directory!r}: its dropout is left out, since the model was compiled without. "
             "Inference is the same; to train it, load it without replace."
         )
-
-
-def _misfit(
-    path: str, layers: Mapping[str, LoRALayer], active: Sequence[str], name: str, spec: AdapterSpec
-) -> str | None:
-    if path not in layers:
-        return f"{path}: not adapted in this model"
-    layer = layers[path]
-    names = [n for n in active if n == name or n in layer.adapters]
-    specs = [spec if n == name else layer.adapters[n].spec for n in names]
-    if layer.fits([dataclasses.replace(spec, dropout=0.0) for spec in specs]):
-        return None
-    if spec.use_dora and any(slot.magnitude is None for slot in layer.slots):
-        return f"{path}: DoRA among slots without a magnitude"
-    return f"{path}: rank {spec.rank} among slots of rank {[slot.rank for slot in layer.slots]}"

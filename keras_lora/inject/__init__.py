@@ -5,8 +5,9 @@ from keras_lora.inject.compiled import changing
 from keras_lora.inject.freezing import original_flag
 from keras_lora.inject.merge import merge_lora, merged, unload, unload_lora
 from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
-from keras_lora.inject.plan import plan_factors
-from keras_lora.inject.saving import guard_saving
+from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers, plan_of
+from keras_lora.inject.replacing import loses_dropout, misfits, replace
+from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.switching import (
     activate,
     active_names,
@@ -21,6 +22,8 @@ from keras_lora.inject.switching import (
 )
 
 __all__ = [
+    "Plan",
+    "PlannedLayer",
     "activate",
     "active_names",
     "adapted",
@@ -32,13 +35,18 @@ __all__ = [
     "check_no_dora",
     "drop",
     "forget_optimizer_states",
-    "guard_saving",
     "install",
     "known_models",
+    "loses_dropout",
     "merge_lora",
     "merged",
+    "misfits",
     "original_flag",
     "plan_factors",
+    "plan_layers",
+    "plan_of",
+    "prepare_saving",
+    "replace",
     "reset_optimizer",
     "switch",
     "unload",

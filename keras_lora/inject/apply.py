@@ -9,8 +9,8 @@ from keras_lora.config import LoRAConfig
 from keras_lora.distribution import strategy_scope
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import changing
-from keras_lora.inject.plan import Plan, make_plan, warn_of_high_ranks
-from keras_lora.inject.saving import guard_saving
+from keras_lora.inject.plan import Plan, PlannedLayer, make_plan, warn_of_high_ranks
+from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.switching import activate, active_names, known_models, refreeze
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
@@ -38,7 +38,7 @@ def apply_lora(
     checkpoints of the base still fit. Afterwards exactly the adapters, the biases that
     `config.bias` selects and `config.layers_to_save` train. A fresh adapter changes no output.
 
-    Called again with another name it adds a second adapter, which then acts and trains alone;
+    Called again with another name it adds a second adapter, which is then active and trains alone;
     `set_adapter` switches. Each adapter has its own values of the biases and layers that it trains.
 
     The compiled functions of every model around the layers are dropped and made anew when next
@@ -102,7 +102,7 @@ def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True)
     """Add an adapter as planned. It is active and trains alone, or waits for `set_adapter`."""
     before = active_names(tree)
     switched = (before, [plan.name]) if active else None
-    with changing(tree, [target.layer for target, _ in plan.specs], switched):
+    with changing(tree, [layer.target.layer for layer in plan.layers], switched):
         try:
             _add(plan)
             if active:
@@ -113,24 +113,28 @@ def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True)
             raise
         if active:
             refreeze(tree, plan.adapter.trained if trainable else ())
-        guard_saving(tree)
+        prepare_saving(tree)
         known_models(tree)
 
 
 def _add(plan: Plan) -> None:
-    for target, spec in plan.specs:
-        with strategy_scope(target.layer):
-            adapted = isinstance(target.layer, LoRALayer)
-            layer = target.layer if adapted else attach(target.layer)
-            if target.path in plan.factors:
-                factors = plan.factors[target.path]
-                layer.put_adapter(plan.name, layer.adapter_of(spec, factors, plan.adapter))
-            else:
-                layer.add_adapter(plan.name, spec, plan.adapter)
+    for planned in plan.layers:
+        with strategy_scope(planned.target.layer):
+            _add_to_layer(plan, planned)
     for variable in plan.owned:
         item = add_owner(variable, plan.name)
         if id(variable) in plan.values:
             item.assign(plan.name, plan.values[id(variable)])
+
+
+def _add_to_layer(plan: Plan, planned: PlannedLayer) -> None:
+    layer, spec = planned.target.layer, planned.spec
+    adapted = layer if isinstance(layer, LoRALayer) else attach(layer)
+    if planned.factors is None:
+        adapted.add_adapter(plan.name, spec, plan.adapter)
+    else:
+        adapter = adapted.adapter_of(spec, planned.factors, plan.adapter)
+        adapted.put_adapter(plan.name, adapter)
 
 
 def drop(tree: Tree, name: str) -> None:

@@ -19,7 +19,7 @@ def plain_copy(tree: Tree) -> Any:
     """A copy without adapters: the base's architecture, values, flags and compile settings.
 
     Raises:
-        ValueError: the model cannot be made from its config, or what is made from it has other
+        ValueError: the model cannot be made from its config, or the model made from it has other
             variables. (`LlamaBackbone.get_config` of KerasHub 0.32 forgets tied embeddings.)
     """
     model: Any = tree.root

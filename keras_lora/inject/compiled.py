@@ -23,8 +23,8 @@ FUNCTIONS = ("train_function", "test_function", "predict_function", "generate_fu
 def models_around(tree: Tree, layers: Iterable[keras.layers.Layer]) -> list[keras.Model]:
     """Every live model that contains one of the layers of a tree, however deep.
 
-    A layer does not know what contains it, and an outer model that has run `predict` keeps a
-    graph of the layer as it was. So all live objects are looked through: the types first,
+    A layer does not know the models that contain it, and an outer model that has run `predict`
+    keeps a graph of the layer as it was. So all live objects are looked through: the types first,
     since `isinstance` would touch the lazy proxies that some libraries leave around.
     """
     wanted = {id(layer) for layer in layers}
@@ -51,9 +51,10 @@ def changing(
     switched: tuple[Sequence[str], Sequence[str]] | None = None,
     functions: Sequence[str] = FUNCTIONS,
 ) -> Iterator[None]:
-    """Around a change of layers: drop what was compiled, and renew optimizers that must be.
+    """Around a change of layers: drop the compiled functions, and renew the optimizers of
+    which other variables train.
 
-    `switched` are the names of the adapters that act before and after.
+    `switched` are the names of the adapters that are active before and after.
     """
     models = around(tree, layers)
     with strategy_scope(layers[0]):

@@ -31,7 +31,7 @@ def thaw(tree: Tree) -> None:
     """Give every layer and variable the flag that it had before `freeze`."""
     variables = [(v, original_flag(v)) for v in tree.root.variables]
     layers = [(layer, original_flag(layer)) for layer in tree.layers]
-    # Parents first: to set a layer's flag sets those of all that is below it.
+    # Parents first: to set the flag of a layer sets the flags of every layer below.
     for item, flag in layers + variables:
         item.trainable = flag
         if hasattr(item, WAS_TRAINABLE):
@@ -47,7 +47,7 @@ def own_trainable_variables(tree: Tree, layer: Layer) -> list[keras.Variable]:
     """The variables of a layer that train once nothing is frozen (no moving statistics)."""
     flags = [(v, v.trainable) for v in layer.variables]
     layers = [(item, item.trainable) for item in tree.within(layer)]
-    layer.trainable = False  # on TensorFlow to set the flag that is there does nothing
+    layer.trainable = False  # on TensorFlow to set the present flag does nothing
     layer.trainable = True
     trainable = list(layer.trainable_variables)
     for item, flag in layers:

@@ -13,7 +13,7 @@ from keras_lora.checks import warn
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import around, changing, refresh
 from keras_lora.inject.freezing import freeze, thaw
-from keras_lora.inject.saving import allow_saving, guard_saving
+from keras_lora.inject.saving import allow_saving, prepare_saving
 from keras_lora.inject.switching import (
     activate,
     active_names,
@@ -32,9 +32,10 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
 
     An adapter with DoRA adds `m_i (W0 + s_i A_i B_i) / |W0 + s_i A_i B_i| - W0` instead.
 
-    No class, variable or config of keras_lora is left: the model saves, loads and exports
-    without this package. Every trainable flag is what it was before `apply_lora`. Adapters that
-    are not active are dropped, with a warning that names them; a copy is made of those that act.
+    No class, variable or config of keras_lora is left: the model saves, loads and exports without
+    this package. Every trainable flag is what it was before `apply_lora`. Adapters that are not
+    active are dropped, with a warning that names them; to merge a copy needs no warning, as `model`
+    keeps them.
 
     Args:
         model: An adapted model.
@@ -44,7 +45,7 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
         The plain model: `model` itself, or the copy.
 
     Raises:
-        ValueError: no adapters, none that acts, or a kernel that is not finite after merging.
+        ValueError: no adapters, none that is active, or a kernel that is not finite after merging.
             The model is then as it was.
 
     Example:
@@ -74,8 +75,8 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
 def unload_lora(model: keras.Model) -> keras.Model:
     """Drop every adapter: the base again, bit for bit, with its trainable flags.
 
-    Layers of `layers_to_save` and biases that were trained have the base's values again: what
-    they learned belongs to the adapter, and is dropped with it.
+    Layers of `layers_to_save` and biases that were trained have the base's values again: the
+    trained values belong to the adapter, and are dropped with it.
 
     Args:
         model: An adapted model.
@@ -152,7 +153,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
             attach(layer, state).assign_base(kernel)
         tree = Tree.of(model)  # anew: the model may have changed within the context
         freeze(tree, trainable)
-        guard_saving(tree)
+        prepare_saving(tree)
         refresh(models)
 
 

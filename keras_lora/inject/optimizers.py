@@ -46,9 +46,10 @@ def built_optimizer(model: keras.Model) -> Any | None:
 
 
 def switch_optimizer(model: keras.Model, left: Sequence[str], entered: Sequence[str]) -> None:
-    """Put aside what the optimizer knows of the adapters that leave, and take up the others'.
+    """Park the moments of the adapters that leave, and restore those of the adapters that enter.
 
-    What never trained starts as a fresh optimizer does. The learning rate is the model's.
+    Adapters that never trained start with the moments of a fresh optimizer. The learning rate is
+    the model's.
     """
     optimizer = built_optimizer(model)
     if optimizer is None or list(left) == list(entered):
@@ -70,7 +71,7 @@ def reset_optimizer(model: keras.Model) -> None:
 
 
 def forget_optimizer_states(model: keras.Model, name: str) -> None:
-    """Drop what is parked for an adapter that was deleted or replaced."""
+    """Drop the moments that are parked for an adapter that was deleted or replaced."""
     optimizer = built_optimizer(model)
     parked = {} if optimizer is None else _PARKED.get(optimizer, {})
     for names in [names for names in parked if name in names]:

@@ -20,19 +20,41 @@ from keras_lora.layers import (
     site_of,
     split_kernel,
 )
-from keras_lora.walker import Node, Target, Tree, match_names, matches, select_targets
+from keras_lora.walker import (
+    Node,
+    Target,
+    Tree,
+    check_target,
+    match_names,
+    matches,
+    select_targets,
+)
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer that an adapter is to be on: the spec there, and the factors.
+
+    `factors` is None for an adapter that is yet to be drawn.
+    """
+
+    target: Target
+    spec: AdapterSpec
+    factors: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An adapter's name, the spec of each target, and what else it trains and keeps."""
+    """An adapter that is to be added: its name, its layers, and what else it trains and owns.
+
+    `values` are those of the owned variables, by the id of the variable, for an adapter that
+    exists already; a new adapter starts with the base's values.
+    """
 
     name: str
-    specs: Sequence[tuple[Target, AdapterSpec]]
+    layers: Sequence[PlannedLayer]
     adapter: Adapter
     owned: Sequence[keras.Variable]
-    # Of an adapter that exists already: its factors by path, and its values of owned variables.
-    factors: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     values: Mapping[int, Any] = field(default_factory=dict)
 
 
@@ -44,58 +66,81 @@ def make_plan(tree: Tree, config: LoRAConfig, name: str) -> Plan:
     _check_disjoint(tree, targets, trained)
     ranks = _by_pattern(config.rank_pattern, targets, "rank_pattern")
     alphas = _by_pattern(config.alpha_pattern, targets, "alpha_pattern")
-    specs = [(t, config.spec(rank=ranks.get(t.path), alpha=alphas.get(t.path))) for t in targets]
-    _check_dora(specs)
+    layers = [
+        PlannedLayer(t, config.spec(rank=ranks.get(t.path), alpha=alphas.get(t.path)))
+        for t in targets
+    ]
+    _check_dora(layers)
     full = [v for node in trained for v in own_trainable_variables(tree, node.layer)]
     whole = Adapter(config, unique([*_biases(tree, targets, config.bias), *full]))
     owned = unique([*whole.trained, *(v for node in trained for v in node.layer.weights)])
-    return Plan(name, specs, whole, owned)
+    return Plan(name, layers, whole, owned)
 
 
 def plan_factors(
     tree: Tree,
     name: str,
     adapter: Adapter,
-    factors: Mapping[str, tuple[AdapterSpec, *tuple[Any, ...]]],
+    layers: Sequence[PlannedLayer],
     values: Sequence[tuple[keras.Variable, Any]] = (),
 ) -> Plan:
-    """To add an adapter that exists already: spec and factors by path, and owned variables.
+    """A plan to add an adapter that exists already: layers with factors, and owned values.
 
     Raises:
         ValueError: a name that is taken or malformed, or layers that cannot take the factors.
     """
     check_adapter_name(name)
     check_name_is_new(tree, name)
+    for layer in layers:
+        check_target(layer.target)
+    _raise_wrong(sorted(layer.target.path for layer in layers if not _takes(layer)))
+    _check_dora(layers)
+    return plan_of(name, adapter, layers, values)
+
+
+def plan_of(
+    name: str,
+    adapter: Adapter,
+    layers: Sequence[PlannedLayer],
+    values: Sequence[tuple[keras.Variable, Any]],
+) -> Plan:
+    """`plan_factors` without the checks: for an adapter that takes the place of another."""
+    by_variable = {id(variable): value for variable, value in values}
+    return Plan(name, layers, adapter, [variable for variable, _ in values], by_variable)
+
+
+def plan_layers(
+    tree: Tree, factors: Mapping[str, tuple[AdapterSpec, *tuple[Any, ...]]]
+) -> list[PlannedLayer]:
+    """Layers for `plan_factors`, from `{path: (spec, *factors)}`.
+
+    Raises:
+        ValueError: a path without a layer that can be adapted.
+    """
     targets = select_targets(tree, lambda target: target.path in factors)
-    wrong = sorted(set(factors) - {target.path for target in targets})
-    wrong += [t.path for t in targets if not _takes(t, *factors[t.path])]
-    if wrong:
+    _raise_wrong(sorted(factors.keys() - {target.path for target in targets}))
+    return [PlannedLayer(t, factors[t.path][0], factors[t.path][1:]) for t in targets]
+
+
+def _raise_wrong(paths: Sequence[str]) -> None:
+    if paths:
         raise ValueError(
             "Expected factors for layers that can be adapted, of the shapes that belong to their "
-            f"kernels. Received others for: {wrong}. Check the model that they were made for."
+            f"kernels. Received others for: {paths}. Check the model that they were made for."
         )
-    specs = [(target, factors[target.path][0]) for target in targets]
-    _check_dora(specs)
-    return Plan(
-        name,
-        specs,
-        adapter,
-        [variable for variable, _ in values],
-        {path: values for path, (_, *values) in factors.items()},
-        {id(variable): value for variable, value in values},
-    )
 
 
-def _takes(target: Target, spec: AdapterSpec, *factors: Any) -> bool:
-    expected = adapter_shapes(split_kernel(target.layer), target.kernel_shape, spec)
+def _takes(layer: PlannedLayer) -> bool:
+    target, factors = layer.target, layer.factors or ()
+    expected = adapter_shapes(split_kernel(target.layer), target.kernel_shape, layer.spec)
     return [tuple(factor.shape) for factor in factors] == expected
 
 
-def _check_dora(specs: Sequence[tuple[Target, AdapterSpec]]) -> None:
+def _check_dora(layers: Sequence[PlannedLayer]) -> None:
     refused = [
-        target.path
-        for target, spec in specs
-        if spec.use_dora and not site_of(target.layer).kind.takes_dora
+        x.target.path
+        for x in layers
+        if x.spec.use_dora and not site_of(x.target.layer).kind.takes_dora
     ]
     if refused:
         raise invalid(
@@ -173,12 +218,14 @@ def _by_pattern(
 
 
 def warn_of_high_ranks(plan: Plan) -> None:
-    high = []
-    for target, spec in plan.specs:
-        if spec.rank > min(split_kernel(target.layer).matrix_shape(target.kernel_shape)):
-            high.append(target.path)
+    high = [layer.target.path for layer in plan.layers if _is_high(layer)]
     if high:
         warn(
             f"The rank is above the smaller side of the kernel, which costs parameters and adds "
             f"nothing, for {high}. Lower it with rank_pattern."
         )
+
+
+def _is_high(layer: PlannedLayer) -> bool:
+    target = layer.target
+    return layer.spec.rank > min(split_kernel(target.layer).matrix_shape(target.kernel_shape))

@@ -1,4 +1,4 @@
-"""Which files can hold an adapted model, and the refusal of the others."""
+"""The files that can contain an adapted model, and the refusal of the others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,27 @@ from keras_lora.layers import BASE, LoRALayer, all_owned, is_registered
 from keras_lora.walker import Layer, Tree
 
 
+def prepare_saving(tree: Tree) -> None:
+    """Prepare an adapted model for Keras's savers: further values to write, and files to refuse."""
+    keep_owned_values(tree)
+    guard_saving(tree)
+
+
+def keep_owned_values(tree: Tree) -> None:
+    """Let the first adapted layer write, into weights files, values that no variable has now."""
+    layers = tree.adapted
+    for layer in layers:
+        layer._lora.owned = []
+    layers[0]._lora.owned = all_owned(tree.root.variables)
+
+
 def guard_saving(tree: Tree) -> None:
     """Refuse, before a file is touched, to write a file that could not be read back.
 
     Keras opens the file first and serializes then, so that an error from a layer would destroy
-    an older file; `LoRALayer.save_assets` is the second line, for outer models.
+    an older file; `LoRALayer.save_assets` is the second line, for outer models. The inverse is
+    `allow_saving`.
     """
-    _keep_owned_values(tree)
     refusal = _UNSAVEABLE.format(model=tree.root.name)
     message = None if _config_holds(tree) else refusal
     for layer in tree.adapted:
@@ -27,14 +41,6 @@ def guard_saving(tree: Tree) -> None:
             inner.save = partial(_refuse, message)
         if hasattr(inner, "save_to_preset"):
             inner.save_to_preset = partial(_refuse, refusal)
-
-
-def _keep_owned_values(tree: Tree) -> None:
-    """Let the first adapted layer write, into weights files, values that no variable has now."""
-    layers = tree.adapted
-    for layer in layers:
-        layer._lora.owned = []
-    layers[0]._lora.owned = all_owned(tree.root.variables)
 
 
 def allow_saving(tree: Tree) -> None:
@@ -69,7 +75,7 @@ def _config_holds(tree: Tree) -> bool:
         return False
     try:
         return _count_adapted(tree.root.get_config()) == len(layers)
-    except Exception:  # a get_config of somebody else's that fails, in whatever way
+    except Exception:  # a user's get_config may fail in any way
         return False
 
 

@@ -1,4 +1,4 @@
-"""Which adapters of a model act and train."""
+"""Which adapters of a model are active, and train."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from keras_lora.distribution import strategy_scope
 from keras_lora.inject.compiled import FUNCTIONS, changing, stale_when_flags_change
 from keras_lora.inject.freezing import freeze
 from keras_lora.inject.optimizers import switch_optimizer
-from keras_lora.inject.saving import guard_saving
+from keras_lora.inject.saving import prepare_saving
 from keras_lora.layers import BASE, Adapter, LoRALayer, OwnedValues, all_owned
 from keras_lora.walker import Tree
 
@@ -20,7 +20,7 @@ def adapted(tree: Tree) -> dict[str, LoRALayer]:
     """The adapted layers by path.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the model has no adapters.
     """
     check_adapted(tree)
     return tree.adapted_by_path
@@ -91,15 +91,15 @@ def check_no_dora(tree: Tree, names: Iterable[str], fix: str) -> None:
 
 
 def whole_adapters(tree: Tree, names: Iterable[str]) -> dict[str, Adapter]:
-    """What is known of these adapters beyond their layers. Layers made by hand have none."""
+    """The whole adapters of these names; layers made by hand belong to none."""
     adapters = ((n, x.adapters[n]) for n in names for x in tree.adapted if n in x.adapters)
     return {name: adapter.adapter for name, adapter in adapters if adapter.adapter is not None}
 
 
 def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
-    """Let exactly these adapters act and, if `trainable`, train with what belongs to them.
+    """Activate exactly these adapters; if `trainable`, they train with their biases and layers.
 
-    Nothing that is compiled changes, and no optimizer is made anew, unless variables are missing
+    No compiled function is dropped, and no optimizer is made anew, unless variables are missing
     or other variables are to train.
 
     Raises:
@@ -124,7 +124,7 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
             _move(layers, owned, names, trainable)
             refreeze(tree, extra)
     if owned:
-        guard_saving(tree)
+        prepare_saving(tree)
 
 
 def activate(tree: Tree, names: Sequence[str], trainable: bool | None = None) -> None:
@@ -183,7 +183,9 @@ def _owner(item: OwnedValues, names: Sequence[str]) -> str:
 def unowned_variables(
     layers: Iterable[LoRALayer], owned: Iterable[OwnedValues], trained: Iterable[keras.Variable]
 ) -> list[keras.Variable]:
-    """What trains and belongs to no adapter: of layers made by hand, or from a `.keras` file."""
+    """The variables that train and belong to no adapter of this package's verbs.
+
+    They are of layers made by hand, or from a `.keras` file."""
     known = {id(item.variable) for item in owned}
     known |= {id(v) for layer in layers for v in layer.adapter_variables}
     return [v for v in trained if id(v) not in known]

@@ -1,1 +1,1 @@
-"""What acts during training."""
+"""Callbacks for `fit`."""

@@ -1,34 +1,30 @@
-"""What acts during training: `AdapterCheckpoint`."""
+"""`AdapterCheckpoint`: an adapter is saved while it trains, and a killed run goes on."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
-from keras import ops
 
 from keras_lora.checks import AdapterFileError, invalid, warn
-from keras_lora.files.adapter_files import (
-    TENSORS_FILE,
-    PathLike,
-    read_adapter_files,
-    write_adapter_files,
-)
+from keras_lora.files.adapter_files import TENSORS_FILE, PathLike
 from keras_lora.files.saving import save_adapter
 from keras_lora.inject import active_names, check_names
-from keras_lora.layers import DEFAULT_ADAPTER, all_owned
-from keras_lora.training.fitting import improves_upwards, skip_batches, start_fit_at, stop_skipping
+from keras_lora.layers import DEFAULT_ADAPTER
+from keras_lora.training.fitting import (
+    SkippedBatches,
+    improves_upwards,
+    start_fit_at,
+    stop_skipping,
+)
+from keras_lora.training.run_state import RunState
 from keras_lora.walker import Tree
 
 STATE_DIRECTORY = "training_state"
-_METRICS = "metrics/"
 _MODES = ("auto", "min", "max")
 
 
@@ -39,27 +35,27 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     - in `directory` the adapter, as `save_adapter` writes it. With `save_best_only` it is the best
       one so far;
-    - in `directory/training_state` what it takes to go on: every value that trains, the optimizer,
+    - in `directory/training_state` the state of the run: every value that trains, the optimizer,
       the seeds of dropout, the metrics, the epoch and the batch, and the best value so far. It is
       written when training begins, at every save and when training ends.
 
-    When `fit` begins and such a state is there, the run goes on from it: an epoch that was done is
-    not trained again, and in a broken epoch the batches that were done are read and passed over.
-    What was lost is the work since the last save. The weights at the end are those of an unbroken
-    run, given that the data of an epoch come in the same order again: `shuffle=False`, or a
-    dataset whose order does not depend on the epochs before. Of a run that has ended only the
-    weights are loaded, with a warning, unless `fit` is asked for more epochs now.
+    When `fit` begins and the directory has such a state, the run goes on from it: an epoch that was
+    done is not trained again, and in a broken epoch the batches that were done are read and passed
+    over. Only the work since the last save is lost. The weights at the end are those of an unbroken
+    run, given that the data of an epoch come in the same order again: `shuffle=False`, or a dataset
+    whose order does not depend on the epochs before. Of a run that has ended only the weights are
+    loaded, with a warning, unless `fit` is asked for more epochs now.
 
     Not part of the state: other callbacks (the patience of `EarlyStopping`), and variables that
     change though they are frozen. One directory belongs to one call of `fit`.
 
     Args:
         directory: Where to.
-        name: The adapter that is saved. It must act and train.
+        name: The adapter that is saved. It must be active and train.
         monitor: The name in the logs that tells the best, such as `"val_loss"`.
         verbose: 1 prints a line for each save.
         save_best_only: Replace the adapter only where `monitor` improved.
-        mode: `"min"`, `"max"`, or `"auto"`: what Keras knows of the metric of that name.
+        mode: `"min"`, `"max"`, or `"auto"`: as Keras knows the metric of that name.
         save_freq: `"epoch"`, or a number of batches.
         initial_value_threshold: The value that the first best has to beat.
         overwrite: Start anew where another run has ended, and replace its adapter.
@@ -111,7 +107,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self._unsaved_batches = 0
         self._last_batch = -1
         self._skipped = 0  # batches of this epoch that an earlier process has done
-        self._resumed: _State | None = None
+        self._resumed: RunState | None = None
         self._check_arguments()
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
@@ -135,7 +131,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self._skipped = 0 if resumed is None else resumed.batches
         if resumed is not None and self._skipped:
             model = self.model
-            skip_batches(model, self._skipped, lambda: resumed.assign_metrics(model))
+            SkippedBatches(model, self._skipped, lambda: resumed.assign_metrics(model)).start()
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         done, self._last_batch = batch - self._last_batch, batch
@@ -169,7 +165,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         if "{" in os.fspath(self.directory):
             raise invalid(
                 "directory",
-                "a plain path: there is one adapter, which is replaced",
+                "a plain path: it contains one adapter, which is replaced",
                 self.directory,
                 "give each run a directory of its own",
             )
@@ -186,24 +182,24 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         if not any(layer.trains_adapters for layer in trains):
             raise ValueError(
                 f"Expected an adapter that trains. Received: name={self.name!r}, while "
-                f"{active_names(tree)} act. Call set_adapter(model, {self.name!r}) first."
+                f"{active_names(tree)} are active. Call set_adapter(model, {self.name!r}) first."
             )
 
-    def _found_state(self) -> _State | None:
+    def _found_state(self) -> RunState | None:
         """The state to go on from, or None to start anew."""
         if (self._state_directory / TENSORS_FILE).exists():
-            state = _State.read(self._state_directory)
+            state = RunState.read(self._state_directory)
             anew = state.ended is not None and (self.overwrite or self._own)
             return None if anew else state
         if (self.directory / TENSORS_FILE).exists() and not (self.overwrite or self._own):
             raise AdapterFileError(
-                f"Invalid {str(self.directory)!r}: expected no adapter there, or one with the "
-                "state of its training. Received: an adapter without; choose another directory, "
-                "or pass overwrite=True to replace it."
+                f"Invalid {str(self.directory)!r}: expected a directory without an adapter, or "
+                "with the state of its training too. Received: an adapter alone; choose another "
+                "directory, or pass overwrite=True to replace it."
             )
         return None
 
-    def _resume(self, model: keras.Model, state: _State) -> None:
+    def _resume(self, model: keras.Model, state: RunState) -> None:
         state.check(model, self._state_directory)
         if state.batches % model.steps_per_execution:
             raise invalid(
@@ -234,7 +230,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self._write_state(epoch, batches)
 
     def _write_state(self, epoch: int, batches: int, ended: int | None = None) -> None:
-        state = _State.of(self.model, epoch, batches, self.best, ended)
+        state = RunState.of(self.model, epoch, batches, self.best, ended)
         state.write(self._state_directory)
 
     def _improved(self, logs: Mapping[str, Any]) -> bool:
@@ -264,123 +260,3 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         if upwards is None:
             raise invalid("mode", f"'min' or 'max' for monitor={self.monitor!r}", self.mode)
         return upwards
-
-
-@dataclass(frozen=True)
-class _State:
-    """All that training changes, and how far it has come."""
-
-    epoch: int
-    batches: int
-    best: float | None
-    ended: int | None  # once the run has ended: the number of epochs that it was asked for
-    optimizer: str
-    trained: Sequence[str]  # in the order in which the optimizer has them
-    values: Mapping[str, np.ndarray]
-
-    @classmethod
-    def of(
-        cls,
-        model: keras.Model,
-        epoch: int,
-        batches: int,
-        best: float | None,
-        ended: int | None,
-    ) -> _State:
-        keys = Tree.of(model).variable_keys
-        variables = _variables(model, keys) | _metrics(model)
-        return cls(
-            epoch,
-            batches,
-            best,
-            ended,
-            type(model.optimizer).__name__,
-            _trained(model, keys),
-            {key: _array(variable) for key, variable in variables.items()},
-        )
-
-    @classmethod
-    def read(cls, directory: Path) -> _State:
-        files = read_adapter_files(directory, finite=False)
-        names = {field.name for field in dataclasses.fields(cls)} - {"values"}
-        if set(files.config) != names:
-            raise _mismatch(directory, [f"the fields {sorted(files.config)}"])
-        return cls(**files.config, values=files.tensors)
-
-    def write(self, directory: Path) -> None:
-        config = {name: value for name, value in vars(self).items() if name != "values"}
-        write_adapter_files(directory, config, self.values, overwrite=True, finite=False)
-
-    def check(self, model: keras.Model, directory: Path) -> None:
-        """
-        Raises:
-            AdapterFileError: the state is of another run; everything that differs is listed.
-        """
-        keys = Tree.of(model).variable_keys
-        expected = {key: tuple(v.shape) for key, v in _variables(model, keys).items()}
-        saved = {k: x.shape for k, x in self.values.items() if not k.startswith(_METRICS)}
-        wrong = [
-            f"{key}: {saved.get(key, 'nothing')}, expected {expected.get(key, 'nothing')}"
-            for key in sorted(saved.keys() | expected.keys())
-            if saved.get(key) != expected.get(key)
-        ]
-        if self.optimizer != type(model.optimizer).__name__:
-            wrong.append(f"{self.optimizer}, expected {type(model.optimizer).__name__}")
-        if not wrong and list(self.trained) != _trained(model, keys):
-            wrong.append("the variables that train in another order")
-        if wrong:
-            raise _mismatch(directory, wrong)
-
-    def assign(self, model: keras.Model) -> None:
-        for key, variable in _variables(model, Tree.of(model).variable_keys).items():
-            variable.assign(self.values[key].astype(variable.dtype))
-
-    def assign_metrics(self, model: keras.Model) -> None:
-        metrics = _metrics(model)
-        saved = {key for key in self.values if key.startswith(_METRICS)}
-        if saved != set(metrics):
-            warn(
-                "The logs of the epoch that was broken leave out its first part: the metrics are "
-                "not those of the run that is resumed."
-            )
-            return
-        for key, variable in metrics.items():
-            variable.assign(self.values[key].astype(variable.dtype))
-
-
-def _variables(model: keras.Model, keys: Mapping[int, str]) -> dict[str, keras.Variable]:
-    """The variables that training changes, by key."""
-    owned = [item.variable for item in all_owned(model.variables)]
-    trained = {keys[id(v)]: v for v in [*model.trainable_variables, *owned]}
-    return (
-        {f"values/{key}": variable for key, variable in trained.items()}
-        | _numbered("optimizer/", model.optimizer.variables)
-        # All that has state and is no weight: the seeds of dropout, the base's too.
-        | _numbered("seeds/", [v for v in model.variables if id(v) not in keys])
-    )
-
-
-def _metrics(model: keras.Model) -> dict[str, keras.Variable]:
-    return _numbered(_METRICS, model.metrics_variables)
-
-
-def _trained(model: keras.Model, keys: Mapping[int, str]) -> list[str]:
-    return [keys[id(v)] for v in model.trainable_variables]
-
-
-def _numbered(prefix: str, variables: Sequence[keras.Variable]) -> dict[str, keras.Variable]:
-    return {f"{prefix}{index}": variable for index, variable in enumerate(variables)}
-
-
-def _array(variable: keras.Variable) -> np.ndarray:
-    """A copy. Whole numbers become float64, which has them exactly up to 2**53."""
-    array = np.array(ops.convert_to_numpy(variable), copy=True)
-    return array.astype("float64") if array.dtype.kind in "iub" else array
-
-
-def _mismatch(directory: Path, wrong: Sequence[str]) -> AdapterFileError:
-    return AdapterFileError(
-        f"Invalid {str(directory)!r}: expected the state of a run of this model. Received: "
-        f"{'; '.join(wrong)}. Build, adapt and compile the model as in the run that was broken, "
-        "or remove that directory to start anew."
-    )

@@ -30,48 +30,63 @@ def improves_upwards(model: keras.Model, metric: str) -> bool | None:
     return None if None in directions or not directions else directions[0] == "up"
 
 
-def skip_batches(model: keras.Model, count: int, resume_metrics: Callable[[], None]) -> None:
-    """Let `fit` pass over the next batches: they are read, and nothing is computed.
+class SkippedBatches:
+    """Stands in for a model's train function: batches are read, and nothing is computed.
 
-    `resume_metrics` is called once the metrics have variables, before the first logs are taken.
-    The inverse is `stop_skipping`.
+    Args:
+        model: The model, within `fit`.
+        count: The number of batches to pass over.
+        resume_metrics: Called once the metrics have variables, before the first logs are taken.
     """
-    train, left, logs = model.train_function, count, dict[str, Any]()
-    reads = keras.backend.backend() != "torch"  # there `fit` itself reads the data
 
-    def resume() -> None:
-        resume_metrics()
-        logs.update(model.get_metrics_result())
+    def __init__(self, model: keras.Model, count: int, resume_metrics: Callable[[], None]) -> None:
+        self._model = model
+        self._left = count
+        self._resume_metrics = resume_metrics
+        self._train = model.train_function
+        self._logs: dict[str, Any] = {}
 
-    def read(iterator: Iterator[Any]) -> None:
-        batch = _next_batch(iterator, model.steps_per_execution)
-        if not logs:
-            model._symbolic_build(data_batch=batch)
-            resume()
+    def start(self) -> None:
+        """Take the place of the train function; the inverse of `stop`."""
+        # On TensorFlow the metrics have no variables yet. On JAX the model is without values in
+        # a step, so that the logs must be taken before.
+        if keras.backend.backend() != "tensorflow":
+            self._resume()
+        self._model.train_function = self
 
-    def skip(*arguments: Any) -> Any:
-        nonlocal left
+    def stop(self) -> None:
+        """Give the place back to the train function."""
+        self._model.train_function = self._train
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What Keras takes for a step of training."""
         try:
-            if reads:
-                read(arguments[-1])
+            if keras.backend.backend() != "torch":  # on torch `fit` itself reads the data
+                self._read(arguments[-1])
         except BaseException:
-            model.train_function = train
+            self.stop()
             raise
-        left -= model.steps_per_execution
-        if left <= 0:
-            model.train_function = train
+        self._left -= self._model.steps_per_execution
+        if self._left <= 0:
+            self.stop()
         # On JAX the function has the model's state beside the data, and gives both back.
-        return (dict(logs), arguments[0]) if len(arguments) > 1 else dict(logs)
+        return (dict(self._logs), arguments[0]) if len(arguments) > 1 else dict(self._logs)
 
-    if keras.backend.backend() != "tensorflow":  # on JAX the model is without values in a step
-        resume()
-    skip.instead_of = train  # type: ignore[attr-defined]
-    model.train_function = skip
+    def _read(self, iterator: Iterator[Any]) -> None:
+        batch = _next_batch(iterator, self._model.steps_per_execution)
+        if not self._logs:
+            self._model._symbolic_build(data_batch=batch)
+            self._resume()
+
+    def _resume(self) -> None:
+        self._resume_metrics()
+        self._logs.update(self._model.get_metrics_result())
 
 
 def stop_skipping(model: keras.Model) -> None:
-    if hasattr(model.train_function, "instead_of"):
-        model.train_function = model.train_function.instead_of
+    """Give the train function its place back, where `SkippedBatches` stand in for it."""
+    if isinstance(model.train_function, SkippedBatches):
+        model.train_function.stop()
 
 
 def _next_batch(iterator: Iterator[Any], count: int) -> Any:

@@ -1,8 +1,14 @@
-"""Finding layers in a model: a walk over its tree, and what a `targets` argument selects."""
+"""A model's layers as a tree, from one walk, and those that a `targets` argument selects."""
 
 from keras_lora.walker.heads import backbone_of, is_backbone, output_heads
 from keras_lora.walker.names import match_names, matches
-from keras_lora.walker.targets import Target, all_targets, find_targets, select_targets
+from keras_lora.walker.targets import (
+    Target,
+    all_targets,
+    check_target,
+    find_targets,
+    select_targets,
+)
 from keras_lora.walker.tree import (
     Layer,
     Node,
@@ -22,6 +28,7 @@ __all__ = [
     "all_layers",
     "all_targets",
     "backbone_of",
+    "check_target",
     "find_targets",
     "is_backbone",
     "lora_layers",

@@ -72,10 +72,10 @@ def is_backbone(model: Layer) -> bool:
 
 
 def backbone_of(model: Layer) -> Any:
-    """The KerasHub backbone that a model is or holds; the outermost, where one is in another.
+    """The KerasHub backbone that a model is or contains; the outermost, where one is in another.
 
     Raises:
-        ValueError: there is none, or several side by side.
+        ValueError: the model contains no backbone, or several side by side.
     """
     tree = Tree.of(model)
     found = [layer for layer in tree.layers if is_backbone(layer)]
@@ -84,7 +84,7 @@ def backbone_of(model: Layer) -> Any:
     if len(outermost) != 1:
         raise invalid(
             "model",
-            "a KerasHub backbone, or a model that holds one",
+            "a KerasHub backbone, or a model that contains one",
             [backbone.name for backbone in outermost] or model,
             "pass the backbone itself",
         )

@@ -61,7 +61,7 @@ def unmatched(argument: str, missing: Sequence[str], paths: Sequence[str]) -> Va
     }
     return ValueError(
         f"Expected every name in `{argument}` to match a layer. Received: {list(missing)}, which "
-        f"match none. Closest: {sorted(close)}. There are: {shortened(paths)}."
+        f"match none. Closest: {sorted(close)}. The model has: {shortened(paths)}."
     )
 
 

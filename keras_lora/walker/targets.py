@@ -35,7 +35,7 @@ class Target:
         kind: The Keras class that it is adapted as: `"Dense"`, `"EinsumDense"`, `"Embedding"` or
             `"ReversibleEmbedding"`, or one of `register_lora_class`.
         kernel_shape: Shape of its kernel; of an embedding `(vocabulary, dim)`.
-        parent_class: Class name of the layer that holds it.
+        parent_class: Class name of the layer that contains it.
         matrix: Which matrix of the layer, where the layer has several; then `path` ends in it.
     """
 
@@ -65,11 +65,11 @@ def find_targets(
         model: A built model.
         targets: One of
 
-            - `"all-linear"`: every `Dense` and `EinsumDense` but the output head;
+            - `"all-linear"`: every `Dense` and `EinsumDense` except the output head;
             - `"attention"`: of these, the query, key, value and output projections: layers
-              held by a layer whose class name contains "attention", or whose own name contains
+              inside a layer whose class name contains "attention", or whose own name contains
               "attention" or "attn";
-            - `"all"`: every layer of a kind that can be adapted, embeddings too, but the output
+            - `"all"`: every layer of a kind that can be adapted, embeddings too, except the output
               head;
             - a list of names. A name is a whole path or its end, at a `/` or `.`: `"query"` hits
               `block_0/attention/query` and never `block_0/subquery`;
@@ -81,7 +81,7 @@ def find_targets(
             layers without weights; in a Sequential or subclassed model it is the last layer with
             weights, in the order in which they were assigned. Wrappers and nested models are
             entered. A KerasHub backbone has none. An embedding that is called in reverse is none.
-        exclude: Names to leave out, written as above (`"re:..."` counts as a name here).
+        exclude: Names to leave out, written as above (`"re:..."` counts as a name too).
 
     Returns:
         The targets, in the order of the walk.
@@ -117,10 +117,18 @@ def select_targets(
         raise _nothing_matched(targets, tree.root, candidates)
     kept = _without(tree, selected, exclude)
     for target in kept:
-        if not isinstance(target.layer, LoRALayer):
-            check_adaptable(target.layer)
-            target.site.split()
+        check_target(target)
     return kept
+
+
+def check_target(target: Target) -> None:
+    """
+    Raises:
+        ValueError: the layer is of a kind that can be adapted, and cannot be adapted itself.
+    """
+    if not isinstance(target.layer, LoRALayer):
+        check_adaptable(target.layer)
+        target.site.split()
 
 
 def all_targets(tree: Tree) -> list[Target]:
@@ -139,7 +147,10 @@ def _check_built(tree: Tree) -> None:
 
 
 def _candidates(tree: Tree) -> tuple[list[Target], list[Node]]:
-    """What can be adapted; and what cannot, being unbuilt or of a class that computes its own."""
+    """The layers that can be adapted, and those of a fitting kind that cannot.
+
+    A layer cannot if it is not built, or if its class overrides the computation of the Keras layer.
+    """
     _check_built(tree)
     targets, left_out = [], []
     for node in tree.nodes:
@@ -170,7 +181,7 @@ def _preset(
     selected = [t for t in candidates if id(t.layer) not in heads]
     if candidates and not selected:
         raise ValueError(
-            f"targets={preset!r} leaves out the output head, and the head is all there is: "
+            f"targets={preset!r} leaves out the output head, and no other layer can be adapted: "
             f"{[t.path for t in candidates]}. Name it: targets=[{candidates[0].path!r}]."
         )
     return [t for t in selected if _is_attention(t)] if preset == "attention" else selected
@@ -180,8 +191,8 @@ def _why_left_out(node: Node) -> str:
     if not node.layer.built:
         return "not built, call the part of the model that uses it first."
     return (
-        "its class overrides what the Keras layer computes; say how it is adapted with "
-        "register_lora_class(layer_class, lora_class)."
+        "its class overrides the computation of the Keras layer; say how to adapt the class "
+        "with register_lora_class(layer_class, lora_class)."
     )
 
 
@@ -227,13 +238,13 @@ def _without(tree: Tree, selected: Sequence[Target], exclude: Sequence[str]) -> 
     return kept
 
 
-def _nothing_matched(targets: Targets, model: Layer, there: Sequence[Target]) -> ValueError:
-    if not there:
+def _nothing_matched(targets: Targets, model: Layer, candidates: Sequence[Target]) -> ValueError:
+    if not candidates:
         return ValueError(
             f"Expected a model with layers of {_KINDS}. Received: {model.name!r} "
             f"({type(model).__name__}), which has none."
         )
     return ValueError(
         f"Expected `targets` to match a layer. Received: targets={targets!r}, which matches none. "
-        f"There are: {shortened([t.path for t in there])}."
+        f"The model has: {shortened([t.path for t in candidates])}."
     )

@@ -24,8 +24,9 @@ Layer: TypeAlias = "keras.layers.Layer"
 class Node:
     """A layer in the tree of a model.
 
-    `path` joins the layers' names from below the root. `stable_path` is what it would be in the
-    first model of a process: Keras numbers the layers that are given no name, over all models.
+    `path` joins the names of the layers from below the root to this one. `stable_path` is the path
+    that the layer would have in the first model of a process: Keras numbers the layers that are
+    given no name, over all models.
     """
 
     path: str

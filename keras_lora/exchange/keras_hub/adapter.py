@@ -29,6 +29,7 @@ from keras_lora.inject import (
     check_no_dora,
     install,
     plan_factors,
+    plan_layers,
 )
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
@@ -115,7 +116,7 @@ def load_keras_hub_lora(
         factors[layer_path] = AdapterSpec(rank=a.shape[-1], alpha=a.shape[-1]), a, b
         report.append(ConvertedLayer(layer_path, file_ranks[layer_path], a.shape[-1], error))
     tree = Tree.of(model)
-    plan = plan_factors(tree, name, Adapter(None), factors)
+    plan = plan_factors(tree, name, Adapter(None), plan_layers(tree, factors))
     install(tree, plan, active=not active_names(tree))
     return report
 

@@ -29,7 +29,7 @@ from keras_lora.exchange.peft_files import (
 )
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
-from keras_lora.inject import active_names, install, plan_factors
+from keras_lora.inject import active_names, install, plan_factors, plan_layers
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     Adapter,
@@ -117,7 +117,7 @@ def load_peft_adapter(
     problems.raise_any(lambda received: invalid_file(directory, expected, received, _FIX))
     whole = Adapter(None, [variable for variable, _ in values])
     tree = Tree.of(model)
-    plan = plan_factors(tree, name, whole, factors, values)
+    plan = plan_factors(tree, name, whole, plan_layers(tree, factors), values)
     if adapter.unknown:
         warn(f"{str(directory)!r}: left out the tensors {adapter.unknown}, of unknown meaning")
     install(tree, plan, active=not active_names(tree))

@@ -1,0 +1,71 @@
+"""An adapter in the place of another: values change, and nothing is traced again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from keras_lora.config import AdapterSpec
+from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
+from keras_lora.inject.plan import Plan, PlannedLayer
+from keras_lora.inject.switching import active_names, known_models
+from keras_lora.layers import LoRALayer, add_owner, all_owned
+from keras_lora.walker import Tree
+
+
+def replace(tree: Tree, plan: Plan) -> None:
+    """Put an adapter in the place of the one of its name; `misfits` must have found nothing."""
+    layers, active = tree.adapted_by_path, active_names(tree)
+    for planned in plan.layers:
+        layer, spec = layers[planned.target.path], planned.spec
+        adapter = layer.adapter_of(_as_computed(layer, spec), planned.factors or (), plan.adapter)
+        layer.put_adapter(plan.name, adapter)
+    new = {planned.target.path for planned in plan.layers}
+    for path, layer in layers.items():
+        if plan.name in layer.adapters and path not in new:
+            layer.remove_adapter(plan.name)
+        names = [name for name in active if name in layer.adapters]
+        if names != list(layer.active_adapters):
+            layer.activate(names, layer.trains_adapters)
+    for variable in plan.owned:
+        add_owner(variable, plan.name).assign(plan.name, plan.values[id(variable)])
+    for model in known_models(tree):
+        forget_optimizer_states(model, plan.name)
+        if plan.name in active:
+            reset_optimizer(model)
+
+
+def misfits(tree: Tree, plan: Plan) -> list[str]:
+    """Reasons why an adapter cannot take the place of the one of its name without a new trace."""
+    layers, active = tree.adapted_by_path, active_names(tree)
+    found = [_misfit(layers.get(x.target.path), x, active, plan.name) for x in plan.layers]
+    owned = {
+        id(item.variable) for item in all_owned(tree.root.variables) if plan.name in item.names
+    }
+    of_one = owned ^ {id(variable) for variable in plan.owned}
+    keys = [f"{tree.variable_keys[i]}: owned by one of the two adapters only" for i in of_one]
+    return [problem for problem in found if problem is not None] + keys
+
+
+def loses_dropout(plan: Plan) -> bool:
+    """Whether an adapter has dropout on a layer that computes none."""
+    return any(x.spec.dropout and not x.target.layer.has_dropout for x in plan.layers)
+
+
+def _misfit(
+    layer: LoRALayer | None, planned: PlannedLayer, active: Sequence[str], name: str
+) -> str | None:
+    path, spec = planned.target.path, planned.spec
+    if layer is None:
+        return f"{path}: not adapted in this model"
+    names = [n for n in active if n == name or n in layer.adapters]
+    specs = [spec if n == name else layer.adapters[n].spec for n in names]
+    if layer.fits([dataclasses.replace(spec, dropout=0.0) for spec in specs]):
+        return None
+    if spec.use_dora and any(slot.magnitude is None for slot in layer.slots):
+        return f"{path}: DoRA among slots without a magnitude"
+    return f"{path}: rank {spec.rank} among slots of rank {[slot.rank for slot in layer.slots]}"
+
+
+def _as_computed(layer: LoRALayer, spec: AdapterSpec) -> AdapterSpec:
+    return spec if layer.has_dropout else dataclasses.replace(spec, dropout=0.0)
