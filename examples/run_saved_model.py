@@ -20,9 +20,10 @@ import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from saved_model_signatures import Signature, Tensors, read_signatures
 
 # TF_DataType of tensorflow/c/tf_datatype.h, for those that NumPy has too.
 DTYPES: dict[int, Any] = {
@@ -108,14 +109,6 @@ class ModelError(RuntimeError):
         self.code = code
 
 
-Tensors = dict[str, tuple[str, int]]  # name -> tensor name in the graph, TF_DataType
-
-
-class Signature(NamedTuple):
-    inputs: Tensors
-    outputs: Tensors
-
-
 class SavedModel:
     """A SavedModel in a session of the C library.
 
@@ -130,7 +123,7 @@ class SavedModel:
         self._library = _library()
         self._graph = self._library.TF_NewGraph()
         self._session, self.meta_graph = self._load(str(path).encode())
-        self.signatures = dict(_signatures(self.meta_graph))
+        self.signatures = dict(read_signatures(self.meta_graph))
         # At exit the process frees all there is.
         weakref.finalize(self, _delete, self._library, self._session, self._graph).atexit = False
 
@@ -302,50 +295,6 @@ def _library() -> Any:
 def _folder(package: str) -> Path | None:
     spec = importlib.util.find_spec(package)
     return Path(spec.origin).parent if spec and spec.origin else None
-
-
-def _signatures(meta_graph: bytes) -> Iterator[tuple[str, Signature]]:
-    """The `signature_def` map, field 5 of a `MetaGraphDef`, read off the wire format."""
-    for number, entry in _fields(meta_graph):
-        if number == 5:
-            pair = dict(_fields(entry))
-            sides: dict[int, Tensors] = {1: {}, 2: {}}
-            for side, item in _fields(pair.get(2, b"")):
-                if side in sides:
-                    named = dict(_fields(item))
-                    info = dict(_fields(named.get(2, b"")))
-                    if 1 in info:
-                        sides[side][named[1].decode()] = info[1].decode(), info.get(2, 0)
-            name = pair[1].decode()
-            if name != "__saved_model_init_op":  # the loader's own, which it has run
-                yield name, Signature(sides[1], sides[2])
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a protocol buffer message."""
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        result = shift = 0
-        while True:
-            byte = message[position]
-            position += 1
-            result |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return result
-
-    while position < len(message):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-        elif key & 7 == 2:
-            length = varint()
-            yield key >> 3, message[position : position + length]
-            position += length
-        else:
-            position += {1: 8, 5: 4}[key & 7]
 
 
 def main() -> None:

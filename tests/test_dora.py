@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.cases import (
     ALPHA,
-    CASES,
+    BY_ID,
     LINEAR,
     LINEAR_IDS,
     RANK,
@@ -20,6 +20,7 @@ from support.cases import (
     adapted,
     adapter,
     config,
+    named,
     numpy_of,
     randomize,
     reference_delta,
@@ -92,7 +93,11 @@ def test_fit_moves_its_factors_alone_and_weights_continue(case: Case, tmp_path: 
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[16]], ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    "case",
+    named("dense, activation", "btd,dnh->btnh", "bed,edf->bef"),
+    ids=lambda c: c.id,
+)
 def test_low_precision_stays_within_rounding(case: Case, dtype: str) -> None:
     model, x = case.model(dtype=dtype), case.batch()
     w0 = numpy_of(model.get_layer("case").kernel)
@@ -120,7 +125,7 @@ def test_a_small_gain_is_not_lost_in_16_bits(dtype: str) -> None:
 
 
 def test_deltas_of_several_adapters_add_up() -> None:
-    case = CASES[6]
+    case = BY_ID["btd,dnh->btnh"]
     model, x = case.model(), case.batch()
     w0 = numpy_of(model.get_layer("case").kernel)
     for name, dora in [("one", True), ("plain", False), ("two", True)]:
@@ -136,7 +141,11 @@ def test_deltas_of_several_adapters_add_up() -> None:
     assert relative(model(x), reference_output(case, model, x, total)) <= 1e-5
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[9], CASES[16]], ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    "case",
+    named("dense, no bias", "btd,nhd->btnh", "bed,edf->bef"),
+    ids=lambda c: c.id,
+)
 def test_dropout_is_on_both_products(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """x W0 + (g - 1) drop(x) W0 + g s (drop(x) A) B, as in PEFT."""
     mask = np.random.default_rng(4).integers(0, 2, (3, *case.input_shape)).astype("float32")

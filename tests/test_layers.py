@@ -12,6 +12,7 @@ import pytest
 from keras import ops
 from support.cases import (
     ALPHA,
+    BY_ID,
     CASES,
     IDS,
     LINEAR,
@@ -24,6 +25,7 @@ from support.cases import (
     adapter,
     config,
     kernel_of,
+    named,
     numpy_of,
     randomize,
     reference_delta,
@@ -198,7 +200,11 @@ def test_weights_go_into_a_fresh_base(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[16], *TABLES], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [*named("dense, activation", "btd,dnh->btnh", "bed,edf->bef"), *TABLES],
+    ids=lambda case: case.id,
+)
 def test_low_precision_stays_within_rounding(case: Case, dtype: str) -> None:
     model, x = case.model(dtype=dtype), case.batch()
     w0 = numpy_of(kernel_of(model.get_layer("case")))
@@ -240,7 +246,7 @@ def test_bfloat16_keeps_a_delta_that_the_kernel_would_lose() -> None:
 
 
 def test_dropout_acts_on_the_adapter_in_training_only() -> None:
-    case = CASES[3]
+    case = BY_ID["dense, sequence"]
     model, x = case.model(activation=None), case.batch()
     base = numpy_of(model(x))
     model = adapted(case, model, dropout=0.5)
@@ -258,7 +264,7 @@ def test_dropout_acts_on_the_adapter_in_training_only() -> None:
 
 @pytest.mark.parametrize(("use_rslora", "scale"), [(False, 5 / 4), (True, 5 / 2)])
 def test_scaling(use_rslora: bool, scale: float) -> None:
-    case = CASES[0]
+    case = BY_ID["dense"]
     model = case.model()
     w0 = numpy_of(model.get_layer("case").kernel)
     kl.apply_lora(model, kl.LoRAConfig(rank=4, alpha=5, use_rslora=use_rslora, targets=["case"]))
@@ -316,7 +322,7 @@ def test_masks_pass_through_as_in_dense() -> None:
 
 
 def test_kernel_is_the_variable_itself_where_nothing_acts() -> None:
-    model = adapted(CASES[0])
+    model = adapted(BY_ID["dense"])
     (layer,) = kl.lora_layers(model).values()
     with layer.without_slots():
         assert layer.kernel is layer._kernel

@@ -10,7 +10,7 @@ import keras_hub
 import numpy as np
 import pytest
 import tensorflow as tf
-from support.cases import ALPHA, CASES, RANK, adapted, adapter, numpy_of, reference_dora
+from support.cases import ALPHA, BY_ID, RANK, adapted, adapter, numpy_of, reference_dora
 from support.models import composite, data, functional, randomize_adapters
 
 import keras_lora as kl
@@ -23,13 +23,13 @@ CONFIG = kl.LoRAConfig(rank=2, alpha=3)
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_float64_base_merges_in_float64(use_dora: bool) -> None:
-    model = CASES[0].model(dtype="float64")
+    model = BY_ID["dense"].model(dtype="float64")
     w0 = numpy_of(model.get_layer("case").kernel)
-    adapted(CASES[0], model, use_dora=use_dora)
+    adapted(BY_ID["dense"], model, use_dora=use_dora)
     a, b, *m = map(numpy_of, adapter(model).factors)
     expected = w0 + ALPHA / RANK * a @ b
     if use_dora:
-        expected = reference_dora(CASES[0], expected, *m)
+        expected = reference_dora(BY_ID["dense"], expected, *m)
     merged = numpy_of(kl.merge_lora(model).get_layer("case").kernel)
     np.testing.assert_allclose(merged, expected, rtol=1e-13)
 

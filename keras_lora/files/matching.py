@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora.checks import AdapterFileError, warn
+from keras_lora.checks import AdapterFileError, invalid_file, warn
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.files.adapter_files import PathLike, read_adapter_files
 from keras_lora.files.keys import base_fingerprint, factor_keys
@@ -161,7 +161,7 @@ class _Reader:
         return [key for key in self._tensors if key not in self._used]
 
     def _error(self, expected: str, received: object, fix: str) -> AdapterFileError:
-        return misfit(self._directory, expected, received, fix)
+        return invalid_file(self._directory, expected, received, fix)
 
 
 def check_fields(directory: PathLike, config: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ def check_fields(directory: PathLike, config: dict[str, Any]) -> None:
         if not all(isinstance(key, str) for key in config[name]):
             wrong.append(name)
     if wrong:
-        raise misfit(
+        raise invalid_file(
             directory,
             "the fields of an adapter of keras_lora",
             f"others for {wrong}",
@@ -201,14 +201,10 @@ def spec_of_layer(directory: PathLike, config: dict[str, Any], path: str) -> Ada
     return _parsed(directory, f"the spec of {path!r}", lambda: AdapterSpec(**fields))
 
 
-def misfit(directory: PathLike, expected: str, received: object, fix: str) -> AdapterFileError:
-    return AdapterFileError(
-        f"Invalid {os.fspath(directory)!r}: expected {expected}. Received: {received}; {fix}."
-    )
-
-
 def _parsed(directory: PathLike, what: str, parse: Any) -> Any:
     try:
         return parse()
     except (TypeError, ValueError) as error:
-        raise misfit(directory, f"{what} to be valid", error, "save the adapter again") from error
+        raise invalid_file(
+            directory, f"{what} to be valid", error, "save the adapter again"
+        ) from error

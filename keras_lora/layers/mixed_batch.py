@@ -42,12 +42,12 @@ class MixedBatch(Computation):
     changes_output = True
 
     def products(self, site: Site, x: Tensor) -> Products:
-        split, frozen = site.split(len(x.shape)), site.products(x)
+        split = site.split(len(x.shape))
         refusal = self._refusal(split, x)
         if refusal is None:
-            return ByRow(split, frozen, self.kernel)
+            return ByRow(split, site.products, self.kernel)
         self.refuse(refusal)
-        return frozen
+        return site.products(x)
 
     def terms(self, site: Site, x: Tensor, training: bool | None) -> Sequence[Term]:  # noqa: ARG002
         if self.factors is None or self._refusal(site.split(len(x.shape)), x) is not None:

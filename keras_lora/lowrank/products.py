@@ -11,7 +11,7 @@ A kind of layer says how its matrix acts by naming its `Products`; the sum is th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, final
@@ -154,17 +154,18 @@ class ByRow(Products):
 
     Attributes:
         split: The einsum; the batch is the first axis of its input and of its output.
-        frozen: The products of the matrix that all rows share.
+        frozen: From an input to the products of the matrix that all rows share, which is not read
+            where each row has a matrix of its own.
         kernels: `(batch, *kernel)`, where each row has a matrix of its own.
     """
 
     split: EinsumSplit
-    frozen: Products
+    frozen: Callable[[Tensor], Products]
     kernels: Tensor | None = None
 
     def base(self, x: Tensor) -> Tensor:
         if self.kernels is None:
-            return self.frozen.base(x)
+            return self.frozen(x).base(x)
         split = self.split
         equation = f"{split.input},{split.input[0]}{split.kernel}->{split.output}"
         return ops.einsum(equation, x, self.kernels)

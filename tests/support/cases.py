@@ -5,6 +5,7 @@ All dimensions are distinct primes, so that a transposed axis cannot go unseen.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -106,7 +107,9 @@ CASES = [
     dense("dense, image", 2, 11, 5),
     einsum("ab,bc->ac", (5,), (7,), bias_axes="c"),
     einsum("btd,dnh->btnh", (11, 5), (None, 2, 7), bias_axes="nh", activation="gelu"),
-    einsum("btd,dnh->btnh", (11, 5), (None, 2, 7), bias_axes="n"),
+    dataclasses.replace(
+        einsum("btd,dnh->btnh", (11, 5), (None, 2, 7), bias_axes="n"), id="a bias for each head"
+    ),
     einsum("btnh,nhd->btd", (11, 2, 7), (None, 5), bias_axes="d"),
     einsum("btd,nhd->btnh", (11, 5), (None, 2, 7)),
     einsum("btd,dnh->bnth", (11, 5), (2, None, 7)),
@@ -130,10 +133,15 @@ CASES = [
     reverse("reverse, soft cap", DIM, logit_soft_cap=2.0),
     reverse("reverse, its own dtype", 2, 11, DIM, reverse_dtype="float32"),
 ]
+BY_ID = {case.id: case for case in CASES}
 IDS = [f"{i}: {case.id}" for i, case in enumerate(CASES)]
 TABLES = [case for case in CASES if case.is_table]
 LINEAR = [case for case in CASES if not case.is_table]
 LINEAR_IDS = [name for name, case in zip(IDS, CASES, strict=True) if not case.is_table]
+
+
+def named(*ids: str) -> list[Case]:
+    return [BY_ID[name] for name in ids]
 
 
 def config(**options: Any) -> kl.LoRAConfig:

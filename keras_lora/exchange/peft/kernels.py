@@ -51,7 +51,7 @@ def exchanged_kernels(
             site_of(layer).shape,
             family_of(layer) == "embedding",
             refusals.get(path),
-            partial(output_norms, layer),
+            partial(output_norms, site_of(layer)),
         )
         for path, layer in layers.items()
     }
