@@ -11,12 +11,7 @@ import keras
 from keras_lora.checks import invalid, warn
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.inject.freezing import own_trainable_variables
-from keras_lora.layers import (
-    Adapter,
-    adapter_shapes,
-    all_owned,
-    check_adapter_name,
-)
+from keras_lora.layers import Adapter, adapter_shapes, all_owned, check_adapter_name
 from keras_lora.walker import (
     Node,
     Target,

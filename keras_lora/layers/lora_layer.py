@@ -16,6 +16,7 @@ import keras
 
 from keras_lora.checks import invalid, warn
 from keras_lora.config import AdapterSpec
+from keras_lora.layers.adaptable import check_adaptable, check_adapter_name, remember_flag
 from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.bank import AdapterBank
 from keras_lora.layers.checkpoint import (
@@ -33,8 +34,6 @@ from keras_lora.lowrank.equations import Tensor
 from keras_lora.lowrank.products import Products, adapted_sum
 
 DEFAULT_ADAPTER = "default"
-# Marks a variable or a layer that was frozen for an adapter with the flag that it had before.
-WAS_TRAINABLE = "_lora_was_trainable"
 
 
 class Adapting:
@@ -343,47 +342,3 @@ def _adapted_class(lora_class: type) -> type:
 def plain_class(layer: keras.layers.Layer) -> type:
     """The class of a layer, or the one that it has without its adapters."""
     return layer.base_class if isinstance(layer, LoRALayer) else type(layer)
-
-
-def check_adaptable(layer: keras.layers.Layer) -> None:
-    """Refuse a layer whose kernel is not simply `W0`.
-
-    Raises:
-        ValueError: a kernel constraint, Keras's own LoRA, quantized weights.
-    """
-    name = layer.path or layer.name
-    for kind in kinds_of(type(layer)).values():
-        constraint = getattr(layer, kind.constraint)
-        if constraint is not None:
-            raise ValueError(
-                f"Layer '{name}': expected no {kind.constraint.replace('_', ' ')}, since a "
-                "constraint on W0 does not hold for W0 + AB. Received: "
-                f"{kind.constraint}={constraint}. Exclude the layer or build it without the "
-                "constraint."
-            )
-    if layer.lora_enabled or layer.lora_rank:
-        raise ValueError(
-            f"Layer '{name}': expected a layer without Keras's own LoRA. Received: "
-            f"lora_rank={layer.lora_rank}. Do not call `enable_lora` on a model that keras_lora "
-            "adapts."
-        )
-    if layer.dtype_policy.quantization_mode is not None:
-        raise ValueError(
-            f"Layer '{name}': expected floating-point weights. Received: "
-            f"quantization_mode={layer.dtype_policy.quantization_mode!r}. Adapt and merge first, "
-            "then quantize, or exclude the layer."
-        )
-
-
-def check_adapter_name(name: object) -> str:
-    if not isinstance(name, str) or not name or "/" in name or "." in name:
-        raise invalid(
-            "name", "a non-empty adapter name without '/' or '.'", name, 'try name="default"'
-        )
-    return name
-
-
-def remember_flag(item: keras.layers.Layer | keras.Variable) -> None:
-    """Note the trainable flag that `freezing.thaw` gives back; the first note counts."""
-    if not hasattr(item, WAS_TRAINABLE):
-        setattr(item, WAS_TRAINABLE, item.trainable)

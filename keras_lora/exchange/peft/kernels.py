@@ -11,11 +11,7 @@ import keras
 from keras_lora.exchange.converters import Block, HuggingFaceWeights
 from keras_lora.exchange.converters.tensors import Array
 from keras_lora.exchange.peft.embeddings import refused_embeddings
-from keras_lora.layers import (
-    family_of,
-    output_norms,
-    site_of,
-)
+from keras_lora.layers import family_of, output_norms, site_of
 from keras_lora.lowrank.equations import EinsumSplit, Shape
 from keras_lora.walker import walk
 
