@@ -30,7 +30,7 @@ from keras_lora.inject import (
     unload,
     whole_adapters,
 )
-from keras_lora.layers import Adapter, LoRALayer, all_owned, kernel_shape, split_kernel
+from keras_lora.layers import Adapter, AdapterBank, all_owned
 from keras_lora.lowrank.combining import Combination, WeightedFactors, combine
 from keras_lora.walker import Target, Tree, all_targets
 
@@ -144,8 +144,8 @@ def delete_adapter(model: keras.Model, name: str) -> None:
         return
     left = [n for n in active_names(tree) if n != name]
     if len(left) < len(active_names(tree)):
-        switch(tree, left, any(layer.trains_adapters for layer in tree.adapted))
-    emptied = [layer for layer in tree.adapted if set(layer.adapters) == {name}]
+        switch(tree, left, any(bank.trains for bank in tree.banks))
+    emptied = [x for x in tree.adapted if all(set(b.adapters) <= {name} for b in x.banks.values())]
     with changing(tree, emptied) if emptied else contextlib.nullcontext():
         drop(tree, name)
     prepare_saving(tree)
@@ -190,22 +190,22 @@ def scale_adapter(
     (name,) = check_names(tree, [name])
     if not is_finite(factor):
         raise invalid("factor", "a finite number", factor)
-    layers = [layer for layer in tree.adapted if name in layer.adapters]
-    before = [(layer, layer.adapters[name].scale_factor) for layer in layers]
-    for layer in layers:
-        layer.set_scale_factor(name, float(factor))
+    banks = [bank for bank in tree.banks if name in bank.adapters]
+    before = [(bank, bank.adapters[name].scale_factor) for bank in banks]
+    for bank in banks:
+        bank.set_scale_factor(name, float(factor))
     return _scaled(name, before)
 
 
 @contextlib.contextmanager
-def _scaled(name: str, before: Sequence[tuple[LoRALayer, float]]) -> Iterator[None]:
+def _scaled(name: str, before: Sequence[tuple[AdapterBank, float]]) -> Iterator[None]:
     """Entered once the factor is set; the old factors return on leaving."""
     try:
         yield
     finally:
-        for layer, factor in before:
-            if name in layer.adapters:
-                layer.set_scale_factor(name, factor)
+        for bank, factor in before:
+            if name in bank.adapters:
+                bank.set_scale_factor(name, factor)
 
 
 def combine_adapters(
@@ -272,8 +272,8 @@ def combine_adapters(
     values = _values_of_one(tree, names)
     targets = {target.path: target for target in all_targets(tree)}
     planned = []
-    for index, (path, layer) in enumerate(tree.adapted_by_path.items()):
-        terms = [_term(layer, n, weights[n]) for n in names if n in layer.adapters]
+    for index, (path, bank) in enumerate(tree.banks_by_path.items()):
+        terms = [_term(bank, n, weights[n]) for n in names if n in bank.adapters]
         if terms:
             # A seed for each layer: otherwise layers of one shape would lose the same entries.
             own = dataclasses.replace(options, seed=seed + index)
@@ -283,11 +283,9 @@ def combine_adapters(
     install(tree, plan, active=not active_names(tree))
 
 
-def _term(layer: LoRALayer, name: str, weight: float) -> WeightedFactors:
-    adapter = layer.adapters[name]
-    a, b = split_kernel(layer).matrices(
-        np.array(adapter.a), np.array(adapter.b), kernel_shape(layer)
-    )
+def _term(bank: AdapterBank, name: str, weight: float) -> WeightedFactors:
+    adapter, site = bank.adapters[name], bank.site
+    a, b = site.split().matrices(np.array(adapter.a), np.array(adapter.b), site.shape)
     return WeightedFactors(a, b, weight * adapter.scaling)
 
 
@@ -299,7 +297,7 @@ def _combined(
     except ValueError as error:
         raise ValueError(f"Layer '{target.path}': {error}") from error
     rank = a.shape[-1]
-    factors = split_kernel(target.layer).factors(a, b, target.kernel_shape)
+    factors = target.site.split().factors(a, b, target.kernel_shape)
     return PlannedLayer(target, AdapterSpec(rank=rank, alpha=rank), factors)
 
 

@@ -13,11 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_lora.inject import adapted, original_flag
-from keras_lora.layers import (
-    Factor,
-    LoRALayer,
-    site_of,
-)
+from keras_lora.layers import AdapterBank, Factor
 from keras_lora.walker import Tree
 
 # Adam keeps two moments of each trained parameter, in float32.
@@ -125,25 +121,25 @@ def lora_summary(model: keras.Model, console: Console | None = None) -> LoRASumm
     >>> summary.trained.parameters, summary.full.parameters
     (160, 1550)
     """
-    layers = adapted(Tree.of(model))
+    banks = adapted(Tree.of(model))
     rows = [
         SummaryRow(
             path,
-            layer.base_class.__name__,
+            bank.site.layer.base_class.__name__,
             name,
             adapter.spec.rank,
             adapter.scaling,
-            name in layer.active_adapters,
+            name in bank.active,
             adapter.parameters,
-            math.prod(site_of(layer).shape),
+            math.prod(bank.site.shape),
         )
-        for path, layer in layers.items()
-        for name, adapter in layer.adapters.items()
+        for path, bank in banks.items()
+        for name, adapter in bank.adapters.items()
     ]
-    ours = {id(v) for layer in layers.values() for v in layer.adapter_variables}
+    ours = {id(v) for bank in banks.values() for v in bank.variables}
     base = [v for v in model.weights if id(v) not in ours]
     # The factors of adapters, not those of their slots, which may be of a higher rank.
-    trained = [f for layer in layers.values() for f in _trained_factors(layer)]
+    trained = [f for bank in banks.values() for f in _trained_factors(bank)]
     summary = LoRASummary(
         rows,
         sum(map(_size, base)) + sum(row.parameters for row in rows),
@@ -154,9 +150,9 @@ def lora_summary(model: keras.Model, console: Console | None = None) -> LoRASumm
     return summary
 
 
-def _trained_factors(layer: LoRALayer) -> list[Factor]:
-    names = layer.active_adapters if layer.trains_adapters else ()
-    return [factor for name in names for factor in layer.adapters[name].factors]
+def _trained_factors(bank: AdapterBank) -> list[Factor]:
+    names = bank.active if bank.trains else ()
+    return [factor for name in names for factor in bank.adapters[name].factors]
 
 
 def _cost(variables: Sequence[keras.Variable | Factor]) -> Cost:

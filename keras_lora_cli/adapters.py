@@ -14,11 +14,8 @@ import keras_lora as kl
 from keras_lora.checks import AdapterFileError
 from keras_lora.exchange.keras_hub.h5 import read_keras_hub_lora
 from keras_lora.exchange.peft_files import PeftModule, read_peft_adapter
-from keras_lora.files.keys import owned_by, stable_layers
+from keras_lora.files.keys import owned_by, stable_banks
 from keras_lora.files.saving import adapter_tensors
-from keras_lora.layers import (
-    site_of,
-)
 from keras_lora.lowrank.combining import Array, WeightedFactors
 from keras_lora.walker import Tree
 from keras_lora_cli.paths import ADAPTER_CONFIG_FILE, ADAPTERS, Kind, check_kind, read_json
@@ -125,10 +122,10 @@ def adapter_of(model: keras.Model, name: str, path: str) -> Adapter:
     values = {keys[id(item.variable)]: item.value(name) for item in owned_by(tree, name)}
     factors = {key: value for key, value in tensors.items() if key not in values}
     layers = {}
-    for owner, layer in stable_layers(tree).items():
-        if name in layer.adapters:
-            found = _layer(layer.adapters[name].acting_spec, _at(owner, factors))
-            site = site_of(layer)
+    for owner, bank in stable_banks(tree).items():
+        if name in bank.adapters:
+            found = _layer(bank.adapters[name].acting_spec, _at(owner, factors))
+            site = bank.site
             matrices = site.split().matrices(found.a, found.b, site.shape)
             layers[owner] = replace(found, matrices=matrices)
     config = _CONFIG_READERS[kind](path)

@@ -12,9 +12,7 @@ import keras
 from rich.console import Console
 
 import keras_lora as kl
-from keras_lora.layers import (
-    site_of,
-)
+from keras_lora.layers import site_of
 from keras_lora.summary import shown_bytes
 from keras_lora_cli.adapters import Adapter, read_adapter
 from keras_lora_cli.bases import Base, load_base

@@ -12,9 +12,7 @@ from support.command_line import BASE, HEAD, REVIEWS, Ask, Run, assert_same_tens
 from support.models import randomize_adapters
 
 import keras_lora as kl
-from keras_lora.layers import (
-    site_of,
-)
+from keras_lora.layers import site_of
 
 pytest_plugins = ["support.command_line"]
 

@@ -17,7 +17,11 @@ pytest_plugins = ["support.servers"]
 
 ROOT = Path(__file__).parent.parent
 SERVING = ROOT / "docs" / "serving.md"
-PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {SERVING})]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(set((ROOT / "docs").glob("*.md")) - {SERVING}),
+]
 
 
 def blocks(page: Path, kind: str) -> list[str]:

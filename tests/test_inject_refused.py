@@ -17,7 +17,7 @@ from support.models import (
 )
 
 import keras_lora as kl
-from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers import AdapterBank
 
 
 def refused() -> dict[str, tuple[Callable[[keras.Model], object], str]]:
@@ -126,15 +126,15 @@ def test_a_delta_too_large_for_float16_is_refused() -> None:
 def test_a_failure_halfway_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = composite()
     before = state(model)
-    original, calls = LoRALayer.add_adapter, []
+    original, calls = AdapterBank.add, []
 
-    def failing(self: LoRALayer, name: str, *options: Any) -> Any:
+    def failing(self: AdapterBank, name: str, *options: Any) -> Any:
         calls.append(name)
         if len(calls) == 4:
             raise MemoryError("no memory left")
         return original(self, name, *options)
 
-    monkeypatch.setattr(LoRALayer, "add_adapter", failing)
+    monkeypatch.setattr(AdapterBank, "add", failing)
     with pytest.raises(MemoryError):
         kl.apply_lora(model, CONFIG)
     assert state(model) == before

@@ -14,9 +14,7 @@ import keras_lora as kl
 from keras_lora.checks import AdapterFileError
 from keras_lora.exchange.keras_hub.adapter import keras_hub_factors, write_keras_hub_lora
 from keras_lora.exchange.keras_hub.numbering import keras_hub_layers, match_keras_hub_layers
-from keras_lora.layers import (
-    site_of,
-)
+from keras_lora.layers import site_of
 from keras_lora.lowrank.per_axis import Pair
 
 pytest_plugins = ["support.keras_hub_files"]

@@ -35,10 +35,7 @@ from support.cases import (
 )
 
 import keras_lora as kl
-from keras_lora.layers import (
-    MixedBatch,
-    site_of,
-)
+from keras_lora.layers import MixedBatch, site_of
 
 # Some kernels of the table have a side of one.
 pytestmark = pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")

@@ -31,6 +31,7 @@ from support.peft_models import (
 import keras_lora as kl
 from keras_lora.exchange.converters import Block
 from keras_lora.exchange.peft.factors import whole_magnitude
+from keras_lora.layers import layer_adapter
 
 pytest_plugins = ["support.peft_models"]
 
@@ -103,7 +104,7 @@ def test_dora_of_keras_computes_the_same_in_peft(name: str, base: Path, tmp_path
     plain = next(iter(kl.lora_layers(backbone).values()))
     pair = plain.adapters["default"].factors[:2]
     spec = kl.LoRAConfig(rank=3, alpha=7).spec()
-    plain.put_adapter("default", plain.adapter_of(spec, pair))
+    plain.bank.put("default", layer_adapter(spec, pair))
     model = hub_model(base)
     kl.save_peft_adapter(backbone, tmp_path / "keras", prefix=CASES[name].prefix(model))
     written = json.loads((tmp_path / "keras" / "adapter_config.json").read_text())

@@ -69,6 +69,29 @@ def test_tracker() -> None:
     assert not any(v is seeds.state for v in layer.variables)
 
 
+def test_what_keras_notes_of_call_is_renewed_with_the_class() -> None:
+    """Every note that the constructor takes of the signature of `call`, in a converted layer."""
+
+    class Plain(keras.layers.Dense):
+        def call(self, inputs: Any) -> Any:
+            return super().call(inputs)
+
+    class Masked(kl.LoRADense, Plain):
+        def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+            assert mask is None
+            return super().call(inputs, training)
+
+    kl.register_lora_class(Plain, Masked)
+    model = keras.Sequential([keras.Input((5,)), Plain(7, name="up"), keras.layers.Dense(2)])
+    plain, made = vars(model.get_layer("up")), vars(Masked(7))
+    notes = [name for name in made if "call_" in name and plain.get(name) != made[name]]
+    assert "_call_has_mask_arg" in notes
+    converted = vars(kl.apply_lora(model, kl.LoRAConfig(rank=2, targets=["up"])).get_layer("up"))
+    assert {name: converted[name] for name in notes} == {name: made[name] for name in notes}
+    again = vars(kl.unload_lora(model).get_layer("up"))
+    assert {name: again[name] for name in notes} == {name: vars(Plain(7))[name] for name in notes}
+
+
 def test_variables_are_counted_before_they_are_loaded() -> None:
     layer = functional().get_layer("up")
     with pytest.raises(ValueError, match="expected 2 variables"):

@@ -14,9 +14,7 @@ from support.cases import ALPHA, BY_ID, RANK, adapted, adapter, numpy_of, refere
 from support.models import composite, data, functional, randomize_adapters
 
 import keras_lora as kl
-from keras_lora.layers import (
-    site_of,
-)
+from keras_lora.layers import site_of
 
 CONFIG = kl.LoRAConfig(rank=2, alpha=3)
 

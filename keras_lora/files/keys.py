@@ -10,7 +10,7 @@ import json
 
 from keras_lora.config import AdapterSpec
 from keras_lora.inject import adapted
-from keras_lora.layers import LoRALayer, OwnedValues, all_owned, factor_names
+from keras_lora.layers import AdapterBank, OwnedValues, all_owned, factor_names
 from keras_lora.walker import Tree
 
 
@@ -21,20 +21,20 @@ def factor_keys(path: str, spec: AdapterSpec) -> list[str]:
 
 def base_fingerprint(tree: Tree) -> str:
     """A digest of the keys and shapes of the base's weights."""
-    ours = {id(v) for layer in tree.adapted for v in layer.adapter_variables}
+    ours = {id(v) for bank in tree.banks for v in bank.variables}
     keys, weights = tree.variable_keys, tree.root.weights
     shapes = sorted((keys[id(v)], list(v.shape)) for v in weights if id(v) not in ours)
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 
-def stable_layers(tree: Tree) -> dict[str, LoRALayer]:
-    """The adapted layers by stable path.
+def stable_banks(tree: Tree) -> dict[str, AdapterBank]:
+    """The adapters of each adapted matrix, by stable path.
 
     Raises:
         ValueError: the model has no adapters.
     """
-    stable = {node.path: node.stable_path for node in tree.nodes}
-    return {stable.get(path, path): layer for path, layer in adapted(tree).items()}
+    stable = tree.stable_paths
+    return {stable.get(path, path): bank for path, bank in adapted(tree).items()}
 
 
 def owned_by(tree: Tree, name: str) -> list[OwnedValues]:

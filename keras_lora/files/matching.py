@@ -10,12 +10,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora.checks import AdapterFileError, warn
+from keras_lora.checks import AdapterFileError, invalid_file, warn
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.files.adapter_files import PathLike, read_adapter_files
 from keras_lora.files.keys import base_fingerprint, factor_keys
 from keras_lora.inject import PlannedLayer
-from keras_lora.layers import Adapter, adapter_shapes, split_kernel
+from keras_lora.layers import Adapter, adapter_shapes
 from keras_lora.walker import Target, Tree, all_targets
 
 _FIELDS = {
@@ -80,7 +80,7 @@ class _Reader:
             )
 
     def layers(self) -> list[PlannedLayer]:
-        stable = {node.path: node.stable_path for node in self._tree.nodes}
+        stable = self._tree.stable_paths
         wanted = [key.removesuffix("/lora_a") for key in self._tensors if key.endswith("/lora_a")]
         targets = {stable.get(t.path, t.path): t for t in all_targets(self._tree)}
         missing = [path for path in wanted if path not in targets]
@@ -135,7 +135,7 @@ class _Reader:
     def _layer(self, path: str, target: Target) -> PlannedLayer | None:
         spec = self._spec(path)
         names = factor_keys(path, spec)
-        shapes = adapter_shapes(split_kernel(target.layer), target.kernel_shape, spec)
+        shapes = adapter_shapes(target.site.split(), target.kernel_shape, spec)
         factors = [self._take(name) for name in names]
         fit = [self._fits(n, x, s) for n, x, s in zip(names, factors, shapes, strict=True)]
         return PlannedLayer(target, spec, factors) if all(fit) else None
@@ -161,7 +161,7 @@ class _Reader:
         return [key for key in self._tensors if key not in self._used]
 
     def _error(self, expected: str, received: object, fix: str) -> AdapterFileError:
-        return misfit(self._directory, expected, received, fix)
+        return invalid_file(self._directory, expected, received, fix)
 
 
 def check_fields(directory: PathLike, config: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ def check_fields(directory: PathLike, config: dict[str, Any]) -> None:
         if not all(isinstance(key, str) for key in config[name]):
             wrong.append(name)
     if wrong:
-        raise misfit(
+        raise invalid_file(
             directory,
             "the fields of an adapter of keras_lora",
             f"others for {wrong}",
@@ -201,14 +201,10 @@ def spec_of_layer(directory: PathLike, config: dict[str, Any], path: str) -> Ada
     return _parsed(directory, f"the spec of {path!r}", lambda: AdapterSpec(**fields))
 
 
-def misfit(directory: PathLike, expected: str, received: object, fix: str) -> AdapterFileError:
-    return AdapterFileError(
-        f"Invalid {os.fspath(directory)!r}: expected {expected}. Received: {received}; {fix}."
-    )
-
-
 def _parsed(directory: PathLike, what: str, parse: Any) -> Any:
     try:
         return parse()
     except (TypeError, ValueError) as error:
-        raise misfit(directory, f"{what} to be valid", error, "save the adapter again") from error
+        raise invalid_file(
+            directory, f"{what} to be valid", error, "save the adapter again"
+        ) from error

@@ -22,7 +22,7 @@ from keras_lora.files.keys import (
     base_fingerprint,
     factor_keys,
     owned_by,
-    stable_layers,
+    stable_banks,
 )
 from keras_lora.files.matching import Loaded
 from keras_lora.inject import (
@@ -153,9 +153,9 @@ def load_adapter(
 def adapter_tensors(tree: Tree, name: str) -> dict[str, np.ndarray]:
     """What an adapter consists of, by key."""
     tensors: dict[str, np.ndarray] = {}
-    for path, layer in stable_layers(tree).items():
-        if name in layer.adapters:
-            adapter = layer.adapters[name]
+    for path, bank in stable_banks(tree).items():
+        if name in bank.adapters:
+            adapter = bank.adapters[name]
             values = map(np.array, adapter.factors)
             tensors |= dict(zip(factor_keys(path, adapter.spec), values, strict=True))
     keys = tree.variable_keys
@@ -164,7 +164,7 @@ def adapter_tensors(tree: Tree, name: str) -> dict[str, np.ndarray]:
 
 def _description(tree: Tree, name: str) -> dict[str, Any]:
     """What `adapter_config.json` says."""
-    layers = {p: x.adapters[name] for p, x in stable_layers(tree).items() if name in x.adapters}
+    layers = {p: x.adapters[name] for p, x in stable_banks(tree).items() if name in x.adapters}
     specs = {path: dataclasses.asdict(adapter.acting_spec) for path, adapter in layers.items()}
     common = next(iter(specs.values()))
     keys, whole = tree.variable_keys, whole_adapters(tree, [name]).get(name)
@@ -204,7 +204,7 @@ def _check_replaceable(tree: Tree, plan: Plan, directory: str) -> None:
             f"without a new trace. Received: {'; '.join(problems)}; use delete_adapter and then "
             "load_adapter without replace."
         )
-    if loses_dropout(plan):
+    if loses_dropout(tree, plan):
         warn(
             f"{directory!r}: its dropout is left out, since the model was compiled without. "
             "Inference is the same; to train it, load it without replace."

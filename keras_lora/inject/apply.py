@@ -19,6 +19,7 @@ from keras_lora.layers import (
     attach,
     check_adapter_name,
     detach,
+    layer_adapter,
     remove_owner,
 )
 from keras_lora.walker import Tree
@@ -130,19 +131,21 @@ def _add(plan: Plan) -> None:
 def _add_to_layer(plan: Plan, planned: PlannedLayer) -> None:
     layer, spec = planned.target.layer, planned.spec
     adapted = layer if isinstance(layer, LoRALayer) else attach(layer)
+    bank = adapted.banks[planned.target.matrix]
     if planned.factors is None:
-        adapted.add_adapter(plan.name, spec, plan.adapter)
+        bank.add(plan.name, spec, plan.adapter)
     else:
-        adapter = adapted.adapter_of(spec, planned.factors, plan.adapter)
-        adapted.put_adapter(plan.name, adapter)
+        bank.put(plan.name, layer_adapter(spec, planned.factors, plan.adapter))
 
 
 def drop(tree: Tree, name: str) -> None:
     """Take an inactive adapter out of a model; a layer without adapters is plain again."""
     for layer in tree.adapted:
-        if name in layer.adapters:
-            layer.remove_adapter(name)
-        if not layer.adapters:
+        banks = layer.banks.values()
+        for bank in banks:
+            if name in bank.adapters:
+                bank.remove(name)
+        if not any(bank.adapters for bank in banks):
             detach(layer)
     for variable in tree.root.variables:
         remove_owner(variable, name)

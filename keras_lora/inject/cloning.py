@@ -45,7 +45,7 @@ def plain_copy(tree: Tree) -> Any:
 
 def base_variables(tree: Tree) -> list[keras.Variable]:
     """The variables of a model without those of its adapters."""
-    ours = {id(v) for layer in tree.adapted for v in layer.adapter_variables}
+    ours = {id(v) for bank in tree.banks for v in bank.variables}
     return [v for v in tree.root.variables if id(v) not in ours]
 
 

@@ -21,7 +21,7 @@ from keras_lora.inject.switching import (
     adapter_names,
     check_adapted,
 )
-from keras_lora.layers import LoRALayer, attach, base_kernel, detach, forget_owners
+from keras_lora.layers import LoRALayer, attach, detach, forget_owners, sites_of
 from keras_lora.walker import Tree
 
 
@@ -66,8 +66,8 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
     if dropped:
         warn(f"Merging drops the adapters that are not active: {dropped}.")
     with changing(tree, layers):
-        for layer in layers:
-            layer.fold()
+        for bank in tree.banks:
+            bank.fold()
         _strip(tree)
     return model
 
@@ -139,9 +139,11 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     models = around(tree, layers)
     trainable = list(model.trainable_variables)
     # A copy: on torch the array would share the memory of the variable.
-    kernels = [np.array(ops.convert_to_numpy(layer.base_kernel), copy=True) for layer in layers]
-    for layer in layers:
-        layer.fold()
+    kernels = [
+        (bank, np.array(ops.convert_to_numpy(bank.site.matrix), copy=True)) for bank in tree.banks
+    ]
+    for bank, _ in kernels:
+        bank.fold()
     states = [detach(layer) for layer in layers]
     thaw(tree)
     allow_saving(tree)
@@ -149,8 +151,10 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     try:
         yield model
     finally:
-        for layer, state, kernel in zip(layers, states, kernels, strict=True):
-            attach(layer, state).assign_base(kernel)
+        for layer, state in zip(layers, states, strict=True):
+            attach(layer, state)
+        for bank, kernel in kernels:
+            bank.assign_base(kernel)
         tree = Tree.of(model)  # anew: the model may have changed within the context
         freeze(tree, trainable)
         prepare_saving(tree)
@@ -161,7 +165,9 @@ def _merged_copy(tree: Tree) -> keras.Model:
     copy: keras.Model = plain_copy(tree)
     for layer, twin in zip(tree.layers, Tree.of(copy).layers, strict=True):
         if isinstance(layer, LoRALayer):
-            base_kernel(twin).assign(ops.stop_gradient(layer.kernel))
+            sites = sites_of(twin)
+            for name, bank in layer.banks.items():
+                sites[name].matrix.assign(ops.stop_gradient(bank.kernel))
     return copy
 
 
@@ -176,18 +182,18 @@ def _strip(tree: Tree) -> None:
 
 def _mergeable(tree: Tree) -> list[LoRALayer]:
     """The adapted layers, once every kernel is known to be finite after merging."""
-    layers = adapted(tree)
+    banks = adapted(tree)
     if not active_names(tree):
         raise ValueError(
             "Expected at least one active adapter to merge. Received: a model whose adapters are "
             "all inactive. Activate one with set_adapter, or drop them with unload_lora."
         )
     # One kernel at a time, and again when it is assigned: to keep them would double the memory.
-    broken = [p for p, x in layers.items() if not bool(ops.all(ops.isfinite(x.kernel)))]
+    broken = [p for p, x in banks.items() if not bool(ops.all(ops.isfinite(x.kernel)))]
     if broken:
         raise ValueError(
             f"Expected finite kernels after merging. Received: NaN or infinity in {broken}, from "
             "adapter weights (or base weights) that are not finite, or from a delta too large "
             "for the dtype of the base. Train again, or drop the adapters: unload_lora(model)."
         )
-    return list(layers.values())
+    return tree.adapted

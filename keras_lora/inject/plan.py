@@ -11,15 +11,7 @@ import keras
 from keras_lora.checks import invalid, warn
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.inject.freezing import own_trainable_variables
-from keras_lora.layers import (
-    Adapter,
-    adapter_shapes,
-    all_owned,
-    bias_of,
-    check_adapter_name,
-    site_of,
-    split_kernel,
-)
+from keras_lora.layers import Adapter, adapter_shapes, all_owned, check_adapter_name
 from keras_lora.walker import (
     Node,
     Target,
@@ -132,15 +124,13 @@ def _raise_wrong(paths: Sequence[str]) -> None:
 
 def _takes(layer: PlannedLayer) -> bool:
     target, factors = layer.target, layer.factors or ()
-    expected = adapter_shapes(split_kernel(target.layer), target.kernel_shape, layer.spec)
+    expected = adapter_shapes(target.site.split(), target.kernel_shape, layer.spec)
     return [tuple(factor.shape) for factor in factors] == expected
 
 
 def _check_dora(layers: Sequence[PlannedLayer]) -> None:
     refused = [
-        x.target.path
-        for x in layers
-        if x.spec.use_dora and not site_of(x.target.layer).kind.takes_dora
+        x.target.path for x in layers if x.spec.use_dora and not x.target.site.kind.takes_dora
     ]
     if refused:
         raise invalid(
@@ -156,7 +146,7 @@ def unique(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
 
 
 def check_name_is_new(tree: Tree, name: str) -> None:
-    taken = [p for p, layer in tree.adapted_by_path.items() if name in layer.adapters]
+    taken = [p for p, bank in tree.banks_by_path.items() if name in bank.adapters]
     if taken:
         raise ValueError(
             f"Expected a new adapter name. Received: name={name!r}, which the model has on "
@@ -167,7 +157,7 @@ def check_name_is_new(tree: Tree, name: str) -> None:
 
 def _biases(tree: Tree, targets: Sequence[Target], which: str) -> list[keras.Variable]:
     if which == "lora_only":
-        return [bias for t in targets if (bias := bias_of(t.layer)) is not None]
+        return [bias for t in targets if (bias := t.site.bias) is not None]
     return [v for v in tree.root.variables if v.name == "bias"] if which == "all" else []
 
 
@@ -228,4 +218,4 @@ def warn_of_high_ranks(plan: Plan) -> None:
 
 def _is_high(layer: PlannedLayer) -> bool:
     target = layer.target
-    return layer.spec.rank > min(split_kernel(target.layer).matrix_shape(target.kernel_shape))
+    return layer.spec.rank > min(target.site.split().matrix_shape(target.kernel_shape))

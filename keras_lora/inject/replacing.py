@@ -9,24 +9,24 @@ from keras_lora.config import AdapterSpec
 from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
 from keras_lora.inject.plan import Plan, PlannedLayer
 from keras_lora.inject.switching import active_names, known_models
-from keras_lora.layers import LoRALayer, add_owner, all_owned
+from keras_lora.layers import AdapterBank, add_owner, all_owned, layer_adapter
 from keras_lora.walker import Tree
 
 
 def replace(tree: Tree, plan: Plan) -> None:
     """Put an adapter in the place of the one of its name; `misfits` must have found nothing."""
-    layers, active = tree.adapted_by_path, active_names(tree)
+    banks, active = tree.banks_by_path, active_names(tree)
     for planned in plan.layers:
-        layer, spec = layers[planned.target.path], planned.spec
-        adapter = layer.adapter_of(_as_computed(layer, spec), planned.factors or (), plan.adapter)
-        layer.put_adapter(plan.name, adapter)
+        bank = banks[planned.target.path]
+        spec, factors = _as_computed(bank, planned.spec), planned.factors or ()
+        bank.put(plan.name, layer_adapter(spec, factors, plan.adapter))
     new = {planned.target.path for planned in plan.layers}
-    for path, layer in layers.items():
-        if plan.name in layer.adapters and path not in new:
-            layer.remove_adapter(plan.name)
-        names = [name for name in active if name in layer.adapters]
-        if names != list(layer.active_adapters):
-            layer.activate(names, layer.trains_adapters)
+    for path, bank in banks.items():
+        if plan.name in bank.adapters and path not in new:
+            bank.remove(plan.name)
+        names = [name for name in active if name in bank.adapters]
+        if names != list(bank.active):
+            bank.activate(names, bank.trains)
     for variable in plan.owned:
         add_owner(variable, plan.name).assign(plan.name, plan.values[id(variable)])
     for model in known_models(tree):
@@ -37,8 +37,8 @@ def replace(tree: Tree, plan: Plan) -> None:
 
 def misfits(tree: Tree, plan: Plan) -> list[str]:
     """Reasons why an adapter cannot take the place of the one of its name without a new trace."""
-    layers, active = tree.adapted_by_path, active_names(tree)
-    found = [_misfit(layers.get(x.target.path), x, active, plan.name) for x in plan.layers]
+    banks, active = tree.banks_by_path, active_names(tree)
+    found = [_misfit(banks.get(x.target.path), x, active, plan.name) for x in plan.layers]
     owned = {
         id(item.variable) for item in all_owned(tree.root.variables) if plan.name in item.names
     }
@@ -47,25 +47,26 @@ def misfits(tree: Tree, plan: Plan) -> list[str]:
     return [problem for problem in found if problem is not None] + keys
 
 
-def loses_dropout(plan: Plan) -> bool:
+def loses_dropout(tree: Tree, plan: Plan) -> bool:
     """Whether an adapter has dropout on a layer that computes none."""
-    return any(x.spec.dropout and not x.target.layer.has_dropout for x in plan.layers)
+    banks = tree.banks_by_path
+    return any(x.spec.dropout and not banks[x.target.path].has_dropout for x in plan.layers)
 
 
 def _misfit(
-    layer: LoRALayer | None, planned: PlannedLayer, active: Sequence[str], name: str
+    bank: AdapterBank | None, planned: PlannedLayer, active: Sequence[str], name: str
 ) -> str | None:
     path, spec = planned.target.path, planned.spec
-    if layer is None:
+    if bank is None:
         return f"{path}: not adapted in this model"
-    names = [n for n in active if n == name or n in layer.adapters]
-    specs = [spec if n == name else layer.adapters[n].spec for n in names]
-    if layer.fits([dataclasses.replace(spec, dropout=0.0) for spec in specs]):
+    names = [n for n in active if n == name or n in bank.adapters]
+    specs = [spec if n == name else bank.adapters[n].spec for n in names]
+    if bank.fits([dataclasses.replace(spec, dropout=0.0) for spec in specs]):
         return None
-    if spec.use_dora and any(slot.magnitude is None for slot in layer.slots):
+    if spec.use_dora and any(slot.magnitude is None for slot in bank.slots):
         return f"{path}: DoRA among slots without a magnitude"
-    return f"{path}: rank {spec.rank} among slots of rank {[slot.rank for slot in layer.slots]}"
+    return f"{path}: rank {spec.rank} among slots of rank {[slot.rank for slot in bank.slots]}"
 
 
-def _as_computed(layer: LoRALayer, spec: AdapterSpec) -> AdapterSpec:
-    return spec if layer.has_dropout else dataclasses.replace(spec, dropout=0.0)
+def _as_computed(bank: AdapterBank, spec: AdapterSpec) -> AdapterSpec:
+    return spec if bank.has_dropout else dataclasses.replace(spec, dropout=0.0)

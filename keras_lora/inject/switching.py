@@ -12,18 +12,18 @@ from keras_lora.inject.compiled import FUNCTIONS, changing, stale_when_flags_cha
 from keras_lora.inject.freezing import freeze
 from keras_lora.inject.optimizers import switch_optimizer
 from keras_lora.inject.saving import prepare_saving
-from keras_lora.layers import BASE, Adapter, LoRALayer, OwnedValues, all_owned
+from keras_lora.layers import BASE, Adapter, AdapterBank, OwnedValues, all_owned
 from keras_lora.walker import Tree
 
 
-def adapted(tree: Tree) -> dict[str, LoRALayer]:
-    """The adapted layers by path.
+def adapted(tree: Tree) -> dict[str, AdapterBank]:
+    """The adapters of each adapted matrix, by path.
 
     Raises:
         ValueError: the model has no adapters.
     """
     check_adapted(tree)
-    return tree.adapted_by_path
+    return tree.banks_by_path
 
 
 def check_adapted(tree: Tree) -> None:
@@ -40,12 +40,12 @@ def check_adapted(tree: Tree) -> None:
 
 def adapter_names(tree: Tree) -> list[str]:
     """All names, in the order in which they were added."""
-    return list(dict.fromkeys(name for layer in tree.adapted for name in layer.adapters))
+    return list(dict.fromkeys(name for bank in tree.banks for name in bank.adapters))
 
 
 def active_names(tree: Tree) -> list[str]:
     """The names of the active adapters, in an order that each layer agrees with."""
-    return _in_order([layer.active_adapters for layer in tree.adapted])
+    return _in_order([bank.active for bank in tree.banks])
 
 
 def _in_order(orders: Iterable[Sequence[str]]) -> list[str]:
@@ -82,7 +82,7 @@ def check_no_dora(tree: Tree, names: Iterable[str], fix: str) -> None:
         ValueError: one of them has DoRA.
     """
     wanted = set(names)
-    found = {n for x in tree.adapted for n, a in x.adapters.items() if a.spec.use_dora} & wanted
+    found = {n for x in tree.banks for n, a in x.adapters.items() if a.spec.use_dora} & wanted
     if found:
         raise ValueError(
             "Expected adapters without DoRA (use_dora=False), whose update A and B tell alone. "
@@ -92,7 +92,7 @@ def check_no_dora(tree: Tree, names: Iterable[str], fix: str) -> None:
 
 def whole_adapters(tree: Tree, names: Iterable[str]) -> dict[str, Adapter]:
     """The whole adapters of these names; layers made by hand belong to none."""
-    adapters = ((n, x.adapters[n]) for n in names for x in tree.adapted if n in x.adapters)
+    adapters = ((n, x.adapters[n]) for n in names for x in tree.banks if n in x.adapters)
     return {name: adapter.adapter for name, adapter in adapters if adapter.adapter is not None}
 
 
@@ -105,23 +105,23 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
     Raises:
         ValueError: two of the adapters have a value for the same variable.
     """
-    layers, owned = tree.adapted, all_owned(tree.root.variables)
+    banks, owned = tree.banks, all_owned(tree.root.variables)
     trained = tree.root.trainable_variables
     trainable = trainable and bool(names)
-    extra = unowned_variables(layers, owned, trained)
+    extra = unowned_variables(banks, owned, trained)
     if trainable:
         extra += _trained_beside(tree, names)
-    entered = _in_order([n for n in names if n in x.adapters] for x in layers)
+    entered = _in_order([n for n in names if n in x.adapters] for x in banks)
     switched = active_names(tree), entered
-    fit = _all_fit(layers, names)
-    if fit and _same_flags(layers, trained, extra, trainable):
-        _move(layers, owned, names, trainable)
+    fit = _all_fit(banks, names)
+    if fit and _same_flags(banks, trained, extra, trainable):
+        _move(banks, owned, names, trainable)
         for known in known_models(tree):
             switch_optimizer(known, *switched)
     else:
         stale = stale_when_flags_change() if fit else FUNCTIONS
-        with changing(tree, layers, switched, stale):
-            _move(layers, owned, names, trainable)
+        with changing(tree, tree.adapted, switched, stale):
+            _move(banks, owned, names, trainable)
             refreeze(tree, extra)
     if owned:
         prepare_saving(tree)
@@ -132,7 +132,7 @@ def activate(tree: Tree, names: Sequence[str], trainable: bool | None = None) ->
 
     Flags of slots change as asked, those of other variables and optimizers do not.
     """
-    _move(tree.adapted, all_owned(tree.root.variables), names, trainable)
+    _move(tree.banks, all_owned(tree.root.variables), names, trainable)
 
 
 def known_models(tree: Tree) -> list[keras.Model]:
@@ -149,21 +149,21 @@ def known_models(tree: Tree) -> list[keras.Model]:
 
 def refreeze(tree: Tree, extra: Iterable[keras.Variable]) -> None:
     """Freeze everything except the slots that train and these variables."""
-    slots = [v for x in tree.adapted for slot in x.slots for v in slot.factors]
+    slots = [v for x in tree.banks for slot in x.slots for v in slot.factors]
     freeze(tree, [*(v for v in slots if v.trainable), *extra])
 
 
 def _move(
-    layers: Iterable[LoRALayer],
+    banks: Iterable[AdapterBank],
     owned: Iterable[OwnedValues],
     names: Sequence[str],
     trainable: bool | None,
 ) -> None:
     owners = [(item, _owner(item, names)) for item in owned]
-    for layer in layers:
-        trains = layer.trains_adapters if trainable is None else trainable
-        with strategy_scope(layer):
-            layer.activate([n for n in names if n in layer.adapters], trains)
+    for bank in banks:
+        trains = bank.trains if trainable is None else trainable
+        with strategy_scope(bank.site.layer):
+            bank.activate([n for n in names if n in bank.adapters], trains)
     for item, owner in owners:
         item.switch(owner)
 
@@ -181,13 +181,13 @@ def _owner(item: OwnedValues, names: Sequence[str]) -> str:
 
 
 def unowned_variables(
-    layers: Iterable[LoRALayer], owned: Iterable[OwnedValues], trained: Iterable[keras.Variable]
+    banks: Iterable[AdapterBank], owned: Iterable[OwnedValues], trained: Iterable[keras.Variable]
 ) -> list[keras.Variable]:
     """The variables that train and belong to no adapter of this package's verbs.
 
     They are of layers made by hand, or from a `.keras` file."""
     known = {id(item.variable) for item in owned}
-    known |= {id(v) for layer in layers for v in layer.adapter_variables}
+    known |= {id(v) for bank in banks for v in bank.variables}
     return [v for v in trained if id(v) not in known]
 
 
@@ -197,15 +197,15 @@ def _trained_beside(tree: Tree, names: Sequence[str]) -> list[keras.Variable]:
     return [v for v in tree.root.variables if id(v) in wanted] if wanted else []
 
 
-def _all_fit(layers: Iterable[LoRALayer], names: Sequence[str]) -> bool:
-    return all(x.fits([x.adapters[n].spec for n in names if n in x.adapters]) for x in layers)
+def _all_fit(banks: Iterable[AdapterBank], names: Sequence[str]) -> bool:
+    return all(x.fits([x.adapters[n].spec for n in names if n in x.adapters]) for x in banks)
 
 
 def _same_flags(
-    layers: Iterable[LoRALayer],
+    banks: Iterable[AdapterBank],
     trained: Iterable[keras.Variable],
     extra: Iterable[keras.Variable],
     trainable: bool,
 ) -> bool:
-    slots = [v for layer in layers for slot in layer.slots for v in slot.factors]
+    slots = [v for bank in banks for slot in bank.slots for v in slot.factors]
     return {id(v) for v in trained} == {id(v) for v in [*extra, *(slots if trainable else [])]}

@@ -6,21 +6,19 @@ place*: the object and its variables stay the same, only its class changes. `det
 inverse.
 """
 
+from keras_lora.layers.adaptable import (
+    WAS_TRAINABLE,
+    check_adaptable,
+    check_adapter_name,
+    remember_flag,
+)
 from keras_lora.layers.adapter import Adapter, LayerAdapter, adapter_shapes, factor_names
 from keras_lora.layers.bank import AdapterBank, layer_adapter
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.factors import Factor
 from keras_lora.layers.kinds import Kind, Site, family_of
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
-from keras_lora.layers.lora_layer import (
-    DEFAULT_ADAPTER,
-    WAS_TRAINABLE,
-    LoRALayer,
-    check_adaptable,
-    check_adapter_name,
-    plain_class,
-    remember_flag,
-)
+from keras_lora.layers.lora_layer import DEFAULT_ADAPTER, LoRALayer, plain_class
 from keras_lora.layers.mixed_batch import MixedBatch
 from keras_lora.layers.owned import (
     BASE,
@@ -85,28 +83,3 @@ __all__ = [
     "sites_of",
     "supported_base",
 ]
-
-
-from typing import Any
-
-from keras_lora.lowrank.equations import EinsumSplit
-
-
-def base_kernel(layer: Any) -> Any:
-    return site_of(layer).matrix
-
-
-def is_table(layer: Any) -> bool:
-    return family_of(layer) == "embedding"
-
-
-def kernel_shape(layer: Any) -> tuple[int, ...]:
-    return site_of(layer).shape
-
-
-def split_kernel(layer: Any) -> EinsumSplit:
-    return site_of(layer).split()
-
-
-def bias_of(layer: Any) -> Any:
-    return site_of(layer).bias

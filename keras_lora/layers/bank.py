@@ -141,6 +141,21 @@ class AdapterBank:
             for variable in slot.factors:
                 variable.trainable = trainable
 
+    @property
+    def kernel(self) -> Tensor:
+        """The effective matrix `W`; `W0` itself, as a variable, where no adapter is active."""
+        return self.computation.kernel_of(self.site)
+
+    def fold(self) -> None:
+        """`W0 <- W`."""
+        # Without the gradient: torch would take the kernel for a function of A and B.
+        self.assign_base(ops.stop_gradient(self.kernel))
+
+    def assign_base(self, value: Tensor) -> None:
+        """`W0 <- value`, and `|W0|`, which DoRA keeps, with it. Adapters stay as they are."""
+        self.site.matrix.assign(value)
+        self.measure()
+
     @contextlib.contextmanager
     def without_slots(self) -> Iterator[None]:
         """Within the context the site is its base, bit for bit. Not for compiled functions."""

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_lora.checks import invalid, warn
 from keras_lora.config import AdapterSpec
+from keras_lora.layers.adaptable import check_adaptable, check_adapter_name, remember_flag
 from keras_lora.layers.adapter import LayerAdapter
-from keras_lora.layers.bank import AdapterBank, layer_adapter
+from keras_lora.layers.bank import AdapterBank
 from keras_lora.layers.checkpoint import (
     BASE_ONLY,
     STATE_PREFIX,
@@ -34,8 +34,6 @@ from keras_lora.lowrank.equations import Tensor
 from keras_lora.lowrank.products import Products, adapted_sum
 
 DEFAULT_ADAPTER = "default"
-# Marks a variable or a layer that was frozen for an adapter with the flag that it had before.
-WAS_TRAINABLE = "_lora_was_trainable"
 
 
 class Adapting:
@@ -190,8 +188,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
 
     def assign_base(self, value: Tensor) -> None:
         """`W0 <- value`, and `|W0|`, which DoRA keeps, with it. Adapters stay as they are."""
-        self.base_kernel.assign(value)
-        self.bank.measure()
+        self.bank.assign_base(value)
 
     @property
     def adapter_variables(self) -> list[keras.Variable]:
@@ -206,8 +203,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
 
     def fold(self) -> None:
         """`W0 <- W`, the effective kernel."""
-        # Without the gradient: torch would take the kernel for a function of A and B.
-        self.assign_base(ops.stop_gradient(self.kernel))
+        self.bank.fold()
 
     @contextlib.contextmanager
     def without_slots(self) -> Iterator[None]:
@@ -228,8 +224,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
         Summed in float32, or in the dtype of `W0` where that is wider, and rounded once. `W0`
         itself, as a variable, where no adapter is active.
         """
-        bank = self.bank
-        return bank.computation.kernel_of(bank.site)
+        return self.bank.kernel
 
     def products(self, inputs: Tensor) -> Products:
         """How `W0`, and the updates of the adapters, act on these inputs."""
@@ -307,41 +302,6 @@ class LoRALayer(Adapting, keras.layers.Layer):
     def load_assets(self, dir_path: str) -> None:
         """Nothing: `save_assets` writes nothing."""
 
-    # TEMPORARY
-    @property
-    def has_dropout(self) -> bool:
-        return self.bank.has_dropout
-
-    @property
-    def trains_adapters(self) -> bool:
-        return self.bank.trains
-
-    def adapter_of(self, *a: Any) -> LayerAdapter:
-        return layer_adapter(*a)
-
-    def add_adapter(self, *a: Any) -> Any:
-        return self.bank.add(*a)
-
-    def factor_shapes(self, *a: Any) -> Any:
-        return self.bank.shapes(*a)
-
-    def put_adapter(self, *a: Any) -> Any:
-        return self.bank.put(*a)
-
-    def set_scale_factor(self, *a: Any) -> Any:
-        return self.bank.set_scale_factor(*a)
-
-    def remove_adapter(self, *a: Any) -> Any:
-        return self.bank.remove(*a)
-
-    def fits(self, *a: Any) -> Any:
-        return self.bank.fits(*a)
-
-    def activate(self, *a: Any) -> Any:
-        return self.bank.activate(*a)
-
-    # END
-
     def adapted_output(self, inputs: Tensor, training: bool | None, bias: Tensor | None) -> Tensor:
         """`act(x W0 + b + delta)`; the base's own `call` where no adapter can change it.
 
@@ -382,47 +342,3 @@ def _adapted_class(lora_class: type) -> type:
 def plain_class(layer: keras.layers.Layer) -> type:
     """The class of a layer, or the one that it has without its adapters."""
     return layer.base_class if isinstance(layer, LoRALayer) else type(layer)
-
-
-def check_adaptable(layer: keras.layers.Layer) -> None:
-    """Refuse a layer whose kernel is not simply `W0`.
-
-    Raises:
-        ValueError: a kernel constraint, Keras's own LoRA, quantized weights.
-    """
-    name = layer.path or layer.name
-    for kind in kinds_of(type(layer)).values():
-        constraint = getattr(layer, kind.constraint)
-        if constraint is not None:
-            raise ValueError(
-                f"Layer '{name}': expected no {kind.constraint.replace('_', ' ')}, since a "
-                "constraint on W0 does not hold for W0 + AB. Received: "
-                f"{kind.constraint}={constraint}. Exclude the layer or build it without the "
-                "constraint."
-            )
-    if layer.lora_enabled or layer.lora_rank:
-        raise ValueError(
-            f"Layer '{name}': expected a layer without Keras's own LoRA. Received: "
-            f"lora_rank={layer.lora_rank}. Do not call `enable_lora` on a model that keras_lora "
-            "adapts."
-        )
-    if layer.dtype_policy.quantization_mode is not None:
-        raise ValueError(
-            f"Layer '{name}': expected floating-point weights. Received: "
-            f"quantization_mode={layer.dtype_policy.quantization_mode!r}. Adapt and merge first, "
-            "then quantize, or exclude the layer."
-        )
-
-
-def check_adapter_name(name: object) -> str:
-    if not isinstance(name, str) or not name or "/" in name or "." in name:
-        raise invalid(
-            "name", "a non-empty adapter name without '/' or '.'", name, 'try name="default"'
-        )
-    return name
-
-
-def remember_flag(item: keras.layers.Layer | keras.Variable) -> None:
-    """Note the trainable flag that `freezing.thaw` gives back; the first note counts."""
-    if not hasattr(item, WAS_TRAINABLE):
-        setattr(item, WAS_TRAINABLE, item.trainable)

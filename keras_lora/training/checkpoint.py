@@ -178,8 +178,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
     def _check_model(self, model: keras.Model) -> None:
         tree = Tree.of(model)
         check_names(tree, [self.name])
-        trains = [x for x in tree.adapted if self.name in x.active_adapters]
-        if not any(layer.trains_adapters for layer in trains):
+        if not any(bank.trains for bank in tree.banks if self.name in bank.active):
             raise ValueError(
                 f"Expected an adapter that trains. Received: name={self.name!r}, while "
                 f"{active_names(tree)} are active. Call set_adapter(model, {self.name!r}) first."

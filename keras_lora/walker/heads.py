@@ -12,11 +12,7 @@ from typing import Any
 import keras
 
 from keras_lora.checks import invalid
-from keras_lora.layers import (
-    family_of,
-    plain_class,
-    supported_base,
-)
+from keras_lora.layers import family_of, plain_class, supported_base
 from keras_lora.walker.tree import Layer, Tree
 
 

@@ -12,9 +12,7 @@ import pytest
 
 from keras_lora.exchange.keras_hub.h5 import write_keras_hub_arrays
 from keras_lora.exchange.keras_hub.numbering import keras_hub_layers
-from keras_lora.layers import (
-    site_of,
-)
+from keras_lora.layers import site_of
 from keras_lora.lowrank.per_axis import Pair
 from keras_lora.walker import walk
 from support.cases import numpy_of

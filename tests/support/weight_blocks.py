@@ -8,9 +8,7 @@ import keras
 import numpy as np
 
 from keras_lora.exchange.converters import Block, HuggingFaceWeights
-from keras_lora.layers import (
-    site_of,
-)
+from keras_lora.layers import site_of
 
 
 def matrices(layer: keras.layers.Layer) -> np.ndarray[Any, Any]:

@@ -23,12 +23,7 @@ from keras_lora.exchange.converters.tensors import (
     least_shapes,
     weight_keys,
 )
-from keras_lora.layers import (
-    family_of,
-    lora_class_for,
-    plain_class,
-    site_of,
-)
+from keras_lora.layers import family_of, lora_class_for, plain_class, site_of
 from keras_lora.lowrank.equations import Shape
 from keras_lora.walker import Node, backbone_of, lora_layers, numbered, walk
 

@@ -31,12 +31,7 @@ from keras_lora.inject import (
     plan_factors,
     plan_layers,
 )
-from keras_lora.layers import (
-    DEFAULT_ADAPTER,
-    Adapter,
-    family_of,
-    site_of,
-)
+from keras_lora.layers import DEFAULT_ADAPTER, Adapter, family_of, site_of
 from keras_lora.lowrank.combining import truncate
 from keras_lora.lowrank.equations import Shape
 from keras_lora.lowrank.per_axis import Pair, from_per_axis, to_per_axis

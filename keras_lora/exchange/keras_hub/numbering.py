@@ -15,12 +15,7 @@ import numpy as np
 from keras_lora.checks import invalid_file, warn
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
-from keras_lora.layers import (
-    family_of,
-    lora_class_for,
-    plain_class,
-    site_of,
-)
+from keras_lora.layers import family_of, lora_class_for, plain_class, site_of
 from keras_lora.lowrank.per_axis import Pair
 from keras_lora.walker import Node, backbone_of, walk
 

@@ -11,11 +11,7 @@ import keras
 from keras_lora.exchange.converters import Block, HuggingFaceWeights
 from keras_lora.exchange.converters.tensors import Array
 from keras_lora.exchange.peft.embeddings import refused_embeddings
-from keras_lora.layers import (
-    family_of,
-    output_norms,
-    site_of,
-)
+from keras_lora.layers import family_of, output_norms, site_of
 from keras_lora.lowrank.equations import EinsumSplit, Shape
 from keras_lora.walker import walk
 
@@ -51,7 +47,7 @@ def exchanged_kernels(
             site_of(layer).shape,
             family_of(layer) == "embedding",
             refusals.get(path),
-            partial(output_norms, layer),
+            partial(output_norms, site_of(layer)),
         )
         for path, layer in layers.items()
     }

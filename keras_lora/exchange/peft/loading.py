@@ -30,11 +30,7 @@ from keras_lora.exchange.peft_files import (
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
 from keras_lora.inject import active_names, install, plan_factors, plan_layers
-from keras_lora.layers import (
-    DEFAULT_ADAPTER,
-    Adapter,
-    check_adapter_name,
-)
+from keras_lora.layers import DEFAULT_ADAPTER, Adapter, check_adapter_name
 from keras_lora.walker import Tree
 
 # PEFT's `EMBEDDING_LAYER_NAMES`: if one of them has an adapter, PEFT may save both as a whole.

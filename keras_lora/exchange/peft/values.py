@@ -16,12 +16,7 @@ from keras_lora.checks import invalid
 from keras_lora.exchange.converters import Block, HuggingFaceWeights
 from keras_lora.exchange.converters.tensors import Array
 from keras_lora.exchange.problems import Problems
-from keras_lora.layers import (
-    BASE,
-    LoRALayer,
-    owned,
-    site_of,
-)
+from keras_lora.layers import BASE, LoRALayer, owned, site_of
 from keras_lora.lowrank.equations import Shape
 from keras_lora.walker import walk
 

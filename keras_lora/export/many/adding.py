@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_lora.checks import invalid
+from keras_lora.checks import invalid, invalid_file
 from keras_lora.config import AdapterSpec
 from keras_lora.export.many.endpoint import DESCRIPTION, FORMAT_VERSION
 from keras_lora.export.many.served_layers import MAGNITUDE
@@ -24,7 +24,7 @@ from keras_lora.files.adapter_files import (
     read_adapter_files,
 )
 from keras_lora.files.atomic import replaced
-from keras_lora.files.matching import check_fields, misfit, spec_of_layer
+from keras_lora.files.matching import check_fields, spec_of_layer
 from keras_lora.layers import check_adapter_name
 
 _ASSETS = "assets"
@@ -129,7 +129,9 @@ def _values(directory: PathLike, tensors: Sequence[AdapterTensor], base: str) ->
     problems = [*_other_base(files, base), *_misfits(files, by_key, specs)]
     if problems:
         fix = "export the model with this adapter among the others"
-        raise misfit(directory, "an adapter that the export has room for", "; ".join(problems), fix)
+        raise invalid_file(
+            directory, "an adapter that the export has room for", "; ".join(problems), fix
+        )
     values = {key: value.astype("float32") for key, value in files.tensors.items()}
     for path, spec in specs.items():
         values[f"{path}/lora_b"] *= np.float32(spec.scaling)
@@ -140,7 +142,7 @@ def _read(directory: PathLike) -> AdapterFiles:
     root = Path(directory)
     if (root / _PEFT_FILE).exists() and not (root / TENSORS_FILE).exists():
         fix = "convert it, with the model: load_peft_adapter, then save_adapter"
-        raise misfit(directory, "an adapter of keras_lora", "one of PEFT", fix)
+        raise invalid_file(directory, "an adapter of keras_lora", "one of PEFT", fix)
     files = read_adapter_files(root)
     check_fields(directory, files.config)
     return files

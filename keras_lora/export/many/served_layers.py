@@ -11,12 +11,14 @@ import numpy as np
 import tensorflow as tf
 
 from keras_lora.export.many.stacks import AdapterTensor, Array
-from keras_lora.files.keys import stable_layers
+from keras_lora.files.keys import stable_banks
 from keras_lora.layers import (
     BASE,
+    AdapterBank,
     LoRALayer,
     MixedBatch,
     OwnedValues,
+    Site,
     all_owned,
     output_gain,
     site_of,
@@ -90,11 +92,12 @@ class ServedLayer:
 def adapted_layers(tree: Tree, names: Sequence[str], refusals: list[str]) -> dict[int, ServedLayer]:
     """The layers that these adapters adapt, by identity."""
     served = {}
-    for path, layer in stable_layers(tree).items():
-        if not set(names) & set(layer.adapters):
+    for path, bank in stable_banks(tree).items():
+        if not set(names) & set(bank.adapters):
             continue
+        layer = bank.site.layer
         if _takes_rows(layer):
-            factors, gain = _factors(path, layer), _gain(path, layer, names)
+            factors, gain = _factors(path, bank.site), _gain(path, bank, names)
             served[id(layer)] = ServedLayer(path, layer, factors, gain=gain)
         else:
             kind = layer.base_class.__name__
@@ -102,8 +105,7 @@ def adapted_layers(tree: Tree, names: Sequence[str], refusals: list[str]) -> dic
     return served
 
 
-def _factors(path: str, layer: LoRALayer) -> tuple[AdapterTensor, AdapterTensor]:
-    site = site_of(layer)
+def _factors(path: str, site: Site) -> tuple[AdapterTensor, AdapterTensor]:
     split = site.split()
     shapes: list[list[Any]] = [list(s) for s in split.factor_shapes(site.shape, rank=0)]
     for shape, axis in zip(shapes, split.rank_axes, strict=True):
@@ -112,13 +114,13 @@ def _factors(path: str, layer: LoRALayer) -> tuple[AdapterTensor, AdapterTensor]
     return AdapterTensor(f"{path}/lora_a", a), AdapterTensor(f"{path}/lora_b", b)
 
 
-def _gain(path: str, layer: LoRALayer, names: Sequence[str]) -> AdapterTensor | None:
+def _gain(path: str, bank: AdapterBank, names: Sequence[str]) -> AdapterTensor | None:
     """The gain of a layer on which one of the adapters has DoRA."""
-    specs = [layer.adapters[name].spec for name in names if name in layer.adapters]
+    specs = [bank.adapters[name].spec for name in names if name in bank.adapters]
     if not any(spec.use_dora for spec in specs):
         return None
-    site = site_of(layer)
-    return AdapterTensor(f"{path}/lora_gain", site.split().norm_shape(site.shape))
+    shape = bank.site.split().norm_shape(bank.site.shape)
+    return AdapterTensor(f"{path}/lora_gain", shape)
 
 
 def add_owned(
