@@ -101,5 +101,5 @@ def test_a_head_goes_along_from_one_adapter_only() -> None:
     kl.set_adapter(model, "new")
     np.testing.assert_array_equal(numpy_of(model.get_layer("head").kernel), head)
     assert any("head" in v.path for v in model.trainable_variables)
-    with pytest.raises(ValueError, match=r"heads cannot be combined"):
+    with pytest.raises(ValueError, match=r"own values cannot be combined"):
         kl.combine_adapters(model, {"one": 1.0, "two": 0.5}, "newer")
