@@ -159,7 +159,7 @@ def arguments() -> argparse.Namespace:
     add_shape(parser, layers=12)
     parser.set_defaults(batch=32, dropout=0.0)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--loaded", type=int, nargs="+", default=[8, 256], help="numbers of adapters")
+    parser.add_argument("--loaded", type=int, nargs="+", default=[8, 256], help="adapters")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--memory", type=int, default=12_000, help="MiB for merged models at most")
     parser.add_argument("--rounds", type=int, default=7, help="after 2 that do not count")
