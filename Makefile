@@ -6,7 +6,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Notices of a library that looks for a GPU are no news on a machine without one.
 export CUDA_VISIBLE_DEVICES ?= -1
 
-.PHONY: demo many-tasks causal-lm test lint test-tensorflow test-backends docs architectures bench \
+.PHONY: demo many-tasks causal-lm test quick lint test-tensorflow test-backends docs architectures bench \
 	clean
 
 demo: $(VENV)/.demo
@@ -23,6 +23,13 @@ causal-lm: $(VENV)/.dev
 
 test: lint test-tensorflow test-backends docs
 
+# Within four minutes: lint, types, and the invariants of the core on TensorFlow.
+QUICK_TESTS := $(addprefix tests/test_,layering.py lengths.py config.py layers.py embedding.py \
+	walker.py inject.py inject_refused.py adapters_heads.py adapters_combine.py adapter_files.py \
+	serialization.py earlier_files.py atomic.py)
+quick: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(QUICK_TESTS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,7 +41,8 @@ test-tensorflow: $(VENV)/.dev
 
 # The invariants of the layers, training and resuming, on the two other backends.
 BACKEND_TESTS := tests/test_layers.py tests/test_dora.py tests/test_dora_models.py \
-	tests/test_training.py tests/test_checkpoint.py::test_a_broken_run_goes_on_to_the_weights_and_logs_of_an_unbroken_one
+	tests/test_training.py \
+	tests/test_checkpoint.py::test_a_broken_run_goes_on_to_the_weights_and_logs_of_an_unbroken_one
 test-backends: $(VENV)/.dev
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 --dist worksteal $(BACKEND_TESTS)
 	KERAS_BACKEND=torch $(BIN)/python -m pytest -n 2 --dist worksteal $(BACKEND_TESTS)

@@ -205,7 +205,7 @@ def other_base() -> keras.Model:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:The weights file holds no adapters")
+@pytest.mark.filterwarnings("ignore:The weights file contains no adapters")
 def test_the_norms_are_those_of_a_base_that_is_loaded(tmp_path: Path) -> None:
     other_base().save_weights(tmp_path / "base.weights.h5")
     fresh = kl.apply_lora(functional(), DORA)

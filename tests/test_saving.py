@@ -106,7 +106,7 @@ def test_weights_of_the_base_load_into_the_adapted_model_with_a_warning(
     expected = predict(base)
     keras.utils.set_random_seed(99)
     model = kl.apply_lora(make(), kl.LoRAConfig(rank=2))
-    with pytest.warns(UserWarning, match=r"holds no adapters.*unload_lora\(model\) first"):
+    with pytest.warns(UserWarning, match=r"contains no adapters.*unload_lora\(model\) first"):
         model.load_weights(tmp_path / "base.weights.h5")
     np.testing.assert_allclose(predict(model), expected, rtol=1e-5, atol=1e-6)
 

@@ -140,7 +140,7 @@ CASES: dict[str, tuple[Callable[[Path], tuple[Any, ...]], Callable[..., Any]]] =
         lambda path: (one(), saved(path, DROPOUT)),
         lambda m, path: kl.load_adapter(m, path, replace=True),
     ),
-    "holds no adapters": (
+    "contains no adapters": (
         lambda path: (one(), base_weights(path)),
         lambda m, path: m.load_weights(path),
     ),
