@@ -34,7 +34,7 @@ def refusals() -> list[Any]:
         model.steps_per_execution = 3
         return model
 
-    # Keras has one step an execution on torch.
+    # On torch, Keras has no `steps_per_execution` above 1.
     steps = [pytest.param(twice, "a divisor of the 2 batches", id="steps")]
     steps = [] if keras.backend.backend() == "torch" else steps
     return [

@@ -16,7 +16,7 @@ import keras_lora as kl
 
 pytest_plugins = ["support.peft_models"]
 
-# Of transformers and PEFT about each other.
+# Warnings of transformers and PEFT about each other.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
     "ignore:fan_in_fan_out",
