@@ -2,11 +2,11 @@
 
     python benchmarks/adapters.py [--check]
 
-The time, the memory and the bytes read that `load_adapter` takes in a Llama-shaped model of a
-billion parameters, over what was resident before. Then three BERT-shaped KerasHub classifiers with
-50, 2 and 1 adapters of rank 8, of which one acts: a `predict` and a training step, and
-`set_adapter`, without an optimizer and with one whose moments move too. Of both, the sizes of the
-files. Linux with glibc only.
+The time, the added memory and the bytes read of `load_adapter` on a Llama-shaped model of a billion
+parameters. Then three BERT-shaped KerasHub classifiers with 50, 2 and 1 adapters of rank 8, one of
+them active: a `predict` and a training step, and `set_adapter`, without an optimizer and with one
+whose moments move too. For both kinds of model, the sizes of the adapter's files. Linux with glibc
+only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import keras_lora as kl
 
 MOST_SLOWER = 1.05
 MOST_MEMORY = 3.0  # times the adapter
-SLACK = 2**16  # bytes read: modules that are imported late, and the counter itself
+SLACK = 2**16  # bytes that are read for modules imported late, and by the counter itself
 TENSORS, CONFIG = "adapter.safetensors", "adapter_config.json"
 
 
@@ -58,7 +58,7 @@ def randomize(model: keras.Model, name: str) -> None:
 
 
 def steps(models: Mapping[str, keras.Model], many: str, args: argparse.Namespace) -> Bars:
-    """A step of a model with many adapters against one with one; in both the same one acts."""
+    """A step of a model with many adapters against a model with one, the active one in both."""
     bars: Bars = {}
     for what, make in (("predict", predicting), ("train", training)):
         times = interleaved({name: make(model, args) for name, model in models.items()}, args.steps)
@@ -69,7 +69,7 @@ def steps(models: Mapping[str, keras.Model], many: str, args: argparse.Namespace
 
 
 def switching(model: keras.Model, count: int) -> Step:
-    """To the adapter that acted longest ago. Once round first, so that each has what it keeps."""
+    """Switches to each adapter in turn. All are active once before, so that none is new."""
     for name in names(count):
         kl.set_adapter(model, name)
     turns = cycle(names(count))
@@ -81,7 +81,7 @@ def switching(model: keras.Model, count: int) -> Step:
 
 
 def switches(models: Mapping[int, keras.Model], optimizer: str, args: argparse.Namespace) -> Bars:
-    """`set_adapter` among many adapters against between few."""
+    """The time of `set_adapter` on a model with many adapters, against a model with few."""
     many, few = max(models), min(models)
     calls = {f"among {count}": switching(model, count) for count, model in models.items()}
     times = interleaved(calls, args.switches)
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
     args = parser.parse_args()
 
-    # The large model first: in a process that has freed much, what a call takes is not seen.
+    # The large model first: a call that reuses freed memory would seem to take none.
     met = print_bars(loaded(args) | switched(args))
     if args.check and not met:
         sys.exit(1)

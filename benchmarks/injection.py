@@ -3,8 +3,8 @@
     python benchmarks/injection.py [--dtype bfloat16] [--check]
 
 A Llama-shaped KerasHub backbone with random weights; every linear layer is adapted at rank 8.
-The memory is the highest resident size during the call, over that before it, less the adapters
-themselves. Linux with glibc only.
+The memory is the peak resident size during the call, minus the size before it and the size of the
+adapters. Linux with glibc only.
 """
 
 from __future__ import annotations

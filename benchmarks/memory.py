@@ -1,4 +1,4 @@
-"""What a call takes of memory and of files, on a model of a billion parameters. Linux, glibc."""
+"""The memory and the bytes read of a call, and a model of a billion parameters. Linux, glibc."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def billion(layers: int, width: int, dtype: str = "float32") -> keras.Model:
 
 
 def size(variables: Iterable[keras.Variable]) -> int:
-    """Bytes."""
+    """The bytes of the variables' values."""
     return sum(v.value.dtype.size * int(v.value.shape.num_elements()) for v in variables)
 
 
 def resident(key: str) -> int:
-    """Bytes of this process: `VmRSS` now, or `VmHWM` at most since `forget_peak`."""
+    """Bytes of this process: `VmRSS` is the present size, `VmHWM` the peak since `forget_peak`."""
     return 1024 * _of_this_process("status", key)
 
 
 def read_so_far() -> int:
-    """Bytes that this process has read, from a disk or from the system's cache of it."""
+    """Bytes that this process has read, from a disk or from the system's cache."""
     return _of_this_process("io", "rchar")
 
 
 def forget_peak() -> None:
-    """Start a new peak, once what was freed is given back: reused, it would hide what is taken."""
+    """Start a new peak. Freed memory is given back first: its reuse would not raise the peak."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

@@ -3,7 +3,7 @@
     python benchmarks/merged.py [--check]
 
 Two copies of a BERT-shaped KerasHub encoder with a classifier; one was adapted at rank 8, its
-adapters were set to random values, and it was merged. Everything trains in both, as in the base.
+adapters were set to random values, and it was merged. All weights of both train.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PEFT's side of `step_time.py`: for each line read it makes a step and prints its times.
+"""PEFT's side of `step_time.py`: for each line of input, make a step and print its times.
 
 The same shapes on torch: a `BertModel` with random weights and a classifier, LoRA on every
 linear layer of the encoder and the pooler, AdamW, one fixed batch.

@@ -2,13 +2,12 @@
 
     python benchmarks/saved_model.py [--check]
 
-A BERT-shaped KerasHub encoder with a classifier, adapters of rank 8 on attention. Exported are the
-base, a merged model, and models that hold 8 and 256 adapters; a process of its own
-(`saved_model_process.py`) loads all and answers batches, for the latter of rows that each want
-another adapter. Then, for 1 to 256 tasks, one model of many adapters against one merged model for
-each task, which gets one request of one row: memory and throughput. Where the merged models do not
-fit into memory, as many are loaded as fit, and their mean is multiplied: those figures are marked
-with ≈.
+A BERT-shaped KerasHub encoder with a classifier, adapters of rank 8 on attention. It is exported
+plain, merged, and with 8 and 256 adapters. A process of its own (`saved_model_process.py`) loads
+all and answers batches; the rows of a batch ask for different adapters. Then, for 1 to 256 tasks,
+the memory and throughput of one model of many adapters against one merged model for each task,
+which gets a request of one row. If the merged models do not fit into memory, as many are loaded as
+fit, and their mean is multiplied: such figures are marked with ≈.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from timing import Bars, Seconds, Times, print_bars, print_times, ratio
 import keras_lora as kl
 
 MIB = 2**20
-# The most that a model of so many adapters may take, over the merged one.
+# By number of adapters: the highest ratio of its latency to the merged model's.
 LATENCY_BARS = {8: 1.25, 256: 1.35}
 
 
@@ -55,7 +54,7 @@ class Measured(NamedTuple):
 
 
 def with_adapters(model: keras.Model, count: int, rank: int) -> list[str]:
-    """Adapt the attention layers, in `count` ways."""
+    """Add `count` adapters of random values to the attention layers; returns their names."""
     names = [f"task-{i}" for i in range(count)]
     rng = np.random.default_rng(0)
     for name in names:
@@ -67,7 +66,7 @@ def with_adapters(model: keras.Model, count: int, rank: int) -> list[str]:
 
 
 def export(args: argparse.Namespace, folder: Path) -> list[str]:
-    """Write `base`, `merged` and, for each number of adapters, `many-<number>`; the names."""
+    """Write `base`, `merged` and each `many-<number of adapters>`; returns the adapters' names."""
     model = classifier(args)
     kl.export_saved_model(model, folder / "base")
     names = with_adapters(model, max(args.loaded), args.rank)
@@ -80,7 +79,7 @@ def export(args: argparse.Namespace, folder: Path) -> list[str]:
 def measure(
     folder: Path, models: dict[str, Loaded], inputs: str, batch: int, rounds: int
 ) -> Measured:
-    """Let a process of its own load these models, and ask them."""
+    """Load and time these models in a process of its own."""
     listed = {name: {"path": str(folder / name), **m._asdict()} for name, m in models.items()}
     order = {"inputs": inputs, "batch": batch, "rounds": rounds, "models": listed}
     (folder / "order.json").write_text(json.dumps(order))
@@ -93,12 +92,12 @@ def measure(
 
 
 def on_disk(path: Path) -> int:
-    """Bytes of weights."""
+    """The bytes of a SavedModel's weights."""
     return sum(file.stat().st_size for file in path.rglob("*.data-*"))
 
 
 def adapter_bytes(args: argparse.Namespace) -> int:
-    """Of one adapter: on each layer four kernels `(d, d)`, float32."""
+    """The bytes of one adapter: on each layer four kernels `(d, d)`, float32."""
     return int(args.layers * 4 * 2 * args.rank * args.width * 4)
 
 
@@ -160,7 +159,7 @@ def arguments() -> argparse.Namespace:
     add_shape(parser, layers=12)
     parser.set_defaults(batch=32, dropout=0.0)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--loaded", type=int, nargs="+", default=[8, 256], help="adapters held")
+    parser.add_argument("--loaded", type=int, nargs="+", default=[8, 256], help="adapters")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--memory", type=int, default=12_000, help="MiB for merged models at most")
     parser.add_argument("--rounds", type=int, default=7, help="after 2 that do not count")

@@ -1,12 +1,12 @@
-"""What a server measures of SavedModels: TensorFlow's C library, without TensorFlow in Python.
+"""Memory and times of SavedModels in TensorFlow's C library, without TensorFlow in Python.
 
     python benchmarks/saved_model_process.py ORDER.json
 
-For `saved_model.py`, as a process of its own: memory is that of the models alone. The order is
+`saved_model.py` starts it as a process, whose memory is that of the models alone. The order is
 `{"inputs": FILE.npz, "batch": rows, "rounds": n, "models": {name: {"path", "copies",
-"adapters"}}}`; each model is loaded, in as many copies as it says, and asked in turn, all for the
-same batch. Where it has an input `adapter`, the names go round the rows. The answer, on the last
-line, is JSON: bytes that each model took, its first answer included, and seconds of each of its
+"adapters"}}}`; each model is loaded in that number of copies, and the models answer the same batch
+in turn. If a model has an input `adapter`, the rows get the names in turn. The last line printed is
+JSON: the bytes that each model took, its first answer included, and the seconds of each of its
 rounds, in which every copy answers once.
 """
 
@@ -54,7 +54,7 @@ def main() -> None:
     saved_model: Any = runpy.run_path(str(EXAMPLE))["SavedModel"]
     feeds = {name: values[: order["batch"]] for name, values in np.load(order["inputs"]).items()}
     memory, steps = {}, {}
-    # What the library itself takes is no model's. Kept, or the next model would reuse the memory.
+    # The library's own memory counts for no model. `first` stays: freed memory would be reused.
     first = saved_model(next(iter(order["models"].values()))["path"])
     asking([first], feeds, [""])()
     for name, model in order["models"].items():

@@ -63,7 +63,7 @@ def with_nothing_but_positions(model: keras.Model) -> None:
 
 
 def with_everything(model: keras.Model) -> None:
-    """Full fine-tuning: as `compile` finds the model."""
+    """Full fine-tuning: all of a new model trains."""
 
 
 VARIANTS: dict[str, Callable[[keras.Model], None]] = {

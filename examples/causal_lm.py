@@ -4,11 +4,11 @@
     python examples/causal_lm.py            # 40 steps of 4 rows
     python examples/causal_lm.py --quick    # 3 steps: only whether everything works
 
-SmolLM2-135M-Instruct, a Llama in KerasHub, is trained here by LoRA. Its adapter is saved for PEFT,
-which loads it over the same weights in transformers, on torch. Then PEFT trains an adapter of its
-own, of another rank and on other layers, and that one is loaded here, beside the first.
+SmolLM2-135M-Instruct, a Llama in KerasHub, is trained by LoRA. Its adapter is saved for PEFT, which
+loads it over the same weights in transformers, on torch. Then PEFT trains an adapter of its own, of
+another rank and on other layers, which is loaded into the Keras model, beside the first.
 
-Both ways, the two libraries are compared on the same tokens. The exit status is 1 unless
+For each adapter, the two libraries are compared on the same tokens. The exit status is 1 unless
 
 - their logits differ by at most 1e-3;
 - greedy decoding gives the same tokens, 30 for each prompt;
@@ -24,10 +24,10 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-# Everything is local: nothing is to be asked of the Hub.
+# All files are local, so the Hugging Face Hub is not asked.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
-# torch's threads wait for each other busily, which makes it ten times as slow on shared cores.
+# Otherwise torch's threads spin while they wait, which is ten times as slow on shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
@@ -62,7 +62,7 @@ TOLERANCE = 1e-3
 
 CONFIG = kl.LoRAConfig(rank=8, alpha=16)
 LEARNING_RATE = 1e-3
-# Another rank, scale and choice of layers than `CONFIG`, so that the way back is no round trip.
+# Another rank, scale and choice of layers than `CONFIG`, so that the way back is tested too.
 PEFT_CONFIG = LoraConfig(
     r=4,
     lora_alpha=8,
@@ -81,7 +81,7 @@ Tokens = np.ndarray
 
 @dataclass(frozen=True)
 class Text:
-    """Rows of tokens, one more than a model reads at once, and the prompts."""
+    """The prompts, and rows of tokens, each one token longer than the model's input."""
 
     train: Tokens
     held_out: Tokens
@@ -90,7 +90,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model gives for the same tokens, whichever library computes it."""
+    """The outputs of a model for the held-out tokens and the prompts, in either library."""
 
     perplexity: float
     logits: np.ndarray
@@ -118,7 +118,7 @@ class Exchange:
 
     @property
     def same_tokens(self) -> int:
-        """Those before the first difference of each completion."""
+        """The number of tokens before the first difference, summed over the completions."""
         pairs = zip(self.trained.completions, self.loaded.completions, strict=True)
         return sum(same_start(*pair) for pair in pairs)
 
@@ -155,7 +155,7 @@ def read(tokenizer: keras.layers.Layer) -> Text:
 
 
 def rows(texts: Sequence[Sequence[int]]) -> Tokens:
-    """All tokens one after the other, in rows of one more than a model reads: its last answer."""
+    """All tokens, in rows one longer than the input: the last token is the last target."""
     tokens, length = np.array(list(chain.from_iterable(texts)), "int32"), SEQUENCE_LENGTH + 1
     return tokens[: len(tokens) // length * length].reshape(-1, length)
 
@@ -165,10 +165,10 @@ def features(tokens: Tokens) -> dict[str, np.ndarray]:
 
 
 def keras_model() -> keras.Model:
-    """Adapted, which changes none of its answers yet, and compiled to train and to generate."""
+    """The model, compiled, with a new adapter, which does not change its answers yet."""
     model = kl.apply_lora(smollm2.in_keras(), CONFIG)
     optimizer = keras.optimizers.Adam()
-    # Else TensorFlow traces the first step twice, and one trace takes more than half a minute.
+    # Otherwise TensorFlow traces the first step twice, and a trace takes more than half a minute.
     optimizer.build(model.trainable_variables)
     model.compile(
         optimizer=optimizer,
@@ -200,7 +200,7 @@ def keras_answers(model: keras.Model, text: Text) -> Answers:
 def keras_completions(
     model: keras.Model, prompts: Sequence[Sequence[int]]
 ) -> Sequence[Sequence[int]]:
-    """What greedy decoding adds to each prompt."""
+    """The tokens that greedy decoding adds to each prompt."""
     shape = (len(prompts), NEW_TOKENS + max(map(len, prompts)))
     tokens, mask = np.zeros(shape, "int32"), np.zeros(shape, "int32")
     for row, prompt in enumerate(prompts):
@@ -248,7 +248,7 @@ def torch_completion(model: Any, prompt: Sequence[int]) -> Sequence[int]:
 
 
 def to_peft(model: keras.Model, text: Text, untrained: float, directory: Path) -> Exchange:
-    """The adapter trained here, loaded by PEFT."""
+    """The adapter that was trained in Keras, loaded by PEFT."""
     kl.save_peft_adapter(
         model, directory, base_model_name=str(smollm2.checkpoint()), overwrite=True
     )
@@ -263,7 +263,7 @@ def to_peft(model: keras.Model, text: Text, untrained: float, directory: Path) -
 
 
 def from_peft(model: keras.Model, text: Text, steps: int, directory: Path) -> Exchange:
-    """An adapter that PEFT trains, loaded into the model here, where it acts from then on."""
+    """An adapter that PEFT trains, loaded into the Keras model and made active."""
     torch.manual_seed(SEED)
     trained = get_peft_model(smollm2.in_torch(), PEFT_CONFIG)
     untrained = torch_answers(trained, text).perplexity
@@ -304,7 +304,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--steps", type=positive, default=STEPS, help=f"of {BATCH} rows in Keras; {STEPS}"
     )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps in each library")
-    parser.add_argument("--out", type=Path, help="keep the adapters here; else they are dropped")
+    parser.add_argument("--out", type=Path, help="keep the adapters in this folder")
     return parser.parse_args(arguments)
 
 

@@ -8,8 +8,8 @@ Then each adapter is saved, and loaded into a new model around a new encoder.
 
 The exit status is 1 unless
 
-- each task, once the other one has been trained and has acted, answers its test rows bit for bit
-  as right after its own training, and otherwise while the other one acts;
+- each task, after the other one was trained and active, answers its test rows bit for bit as right
+  after its own training, and differently while the other one's adapter is active;
 - no switch makes TensorFlow trace a step again;
 - the loaded adapters answer as the trained ones did, up to 1e-5 in the logits.
 
@@ -56,7 +56,7 @@ from training import (
 import keras_lora as kl
 
 STEPS = 96
-# The best of `text_classification.py --sweep`; nothing was chosen by these test rows.
+# The best of `text_classification.py --sweep`; no choice depended on these test rows.
 LEARNING_RATE = 2e-3
 SEED = 0
 TOLERANCE = 1e-5
@@ -84,14 +84,14 @@ class Task:
     def answers(self, model: keras.Model) -> np.ndarray:
         """The logits of the test rows."""
         rows = len(self.test.labels)
-        # A smaller last batch would compile again.
+        # A smaller last batch would cause another compilation.
         at_once = max(size for size in range(1, 129) if rows % size == 0)
         return np.asarray(model.predict(self.test.features, batch_size=at_once, verbose=0))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The logits of a task's test rows at four moments, and the bytes of its files."""
+    """The logits of a task's test rows in four situations, and the bytes of its files."""
 
     task: Task
     other_acts: np.ndarray
@@ -123,7 +123,7 @@ COUNTS: Mapping[str, Callable[[Outcome], int]] = {
 }
 ACCURACIES: Mapping[str, Callable[[Outcome], float]] = {
     "accuracy of the commonest label": lambda x: x.task.majority,
-    "while the other adapter acts": lambda x: x.task.test.accuracy(x.other_acts),
+    "while the other adapter is active": lambda x: x.task.test.accuracy(x.other_acts),
     "right after training": lambda x: x.task.test.accuracy(x.trained),
     "after switching away and back": lambda x: x.task.test.accuracy(x.back),
     "from its files, in a new model": lambda x: x.task.test.accuracy(x.loaded),
@@ -131,9 +131,9 @@ ACCURACIES: Mapping[str, Callable[[Outcome], float]] = {
 
 
 class Traces:
-    """Counts how often the steps of models are traced: only then does TensorFlow run their Python.
+    """Counts how often the steps of models are traced: TensorFlow runs their Python only then.
 
-    It does so twice for the first step of training, and once for the first prediction.
+    The first step of training is traced twice, and the first prediction once.
     """
 
     def __init__(self, models: Iterable[keras.Model]) -> None:
@@ -169,14 +169,14 @@ def task(title: str, adapter: str, splits: assets.Splits, length: int, model: ke
 
 
 def adapt(tasks: Sequence[Task]) -> None:
-    """Give each task its adapter, before any trains: adding one drops what is compiled."""
+    """Give each task its adapter before any trains, since adding one discards compiled steps."""
     for task in tasks:
         kl.apply_lora(task.model, CONFIG, name=task.adapter)
         compile_for_training(task.model)
 
 
 def train(task: Task, steps: int, progress: Progress) -> np.ndarray:
-    """Train a task's adapter and head; returns the answers right after that."""
+    """Train a task's adapter and head; returns the answers right after training."""
     kl.set_adapter(task.model, task.adapter)
     callback = Steps(LEARNING_RATE, steps, progress, task.title)
     rows = batches(task.train, steps, SEED)
@@ -185,7 +185,7 @@ def train(task: Task, steps: int, progress: Progress) -> np.ndarray:
 
 
 def switched(task: Task, active: Task) -> np.ndarray:
-    """The answers of a task while the adapter of `active` acts in the encoder."""
+    """The answers of a task while the adapter of `active` is active in the encoder."""
     kl.set_adapter(active.model, active.adapter)
     return task.answers(task.model)
 

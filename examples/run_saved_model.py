@@ -2,8 +2,8 @@
 
     python examples/run_saved_model.py SAVED_MODEL INPUTS.npz OUTPUTS.npz [SIGNATURE]
 
-`INPUTS.npz` holds an array for each input of the signature (`serving_default` if none is named),
-by name; the outputs are written to `OUTPUTS.npz` likewise, strings as arrays of text.
+`INPUTS.npz` has an array for each input of the signature (`serving_default` if none is named), by
+name; `OUTPUTS.npz` gets an array for each output, by name, with strings as arrays of text.
 The model goes through the C++ SavedModel loader and `Session::Run` with XLA compilation off, which
 is what TensorFlow Serving's CPU path does with its default settings. `libtensorflow` is taken out
 of the installed tensorflow package, which is located and never imported; so are the operations of
@@ -43,7 +43,7 @@ DTYPES: dict[int, Any] = {
 }
 NUMBERS = {np.dtype(dtype): number for number, dtype in DTYPES.items()}
 STRING = 7
-ENCODING = "utf-8", "surrogateescape"  # of strings that are given or wanted as text
+ENCODING = "utf-8", "surrogateescape"  # of input and output strings that are text
 STRING_SIZE = 24  # bytes of a TF_TString
 INVALID_ARGUMENT, UNIMPLEMENTED = 3, 12  # of TF_Code
 
@@ -102,7 +102,7 @@ DISABLE_XLA = "_ZN10tensorflow21DisableXlaCompilationEv"
 
 
 class ModelError(RuntimeError):
-    """What the C library, or this module before it, refuses; `code` is a TF_Code."""
+    """An error of the C library, or of this module before the call; `code` is a TF_Code."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -112,7 +112,7 @@ class ModelError(RuntimeError):
 class SavedModel:
     """A SavedModel in a session of the C library.
 
-    Several threads may call `run` at once. The session is closed when the last reference goes.
+    Several threads may call `run` at once. The session is closed when no reference is left.
 
     Attributes:
         meta_graph: The `MetaGraphDef` of the tag `serve`, serialized.
@@ -124,19 +124,19 @@ class SavedModel:
         self._graph = self._library.TF_NewGraph()
         self._session, self.meta_graph = self._load(str(path).encode())
         self.signatures = dict(read_signatures(self.meta_graph))
-        # At exit the process frees all there is.
+        # Not at exit, when the process frees all memory anyway.
         weakref.finalize(self, _delete, self._library, self._session, self._graph).atexit = False
 
     def run(
         self, feeds: Mapping[str, Any], signature: str = "serving_default"
     ) -> dict[str, np.ndarray]:
-        """One call of a signature. Strings come out as arrays of bytes. Raises `ModelError`."""
+        """Call a signature. Output strings are arrays of bytes. Raises `ModelError`."""
         inputs, outputs = self._signature(signature)
         _check(feeds, inputs, outputs)
         with contextlib.ExitStack() as stack:
             tensors = [stack.enter_context(self._tensor(feeds[name])) for name in inputs]
             fetched = self._run(inputs, tensors, outputs)
-            # Before the inputs go: an output may share the memory of one.
+            # Before the inputs are freed, whose memory an output may share.
             return dict(zip(outputs, map(self._array, fetched), strict=True))
 
     def _signature(self, name: str) -> Signature:
@@ -263,7 +263,7 @@ def _delete(library: Any, session: int, graph: int) -> None:
 
 @contextlib.contextmanager
 def _status(library: Any) -> Iterator[int]:
-    """A status for one call, whose failure is raised."""
+    """A status for one call; a failure of the call is raised as `ModelError`."""
     status: int = library.TF_NewStatus()
     try:
         yield status
@@ -308,7 +308,7 @@ def main() -> None:
 
 
 def save(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a file of NumPy, strings as text where objects would be pickled."""
+    """Write a NumPy file, with strings as text, since arrays of objects would be pickled."""
     plain = {name: _text(v) if v.dtype.hasobject else v for name, v in arrays.items()}
     np.savez(path, **plain)  # type: ignore[arg-type]
 

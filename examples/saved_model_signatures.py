@@ -26,7 +26,7 @@ def read_signatures(meta_graph: bytes) -> Iterator[tuple[str, Signature]]:
                     if 1 in info:
                         sides[side][named[1].decode()] = info[1].decode(), info.get(2, 0)
             name = pair[1].decode()
-            if name != "__saved_model_init_op":  # the loader's own, which it has run
+            if name != "__saved_model_init_op":  # only for the loader
                 yield name, Signature(sides[1], sides[2])
 
 

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct with the same weights in KerasHub and in transformers.
 
 Its matrices are quantized to 4 bits in the file that `assets` brings. transformers reads that file
-and saves what it computes with, in float32, as a plain Hugging Face directory (542 MB); both
-libraries load this directory.
+and saves the float32 weights as a plain Hugging Face directory (542 MB), which both libraries
+load.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def checkpoint() -> Path:
 
 
 def in_keras() -> keras.Model:
-    """Without a preprocessor: the tokens that PEFT's model is compared on are given as they are."""
+    """The model without a preprocessor: both libraries get the same tokens."""
     epsilon = json.loads((checkpoint() / "config.json").read_text())["rms_norm_eps"]
-    # KerasHub's converter of Llama leaves this number out, and its default is another one.
+    # KerasHub's Llama converter ignores this field, and the backbone's default is another number.
     backbone = keras_hub.models.Llama3Backbone.from_preset(
         str(checkpoint()), layer_norm_epsilon=epsilon
     )
@@ -55,7 +55,7 @@ def _dequantize(source: Path, folder: Path) -> Path:
     options = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     read = LlamaForCausalLM.from_pretrained(**options, dtype=torch.float32)
     config = read.config
-    # Else transformers refuses to save these weights, which are quantized no longer.
+    # The weights are quantized no longer, so transformers would refuse to save them with this.
     del config.quantization_config
     plain = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=read.state_dict())
     plain.save_pretrained(folder)

@@ -8,7 +8,7 @@ A pretrained MiniLM (22.7M parameters) learns Rotten Tomatoes from 3,072 of its 
 ways: low-rank adapters, full fine-tuning, and training of the head alone. The LoRA model is then
 exported as a plain SavedModel, tokenizer and all: sentences in, probabilities and names of classes
 out. It answers a batch through TensorFlow's C library, in a process without Keras. The exit status
-is 1 where those probabilities differ by more than 1e-4.
+is 1 if these probabilities differ from Keras's by more than 1e-4.
 
 Needs `pip install keras-lora[nlp]`; downloads 97 MB on the first run (see `assets.py`).
 """
@@ -60,7 +60,7 @@ import keras_lora as kl
 SEQUENCE_LENGTH = 32
 CLASSES = ("unfavourable", "favourable")
 STEPS = 96
-# A divisor of both the validation and the test rows: a smaller last batch would compile again.
+# It divides the validation and the test rows: a smaller last batch would compile again.
 SCORED_AT_ONCE = 100
 TOLERANCE = 1e-4
 SERVER = Path(__file__).with_name("run_saved_model.py")
@@ -81,7 +81,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run gave. `saved_bytes` is the size of the file of all that was trained."""
+    """The result of one run. `saved_bytes` is the size of a file with all trained values."""
 
     accuracy: float
     trainable: int = 0
@@ -116,7 +116,7 @@ METHODS = (
 class Scorer:
     """The accuracy of any method's model, through one plain classifier that is compiled once.
 
-    Adapters are merged for it: what is scored is what will be served.
+    Adapters are merged first, as for serving.
     """
 
     def __init__(self, data: Data) -> None:
@@ -133,7 +133,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Study:
-    """Runs methods on the same rows, and scores them on rows of their own."""
+    """Trains all methods on the same rows, and scores them on others."""
 
     train: Data
     scorer: Scorer
@@ -171,7 +171,7 @@ def trainee(method: Method) -> keras.Model:
 
 
 def restart(model: keras.Model, method: Method, seed: int) -> None:
-    """All that a new model has with this seed, dropout included; an optimizer without memory."""
+    """Give a model the values of a new one of this seed, dropout seeds too; clear the optimizer."""
     keras.utils.set_random_seed(seed)
     fresh = classifier(len(CLASSES))
     method.prepare(fresh)
@@ -232,14 +232,14 @@ def comparison(outcomes: Mapping[str, Sequence[Outcome]]) -> Table:
 
 
 def accuracies(runs: Sequence[Outcome]) -> str:
-    """The mean, and the single values where there are several."""
+    """The mean, and the single values if there are several."""
     values = [100 * run.accuracy for run in runs]
     mean = f"{statistics.mean(values):.2f}%"
     return f"{mean} ({', '.join(f'{v:.2f}' for v in values)})" if len(values) > 1 else mean
 
 
 def serve(model: keras.Model, sentences: Sequence[str], folder: Path, console: Console) -> float:
-    """Export, let the C library answer one batch, and return how far the answers are off."""
+    """Export, let the C library answer one batch, and return the largest error of the answers."""
     path = folder / "saved_model" / "1"
     model.preprocessor = preprocessor(SEQUENCE_LENGTH)
     report = kl.export_saved_model(
@@ -262,7 +262,7 @@ def serve(model: keras.Model, sentences: Sequence[str], folder: Path, console: C
 
 
 def answers(saved_model: Path, sentences: Sequence[str]) -> Mapping[str, np.ndarray]:
-    """What TensorFlow's C library computes, in a process of its own."""
+    """The answers of TensorFlow's C library, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
         np.savez(inputs, text=sentences)

@@ -26,8 +26,8 @@ BATCH = 32
 # The first steps compile.
 WARM_UP = 5
 
-# Sentence embeddings are means over tokens, so this encoder's pooler never saw a task: it is as
-# fresh as the classifier itself.
+# Sentence embeddings are means over tokens, so this encoder's pooler was never trained for a
+# task: it trains in full, as the classifier does.
 HEAD = ("pooled_dense", "logits")
 CONFIG = kl.LoRAConfig(rank=8, alpha=16, layers_to_save=HEAD)
 
@@ -51,7 +51,7 @@ def encoder() -> keras.Model:
 
 
 def classifier(classes: int, backbone: keras.Model | None = None) -> keras.Model:
-    """The encoder, or the one given, with a fresh head, on tokenised rows."""
+    """A classifier of tokenised rows: the backbone, by default a new encoder, with a new head."""
     backbone = encoder() if backbone is None else backbone
     return keras_hub.models.BertTextClassifier(backbone, classes, preprocessor=None)
 
@@ -60,13 +60,13 @@ def compile_for_training(model: keras.Model) -> None:
     model.compile(
         optimizer=keras.optimizers.Adam(),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        # Keras leaves XLA off on a CPU, where it makes these steps about half as long.
+        # By default Keras leaves XLA off on a CPU, where XLA about halves the time of these steps.
         jit_compile=True,
     )
 
 
 def preprocessor(length: int) -> keras.layers.Layer:
-    """Strings to rows of so many tokens."""
+    """The layer that makes rows of `length` tokens from strings."""
     return keras_hub.models.BertTextClassifierPreprocessor.from_preset(
         str(assets.minilm()), sequence_length=length
     )
@@ -80,7 +80,7 @@ def tokenise(rows: assets.Rows, length: int) -> Data:
 
 
 def batches(data: Data, steps: int, seed: int) -> tf.data.Dataset:
-    """`steps` batches of rows in a random order, each row once before any comes again."""
+    """`steps` batches of rows in a random order; each row comes once before any comes twice."""
     rng = np.random.default_rng(seed)
     epochs = -(-steps * BATCH // len(data.labels))
     order = np.concatenate([rng.permutation(len(data.labels)) for _ in range(epochs)])
@@ -124,10 +124,10 @@ def progress_bars(console: Console) -> Progress:
 
 
 def argument_parser(documentation: str | None, steps: int) -> argparse.ArgumentParser:
-    """Of the options that every example has."""
+    """A parser with the options that every example has."""
     parser = argparse.ArgumentParser(description=(documentation or "").splitlines()[0])
     parser.add_argument("--steps", type=positive, default=steps, help=f"of {BATCH} rows; {steps}")
-    parser.add_argument("--out", type=Path, help="keep the files here; by default they are dropped")
+    parser.add_argument("--out", type=Path, help="keep the files in this folder")
     return parser
 
 
@@ -140,7 +140,7 @@ def positive(text: str) -> int:
 
 @contextlib.contextmanager
 def output_folder(path: Path | None) -> Iterator[Path]:
-    """The folder asked for, or one that is gone afterwards."""
+    """The folder at `path`, or a temporary one."""
     if path is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)

@@ -1,4 +1,4 @@
-"""Several adapters on one model: to activate, disable, delete, scale and combine them."""
+"""Several adapters on one model: activate, disable, delete, scale and combine them."""
 
 from __future__ import annotations
 
@@ -38,22 +38,23 @@ from keras_lora.walker import Target, Tree, all_targets
 def set_adapter(
     model: keras.Model, names: str | Sequence[str] | None, trainable: bool = True
 ) -> None:
-    """Activate exactly these adapters, and train them; their deltas add up.
+    """Activate exactly the named adapters, and train them; their deltas add up.
 
         h = x W0 + sum_i s_i (x A_i) B_i        over the adapters named
 
-    Values move and nothing is traced again: `predict`, `fit` and `generate` go on with the
-    functions that they have compiled, in a time that does not grow with the number of adapters.
+    Only values move and nothing is traced again: `predict`, `fit` and `generate` go on with their
+    compiled functions, and an inactive adapter adds nothing to the time of a step.
     A new trace is needed only where
 
-    - more adapters are active on a layer than ever were, or one of a higher rank, or the first with
-      dropout or DoRA: the layer then gets new variables;
+    - more adapters are active on a layer than ever before, or one has a higher rank, or is the
+      first with dropout or DoRA: the layer then gets new variables;
     - other variables of the base train (adapters with other `layers_to_save` or `bias`), or
-      `trainable` changes: for `fit`, and the optimizer is made anew.
+      `trainable` changes: `fit` (on JAX every function) is then traced again, and the optimizer is
+      made anew.
 
-    An optimizer's moments move with the adapters, of this model and of those inside it: to train
-    one adapter, then another, and then the first one again is to train it without a break. A layer
-    without any of these adapters keeps an empty slot, which adds zero and whose gradient is zero.
+    The moments in the optimizers of this model and of models inside it move with the adapters: an
+    adapter that is trained, then another, then the first again, trains as without a break. A layer
+    that none of the named adapters is on keeps an empty slot, which adds zero and gets no gradient.
 
     Args:
         model: An adapted model.
@@ -82,8 +83,8 @@ def set_adapter(
 def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
     """Within the context no adapter is active: the model computes the outputs of its base.
 
-    Up to the rounding of the products, which are computed as they are for adapters, so that
-    nothing is traced again. No flag and no optimizer changes.
+    The outputs equal the base's up to rounding: the empty slots are still computed, so that
+    nothing is traced again. No trainable flag and no optimizer changes.
 
     Args:
         model: An adapted model.
@@ -116,9 +117,9 @@ def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
 def delete_adapter(model: keras.Model, name: str) -> None:
     """Take an adapter out: its factors, and its values of biases and `layers_to_save`.
 
-    The others are active, or not, as before. Where it was the last one, the model is plain again,
-    as after `unload_lora`. Layers that no other adapter uses become plain, and compiled functions
-    are made anew; where there are no such layers, nothing is traced again.
+    The other adapters stay active or inactive. If it was the last one, the model is plain again, as
+    after `unload_lora`. If some layers have no other adapter, they become plain and compiled
+    functions are made anew; otherwise nothing is traced again.
 
     Args:
         model: An adapted model.
@@ -158,16 +159,16 @@ def scale_adapter(
 ) -> contextlib.AbstractContextManager[None]:
     """Let an adapter count more or less: `h = x W0 + factor * s (x A) B`.
 
-    Of DoRA the factor is on `s A B` alone, so that 0 leaves the magnitude:
+    With DoRA the factor scales `s A B` alone, not the magnitude `m`:
     `W = m (W0 + factor * s A B) / |W0 + factor * s A B|`, as in PEFT.
 
-    A setting, which lasts; in a `with` statement the old factor returns at the end. Nothing is
-    traced again. Merging and saving use the factor.
+    The factor lasts; at the end of a `with` statement the old factor returns. Nothing is traced
+    again. Merging and saving use the factor.
 
     Args:
         model: An adapted model.
         name: The adapter, active or not.
-        factor: A finite number; 1 is the adapter as it was trained, and -1 takes its delta away.
+        factor: A finite number; 1 is the adapter as it was trained, and -1 subtracts its delta.
 
     Returns:
         A context manager, for a `with` statement at whose end the old factor returns.
@@ -199,7 +200,7 @@ def scale_adapter(
 
 @contextlib.contextmanager
 def _scaled(name: str, before: Sequence[tuple[AdapterBank, float]]) -> Iterator[None]:
-    """Entered once the factor is set; the old factors return on leaving."""
+    """A context manager made once the factor is set; the old factors return at its end."""
     try:
         yield
     finally:
@@ -224,16 +225,19 @@ def combine_adapters(
     For each layer, over the adapters that it has, with `c_i = w_i s_i`:
 
     - `"cat"`: `sum_i c_i A_i B_i`, exactly; the ranks add up.
-    - `"svd"`: the best approximation of that of rank `rank`; exact at full rank.
+    - `"svd"`: the best approximation of this sum by rank `rank`; exact at full rank.
     - `"linear"`: `(sum_i sign(c_i) sqrt|c_i| A_i) (sum_i sqrt|c_i| B_i)`, which is the sum above
-      and cross terms `A_i B_j`. The ranks must be equal.
-    - `"magnitude_prune"`, `"ties"`, `"dare_linear"`, `"dare_ties"`: as `"linear"`, of factors of
-      which a share `density` is kept, in the way of each method. The ranks must be equal.
+      plus cross terms `A_i B_j`.
+    - `"magnitude_prune"`, `"dare_linear"`: `"linear"` of factors of which a share `density` of the
+      entries is kept, the largest or a random choice.
+    - `"ties"`, `"dare_ties"`: likewise, averaging the entries that have an elected sign.
+
+    All methods except `"cat"` and `"svd"` need equal ranks.
 
     Adapters with DoRA cannot be combined: each divides `W0 + s A B` by a norm of its own.
 
-    The new adapter has the scale 1. It waits for `set_adapter`, or is active at once where none is.
-    A head or bias that one of the adapters trained goes along.
+    The new adapter has the scale 1. It is active at once if no adapter is active; otherwise it
+    waits for `set_adapter`. It gets the head or bias that one of the adapters trained.
 
     Args:
         model: An adapted model.
@@ -241,9 +245,9 @@ def combine_adapters(
         name: Name of the new adapter.
         method: One of the above; `keras_lora.lowrank.combining` has the equations.
         rank: For `svd`: the rank to keep; all of it by default.
-        density: For the last four methods: the share of entries that is kept, in (0, 1].
+        density: For the `prune`, `ties` and `dare` methods: the share of entries kept, in (0, 1].
         majority_sign: For the two `ties` methods: elect signs by `"total"` or `"frequency"`.
-        seed: For the two `dare` methods: of the entries that are dropped.
+        seed: For the two `dare` methods: chooses the entries to drop.
 
     Raises:
         ValueError: unknown names or options, a name that is taken, a weight that is not finite,
@@ -310,16 +314,16 @@ def _check_weights(weights: Mapping[str, float]) -> None:
 
 
 def _values_of_one(tree: Tree, names: Sequence[str]) -> list[tuple[keras.Variable, np.ndarray]]:
-    """The values that adapters have of the base's variables, where one at most has one."""
+    """The adapters' own values of the base's variables; each may have one owner at most."""
     values = []
     for item in all_owned(tree.root.variables):
         owners = [name for name in names if name in item.names]
         if len(owners) > 1:
             raise invalid(
                 "weights",
-                f"adapters of which one at most has its own '{item.variable.path}'",
+                f"at most one adapter with its own '{item.variable.path}'",
                 owners,
-                "heads cannot be combined: leave out all of these except one",
+                "own values cannot be combined: leave out all of these adapters except one",
             )
         values += [(item.variable, item.value(name)) for name in owners]
     return values

@@ -1,4 +1,4 @@
-"""The project's sentence for bad input: what was expected, what was received, how to fix it."""
+"""The form of error messages (expected, received, fix), and the line that warnings point at."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numbers
 import os
 import warnings
 
-# Whose frames a warning passes over, on its way to the line that a user wrote.
+# The packages whose frames a warning skips, to point at the line that a user wrote.
 _PASSED_OVER = {"keras_lora", "keras_lora_cli", "keras", "keras_hub", "contextlib"}
 
 

@@ -29,15 +29,15 @@ class AdapterSpec:
         rank: Inner size of `A B`; a positive integer.
         alpha: Numerator of the scale `s`; a finite number.
         dropout: Probability with which an input of the adapter is zeroed while training, in
-            `[0, 1)`. The path through the frozen kernel has none. Nor, as in PEFT, has an embedding
-            adapter, which is fed token ids.
+            `[0, 1)`. The frozen kernel's own input is not dropped. An embedding adapter has no
+            dropout, as in PEFT, since it is fed token ids.
         use_rslora: Divide by `sqrt(rank)` instead of `rank`.
-        use_dora: Train a magnitude `m` of each output too, from `|W0|` on:
+        use_dora: Also train a magnitude `m` of each output, which starts at `|W0|`:
             `W = m (W0 + s A B) / |W0 + s A B|`.
         init: How `A` starts: `"kaiming_uniform"`, uniform within `±1/sqrt(d)` for `d` inputs
             (as PEFT does), or `"gaussian"`, normal with standard deviation `1/rank`. `B`
-            starts at zero, so that a fresh adapter changes nothing. Of an embedding `A` starts at
-            zero and `B` standard normal, whatever this is.
+            starts at zero, so that a fresh adapter changes nothing. `init` has no effect on an
+            embedding adapter, whose `A` starts at zero and `B` standard normal.
 
     Raises:
         ValueError: a value outside the above.
@@ -46,6 +46,9 @@ class AdapterSpec:
 
     >>> AdapterSpec(rank=4, alpha=8).scaling
     2.0
+
+    References: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rsLoRA),
+    https://arxiv.org/abs/2312.03732; Liu et al. 2024 (DoRA), https://arxiv.org/abs/2402.09353.
     """
 
     rank: int
@@ -84,7 +87,7 @@ class LoRAConfig:
         rank_pattern: `{name: rank}` for layers whose rank differs. The first match counts.
         alpha_pattern: `{name: alpha}`, likewise.
         use_rslora: Scale by `alpha / sqrt(rank)` (rank-stabilised LoRA).
-        use_dora: Train a magnitude of each output too (DoRA); see `AdapterSpec`.
+        use_dora: Also train a magnitude of each output (DoRA); see `AdapterSpec`.
         init: How `A` starts; see `AdapterSpec`.
         bias: Which biases train: `"none"`, those of the adapted layers (`"lora_only"`), or
             every variable called `bias` in the model (`"all"`).
@@ -138,7 +141,7 @@ class LoRAConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, as JSON takes them.
+        """The fields as plain values, which JSON can contain.
 
         Raises:
             ValueError: `targets` is a function, which no file can contain.

@@ -1,7 +1,6 @@
 """How the factors `A` and `B` of an adapter begin.
 
-`W0` is never changed by a start. A start whose product `A0 B0` is not zero is given a frozen
-counterpart, `-A0 B0`, so that a fresh adapter is the base exactly and unloading it is exact too.
+`A` or `B` begins at zero, so that a fresh adapter computes what its base does. `W0` is not changed.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Start(ABC):
 
     @abstractmethod
     def started(self, fan_in: int, rank: int) -> Started:
-        """The beginning of `A`, `(fan_in, rank)` as a matrix, and of `B`."""
+        """How `A`, a `(fan_in, rank)` matrix, and `B` begin."""
 
 
 @final
@@ -46,8 +45,8 @@ class Start(ABC):
 class Uniform(Start):
     """`A` uniform within `±1/sqrt(d)` for `d` inputs, `B` zero.
 
-    Reference: Hu et al. 2021, section 4.1; the bound is that of PEFT, which is He's with a slope
-    of sqrt(5).
+    Reference: Hu et al. 2021, section 4.1; the bound is that of PEFT: He's (`kaiming_uniform`)
+    with `a = sqrt(5)`.
     """
 
     def started(self, fan_in: int, rank: int) -> Started:  # noqa: ARG002
@@ -70,7 +69,7 @@ class Gaussian(Start):
 @final
 @dataclass(frozen=True)
 class Lookup(Start):
-    """`A` zero and `B` standard normal: the row of a token in `A` moves once the token was seen.
+    """`A` zero and `B` standard normal: training first moves the rows of `A` of the tokens seen.
 
     Reference: PEFT and the authors' loralib, https://github.com/microsoft/LoRA.
     """

@@ -53,6 +53,12 @@ class LoRASummary:
         model_parameters: All parameters of the model, adapters included.
         trained: The cost of the variables that train now.
         full: The same for full fine-tuning of the base.
+
+    Example:
+
+    >>> cost = Cost(parameters=2, weight_bytes=8, gradient_bytes=8, optimizer_bytes=16)
+    >>> LoRASummary([], model_parameters=8, trained=cost, full=cost).share
+    0.25
     """
 
     rows: Sequence[SummaryRow]
@@ -98,15 +104,15 @@ _LEFT = ("layer", "kind", "adapter")
 
 
 def lora_summary(model: keras.Model, console: Console | None = None) -> LoRASummary:
-    """Print a table of a model's adapters, and what training costs against full fine-tuning.
+    """Print a table of a model's adapters, and what training costs beside full fine-tuning.
 
     Args:
         model: An adapted model.
         console: Where to print; standard output by default.
 
     Returns:
-        The figures of the table. Bytes are those of the variables that train, of as large
-        gradients, and of Adam's two float32 moments; activations are not in them.
+        The figures of the table. Bytes count the variables that train, their gradients and
+        Adam's two float32 moments, and no activations.
 
     Raises:
         ValueError: the model has no adapters.

@@ -1,7 +1,7 @@
 """The command `keras-lora`.
 
 A package of its own, since `keras_lora` imports Keras and its backend, which take seconds: help,
-completion and errors of typing come at once, and each command imports what it needs when it runs.
+completion and typing errors are shown at once, and each command imports what it needs when it runs.
 """
 
 from __future__ import annotations

@@ -34,12 +34,13 @@ def convert(
     to: Annotated[
         Literal["native", "peft", "keras-hub"] | None,
         typer.Option(
-            help="The format to write. By default, for a directory: peft from native, else native."
+            help="The format to write. By default, a directory is peft if ADAPTER is native, "
+            "and native otherwise."
         ),
     ] = None,
     dtype: Annotated[
         str,
-        typer.Option(help="Of a directory's tensors: float32, float16 or bfloat16."),
+        typer.Option(help="The dtype of a directory's tensors: float32, float16 or bfloat16."),
     ] = "float32",
     rank: Annotated[
         int | None,

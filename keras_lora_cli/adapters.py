@@ -32,7 +32,7 @@ class Layer:
         a: The first factor as it is stored.
         b: The second factor as it is stored.
         matrices: The factors as `(shared, d, r)` and `(shared, r, k)`; None if the shapes alone
-            do not say which axes these are.
+            do not tell which axes these are.
         extras: Further values of the layer, such as DoRA's magnitude, by name.
     """
 
@@ -60,7 +60,7 @@ class Adapter:
 
     Attributes:
         kind: The format of its files.
-        layers: By the path or the number of the layer, or the name of the module.
+        layers: Its parts, by the layer's path or number, or the module's name.
         values: Its heads and biases, by name.
         config: The configuration in its files; empty for a `.lora.h5` file.
         unknown: The names of tensors that are no known part of an adapter.
@@ -176,7 +176,7 @@ def _layer(spec: kl.AdapterSpec, tensors: Mapping[str, Array]) -> Layer:
 def _matrices(layer: Layer) -> tuple[Array, Array] | None:
     """The matrices of factors `(shared..., d..., r)` and `(shared..., r, k...)`.
 
-    None if the shapes fit several numbers of shared axes, or no number.
+    None if the shapes fit several numbers of shared axes, or none.
     """
     a, b, rank = layer.a, layer.b, layer.rank
     fitting = [

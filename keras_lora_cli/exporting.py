@@ -33,7 +33,7 @@ def export(
     with steps.step("exporting"):
         if not serving.is_mixed:
             activate(model, adapters)
-        # `check_paths` has seen to it that only a SavedModel is overwritten.
+        # `check_paths` has made sure that only a SavedModel is overwritten.
         report = write_saved_model(model, Path(out), serving, overwrite=True)
     found = saved_models.described(out, report)
     return answer(model, out, Kind.SAVED_MODEL, list(adapters), found)

@@ -78,7 +78,7 @@ def check_paths(base: Base, adapters: Sequence[str], out: str, kind: Kind, overw
 def adapted_base(
     base: Base, adapters: Mapping[str, str], options: PeftOptions, steps: Steps
 ) -> keras.Model:
-    """The base with these adapters beside its own; without any, the first becomes active."""
+    """The base with these adapters added. The first is active if the base has no active one."""
     with steps.step("loading the base"):
         model = load_base(base)
     for name, path in adapters.items():
@@ -112,7 +112,7 @@ def _write_preset(model: keras.Model, out: str) -> dict[str, Any]:
 
 
 def _write_saved_model(model: keras.Model, out: str) -> dict[str, Any]:
-    # `check_free` has seen to it that only a SavedModel is overwritten.
+    # `check_free` has made sure that only a SavedModel is overwritten.
     report = kl.export_saved_model(model, out, overwrite=True)
     from keras_lora_cli import saved_models  # now, since the export has loaded TensorFlow
 

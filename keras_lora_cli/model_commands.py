@@ -30,14 +30,14 @@ def inspect(
     targets: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of a model, the layers to adapt: attention, all-linear (the default), all, "
+            help="For a model, the layers to adapt: attention, all-linear (the default), all, "
             "re:PATTERN, or a name. Repeat the option for several names."
         ),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Of a model, names to leave out.")
+        list[str] | None, typer.Option(metavar="NAME", help="For a model, names to leave out.")
     ] = None,
-    rank: Annotated[int, typer.Option(help="Of a model, the rank of the adapter.")] = 8,
+    rank: Annotated[int, typer.Option(help="For a model, the rank of the adapter.")] = 8,
     task: o.Task = None,
     arguments: o.Arguments = None,
     imports: o.Imports = None,
@@ -133,7 +133,7 @@ def export(
         typer.Option(
             "--class-name",
             metavar="NAME",
-            help="Name a class, in order: adds label.",
+            help="A class's name; repeat it for each, in order. Adds the output label.",
         ),
     ] = None,
     preprocessing: Annotated[
@@ -151,7 +151,7 @@ def export(
     ] = False,
     max_length: Annotated[
         int | None,
-        typer.Option(help="For a language model: tokens of prompt and answer."),
+        typer.Option(help="For a language model: the number of tokens of prompt plus answer."),
     ] = None,
     stop_token_ids: Annotated[
         list[int] | None,

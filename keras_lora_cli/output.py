@@ -18,7 +18,7 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 from rich.text import Text
 
-# The width of lines in a pipe or a file, which have none of their own: enough for long paths.
+# The width of lines in a pipe or a file, which have no width: enough for long paths.
 _WIDTH = 240
 
 
@@ -105,10 +105,10 @@ class Steps:
     def starting(self, *, tensorflow_for: str | None = None) -> Iterator[None]:
         """The step in which Keras and its backend are imported.
 
-        It is silent, since TensorFlow's C++ code writes of the processors that it finds.
+        It is silent, since TensorFlow's C++ code writes about the processors that it finds.
 
         Args:
-            tensorflow_for: A command that needs TensorFlow, on whatever backend.
+            tensorflow_for: The name of a command that needs TensorFlow on every backend.
 
         Raises:
             ImportError: the command needs TensorFlow, which cannot be imported.

@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 
 keras.utils.set_random_seed(7)
-# An assertion that fails in `support` says why, as one in a test does.
+# A failed assertion in `support` shows its values, as in a test.
 pytest.register_assert_rewrite("support")
-# No tests and no doctests: to import some of its modules takes packages that most tests do without.
+# `support` has no tests or doctests, and some of its modules import optional packages.
 collect_ignore = ["support"]
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """What Keras draws its seeds from, on every backend.
+    """Seed the generators that Keras takes its seeds from, on every backend.
 
-    To seed TensorFlow anew drops all its kernels, and once in some ten thousand times the process
-    aborts in it.
+    TensorFlow's own seed is not set again: that drops all its kernels, and about once in ten
+    thousand times the process aborts.
     """
     random.seed(7)
     np.random.seed(7)

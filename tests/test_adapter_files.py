@@ -167,7 +167,7 @@ def test_shapes_that_the_format_has_and_numpy_has_not(
 ) -> None:
     write_adapter_files(tmp_path, {}, {"a": array}, overwrite=False)
     mutations.edited(mutations.set_field(0, "shape", shape), sealed=True)(tmp_path)
-    with pytest.raises(AdapterFileError, match=r"expected a shape for 'a' that numpy has"):
+    with pytest.raises(AdapterFileError, match=r"expected a valid numpy shape for 'a'"):
         read_adapter_files(tmp_path)
 
 

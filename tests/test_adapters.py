@@ -51,15 +51,15 @@ def test_switching_traces_nothing() -> None:
             model.predict(x, verbose=0)
         with kl.scale_adapter(model, name, 0.5):
             model.predict(x, verbose=0)
-    if keras.backend.backend() == "torch":  # which runs Python in each step
+    if keras.backend.backend() == "torch":  # torch runs the layer's Python in each step
         return
     assert counter.calls == traced
     for name in CONFIGS:
         kl.set_adapter(model, name)
-        # Not `assert_acts(...)` before: what is compiled follows the switch.
+        # The compiled functions follow the switch, although nothing else runs between.
         assert_acts(model, {name: 1.0})
     assert counter.calls == traced
-    kl.set_adapter(model, ["fr", "de"])  # more at once than ever: a new slot
+    kl.set_adapter(model, ["fr", "de"])  # more active adapters than before need a new slot
     model.predict(x, verbose=0)
     assert counter.calls > traced
     traced = counter.calls
@@ -72,7 +72,7 @@ def test_switching_traces_nothing() -> None:
 
 def test_training_moves_the_active_adapter_only() -> None:
     model = with_adapters(functional())
-    # Weight decay moves whatever the optimizer holds, with or without a gradient.
+    # Weight decay changes all variables of the optimizer, even without a gradient.
     model.compile(keras.optimizers.AdamW(0.01, weight_decay=0.1), "mse")
     fit(model)
     for name in ["fr", "de", "it"]:
@@ -180,7 +180,7 @@ def test_scaling_is_a_setting_and_a_context() -> None:
         assert_acts(model, {"fr": 0.0, "de": 3.0})
     assert_acts(model, {"fr": -0.5, "de": 1.0})
     kl.set_adapter(model, "de")
-    kl.set_adapter(model, "fr")  # the setting lasts
+    kl.set_adapter(model, "fr")  # the factor stays
     assert_acts(model, {"fr": -0.5})
     for factor in [np.nan, np.inf, "2", True]:
         with pytest.raises(ValueError, match="Invalid `factor`: expected a finite number"):
@@ -200,7 +200,7 @@ def test_a_name_twice_is_refused() -> None:
 
 
 def test_the_order_of_adapters_is_kept_where_the_first_layer_lacks_the_first() -> None:
-    """Else two adapters would go on with each other's optimizer state."""
+    """Otherwise two adapters would exchange their optimizer states."""
 
     def trained(look_elsewhere: bool) -> keras.Model:
         keras.utils.set_random_seed(0)

@@ -1,4 +1,4 @@
-"""Combining the adapters of a model: the sum of their deltas, and what is left alone."""
+"""Combining the adapters of a model: the sum of their deltas, and what does not change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def combined(names: Sequence[str] = tuple(CONFIGS), **options: Any) -> keras.Mod
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
 def test_an_exact_combination_is_the_sum_of_the_deltas(method: str) -> None:
-    """Of adapters of other targets, ranks, scales and kinds of scale; see also test_combining."""
+    """The adapters differ in targets, rank, scale and kind of scale; see also test_combining."""
     model = combined(method=method)
     expected = kernels_by_hand(model, WEIGHTS)
     kl.set_adapter(model, "new")

@@ -42,7 +42,7 @@ def test_each_adapter_has_its_own_head_and_biases() -> None:
 
 
 def fit_and_back(model: keras.Model, name: str) -> None:
-    """A look at another adapter and back changes nothing."""
+    """Switch the adapters off and on again, which must change nothing."""
     before = [numpy_of(v) for v in model.weights]
     with kl.disable_adapter(model):
         pass

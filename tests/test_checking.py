@@ -28,7 +28,7 @@ def save(path: Path, call: Callable[[Any], Any], spec: tf.TensorSpec = SPEC) -> 
 
 
 def in_a_loop(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Called by a function that the body of a loop calls."""
+    """The operation is in a function that the body of a loop calls."""
     inner = tf.function(call)
 
     def outer(x: Any) -> Any:
@@ -76,7 +76,7 @@ def rename_operation(meta: Any) -> None:
 
 
 def call_by_name(meta: Any) -> None:
-    """As TensorFlow 1 calls functions."""
+    """Add a call of a function in TensorFlow 1's way: an operation of its name."""
     node = meta.graph_def.node.add(name="call")
     node.op = meta.graph_def.library.function[0].signature.name
 
@@ -138,7 +138,7 @@ def test_every_json_type_passes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_generate_as_keras_traces_it_is_refused(tmp_path: Path) -> None:
-    """`export_saved_model` traces another one; see `export/generation.py`."""
+    """`export_saved_model` replaces an operation; see `export/keras_hub/operations.py`."""
     backbone = keras_hub.models.GPT2Backbone(
         vocabulary_size=31,
         num_layers=2,

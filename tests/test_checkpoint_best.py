@@ -15,7 +15,7 @@ import keras_lora as kl
 
 
 class Logs(keras.callbacks.Callback):
-    """Gives the logs of an epoch another value, for callbacks after it."""
+    """Sets a value in the logs of an epoch, for the callbacks that follow."""
 
     def __init__(self, values: Sequence[float]) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ def refusals() -> list[Any]:
         model.steps_per_execution = 3
         return model
 
-    # Keras has one step an execution on torch.
+    # On torch, Keras has no `steps_per_execution` above 1.
     steps = [pytest.param(twice, "a divisor of the 2 batches", id="steps")]
     steps = [] if keras.backend.backend() == "torch" else steps
     return [
@@ -72,7 +72,7 @@ def test_other_data_are_refused_when_they_end_too_early(tmp_path: Path) -> None:
     with pytest.raises(BrokenError):
         fit(adapted(functional), kl.AdapterCheckpoint(tmp_path, save_freq=5), BreakAfter(6))
     model = adapted(functional, 2)
-    with pytest.raises(ValueError, match="before the batches that were done"):
+    with pytest.raises(ValueError, match="before the batches that were trained"):
         fit(model, kl.AdapterCheckpoint(tmp_path), steps_per_epoch=3)
     before = trained(model)
     fit(model, epochs=1)

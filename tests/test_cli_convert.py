@@ -30,7 +30,7 @@ def test_there_and_back_through_peft(ask: Ask, tmp_path: Path) -> None:
     assert back["parameters"] == ask("inspect", "adapters/bert")["parameters"] - 5 * 15 - 5
     assert_same_tensors(tmp_path / "native", "adapters/bert")
     loaded = keras_hub.models.TextClassifier.from_preset("presets/bert", preprocessor=None)
-    kl.load_adapter(loaded, tmp_path / "native")  # the fingerprint is the base's
+    kl.load_adapter(loaded, tmp_path / "native")  # so the fingerprint is that of this base
 
 
 def test_there_and_back_through_keras_hub(ask: Ask, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_same_adapter_in_two_formats_is_equal(ask: Ask, other: str) -> None:
 def test_experts_are_compared_by_their_shapes_or_with_a_base(
     ask: Ask, run: Run, tmp_path: Path
 ) -> None:
-    """Where the rank is the number of experts, shapes alone do not tell which axis is which."""
+    """If the rank equals the number of experts, shapes do not tell which axis is which."""
 
     def experts() -> keras.Model:
         inputs = keras.Input((3, 7, 5), name="x")  # (batch, expert, rows, d)

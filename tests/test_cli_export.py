@@ -21,7 +21,7 @@ pytest_plugins = ["support.command_line"]
 
 
 def expected_outputs(x: np.ndarray, *adapters: str) -> np.ndarray:
-    """Of the base with these adapters, in float64: kernels formed by hand."""
+    """The outputs of the base with these adapters, in float64, from kernels formed in NumPy."""
     model = keras.models.load_model(BASE)
     for directory in adapters:
         config, values = kl.read_adapter_files(directory).config, tensors(directory)

@@ -38,7 +38,7 @@ def test_every_command_has_help_with_its_examples(run: Run) -> None:
             assert " ".join(example.split()) in shown
             program, command, *arguments = shlex.split(example)
             assert (program, command) == ("keras-lora", name)
-            group.commands[name].make_context(name, arguments)  # what it says is understood
+            group.commands[name].make_context(name, arguments)  # raises if the example is wrong
         assert not run(name, "--help").err
 
 
@@ -83,7 +83,7 @@ def command(folder: Path, *arguments: str, **options: Any) -> subprocess.Complet
 def read_all(terminal: int) -> str:
     """What is written to a terminal until its other end is closed."""
     parts = []
-    with contextlib.suppress(OSError):  # Linux says so in this way
+    with contextlib.suppress(OSError):  # Linux reports the closed end as an error
         while part := os.read(terminal, 2**16):
             parts.append(part)
     os.close(terminal)
@@ -92,7 +92,7 @@ def read_all(terminal: int) -> str:
 
 @pytest.mark.slow
 def test_a_process_answers_in_json_alone_beside_a_bar(files: Path) -> None:
-    """As on a terminal: standard error is one, standard output a pipe."""
+    """Standard error is a terminal, and standard output a pipe."""
     ours, theirs = pty.openpty()
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_all, ours)

@@ -45,7 +45,7 @@ def test_the_same_delta_in_other_factors_is_at_no_distance() -> None:
 
 @pytest.mark.parametrize("size", [1e-6, 1e-9, 1e-12])
 def test_small_distances_keep_their_digits(size: float) -> None:
-    """Those of Gram matrices are lost below 1e-8."""
+    """Distances from Gram matrices lose all digits below 1e-8."""
     first = term(1, 3, 1.0, 1)
     second = WeightedFactors(first.a * (1 + size), first.b, 1.0)
     assert delta_distance(first, second).relative == pytest.approx(size, rel=1e-3)

@@ -28,7 +28,7 @@ REFUSED = {
 }
 # KerasHub's converter of Mistral rounds to float16.
 ROUNDED = {"mistral"}
-# Variables that are not one weight: fused experts, sums, tables that the model computes.
+# Variables that are not one weight: fused experts, sums, and matrices that the model computes.
 WITHOUT_ORIGIN = {
     "dinov2": ["interpolated_position_embeddings"],
     "mixtral": [
@@ -43,9 +43,9 @@ WITHOUT_ORIGIN = {
     "t5gemma": ["decoder_token_embedding/reverse_embeddings"],
     "xlm-roberta": ["position_embedding/embeddings"],
 }
-# transformers 5 writes them one by one, and computes with all in one; the converter reads both.
+# transformers 5 writes experts one by one, and has them in one tensor; the converter reads both.
 UNFUSED = {"qwen3_5_moe": ("experts.gate_up_proj", "experts.down_proj")}
-# `from_preset` of transformers' files that KerasHub 0.32 cannot read.
+# The errors of `from_preset` for files of transformers that KerasHub 0.32 cannot read.
 ERRORS = {
     "albert without pooler": "albert.pooler.weight",
     "bart": "num_hidden_layers",
@@ -58,7 +58,7 @@ ERRORS = {
     "qwen3_moe": "num_experts",
     "t5gemma2": "vision_tower.vision_model.embeddings.patch_embedding.weight",
 }
-# Of KerasHub's Swin.
+# A warning of KerasHub's Swin.
 pytestmark = pytest.mark.filterwarnings("ignore:Layer 'attn':UserWarning")
 
 
@@ -109,7 +109,7 @@ def test_what_is_refused(name: str, backbone: keras.Model) -> None:
     refused = hugging_face_weights(backbone, NEEDS_CONFIG.get(name)).refused
     expected = REFUSED.get(name, {})
     assert len(refused) == len(expected)
-    # Endings, since Keras numbers some layers over all models.
+    # Only the endings of paths, since Keras numbers some layers over all models.
     for ending, reason in expected.items():
         assert [r for path, r in refused.items() if path.endswith(ending) and reason in r]
 
@@ -150,4 +150,4 @@ def test_every_converter_of_keras_hub_is_found() -> None:
     names = {m.name for m in pkgutil.iter_modules(package.__path__) if m.name.startswith("convert")}
     modules = converter_modules()
     assert {module.__name__.rpartition(".")[2] for module in modules.values()} == names
-    assert len(modules) > len(names)  # Gemma's converter, for example, is of two model types
+    assert len(modules) > len(names)  # Gemma's converter, for example, is for two model types

@@ -12,7 +12,7 @@ from keras_lora.exchange.converters.blocks import ConvertedKernel, Locator, Refu
 from keras_lora.exchange.converters.tensors import Weight
 from keras_lora.lowrank.equations import split_equation
 
-# Of KerasHub's Swin.
+# A warning of KerasHub's Swin.
 pytestmark = pytest.mark.filterwarnings("ignore:Layer 'attn':UserWarning")
 
 

@@ -17,7 +17,7 @@ from keras_lora.exchange.converters.blocks import ConvertedKernel, Locator, Refu
 from keras_lora.exchange.converters.tensors import Weight
 from keras_lora.lowrank.equations import split_equation
 
-# Of KerasHub's Swin.
+# A warning of KerasHub's Swin.
 pytestmark = pytest.mark.filterwarnings("ignore:Layer 'attn':UserWarning")
 
 
@@ -145,7 +145,7 @@ def test_models_without_a_converter(make: Any, settings: dict[str, Any], message
 
 
 def test_layers_behind_the_place_where_a_converter_stops_are_refused() -> None:
-    backbone, _ = BACKBONES["Qwen3MoeBackbone"]()  # its dense layer is named otherwise
+    backbone, _ = BACKBONES["Qwen3MoeBackbone"]()  # the converter expects another name
     refused = hugging_face_weights(backbone).refused
     assert "transformer_layer_1/self_attention/query" in refused
     assert all("_feedforward_intermediate_dense" in reason for reason in refused.values())

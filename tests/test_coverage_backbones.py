@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 
-# Reads paths from its input, one a line, and answers each with a line of JSON: how far the outputs
-# of the model there are from those noted beside it, or what went wrong.
+# For each line of input, a path, it prints a line of JSON: the difference of the saved model's
+# outputs from the outputs in the file beside it, or an error.
 READER = """
 import json, pickle, sys
 sys.modules["keras_lora"] = None
@@ -51,7 +51,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def reader() -> Iterator[Callable[[Path], Any]]:
-    """What a process that cannot import keras_lora makes of a saved model; one for all models."""
+    """Gives the answer of `READER`, a process without keras_lora, for a saved model."""
     process = subprocess.Popen(
         [sys.executable, "-c", READER],
         stdin=subprocess.PIPE,
@@ -87,8 +87,8 @@ def test_backbone(name: str, reader: Callable[[Path], Any], tmp_path: Path) -> N
 
 
 PECULIAR: dict[str, dict[str, Any]] = {
-    # The adapted layer multiplies matrices where the plain one calls einsum: another order of
-    # summation, which these carry to a few units in the last place.
+    # The adapted layer multiplies matrices where the plain one calls einsum. So sums have another
+    # order, and the outputs of these models differ by a few units in the last place.
     "EdRecBackbone": {"rounding": 5e-6},
     "StableDiffusion3Backbone": {"rounding": 5e-6},
     "T5Gemma2Backbone": {"rounding": 5e-6},
@@ -98,7 +98,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
 
 
 def left_out_layers(name: str) -> Any:
-    """SAM holds Dense layers that it never calls, and the preset says so."""
+    """SAM has Dense layers that it never calls; a warning says that the preset leaves them out."""
     if name == "SAMBackbone":
         return pytest.warns(UserWarning, match="leaves out .*not built")
     return warnings.catch_warnings()

@@ -137,7 +137,8 @@ def blocks(prefix: str, *names: str) -> list[str]:
 BERT, GEMMA = "bert/transformer_layer", "gemma/decoder_block"
 BERT_DENSE = ("feedforward_intermediate_dense", "feedforward_output_dense")
 GEMMA_DENSE = ("ffw_gating", "ffw_gating_2", "ffw_linear")
-# What makes the model, the paths that "attention" finds, and those that "all-linear" finds too.
+# A function that makes the model, the paths that "attention" finds, and the other paths that
+# "all-linear" finds.
 TASKS: dict[str, tuple[Callable[[], keras.Model], list[str], list[str]]] = {
     "BertTextClassifier of keras_nlp": (
         bert_classifier,

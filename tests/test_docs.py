@@ -54,7 +54,7 @@ def test_python_and_console_blocks_run_in_order(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # a reader sees those of Keras and KerasHub and goes on
+@pytest.mark.filterwarnings("ignore")  # warnings of Keras and KerasHub, which readers see too
 def test_the_serving_guide_is_true_from_fit_to_curl(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ from support.cases import (
 
 import keras_lora as kl
 
-# Some kernels of the table have a side of one.
+# Some kernels of the cases have a side of one.
 pytestmark = pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")
 linear_cases = pytest.mark.parametrize("case", LINEAR, ids=LINEAR_IDS)
 SCALE = ALPHA / RANK
@@ -182,7 +182,7 @@ def test_an_output_without_weights_is_no_nan() -> None:
 
 
 def test_weights_that_cancel_leave_a_bounded_gain() -> None:
-    """Where A B = -W0 the norm is what rounding leaves of it."""
+    """If s A B = -W0, the norm of the sum is only a rounding error."""
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(5, RANK)), rng.normal(size=(RANK, 7))
     model = dense_with((-SCALE * a @ b).astype("float32"))

@@ -17,7 +17,7 @@ from support.models import composite, data, functional, randomize_adapters, stat
 
 import keras_lora as kl
 
-# Some kernels of the table have a side of one.
+# Some kernels of the models have a side of one.
 pytestmark = pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")
 DORA = kl.LoRAConfig(rank=2, alpha=3, use_dora=True)
 
@@ -39,7 +39,7 @@ def test_what_is_not_finite_is_refused_and_leaves_with_its_adapter(index: int) -
 
 
 def kernels(model: keras.Model) -> dict[str, np.ndarray]:
-    """W of the adapter that acts, if any, in float64, from the base as it is now."""
+    """The effective kernels with the active adapter, in float64, from the base's present values."""
     found = {}
     for path, layer in kl.lora_layers(model).items():
         found[path] = numpy_of(layer.base_kernel)
@@ -52,7 +52,7 @@ def kernels(model: keras.Model) -> dict[str, np.ndarray]:
 
 
 def assert_acts(model: keras.Model) -> None:
-    """The adapted model computes what a plain one with the kernels of the equation does."""
+    """The adapted model gives the outputs of a plain model with the effective kernels."""
     plain = functional()
     base = [v for x in model.layers for v in getattr(x, "base_variables", x.weights)]
     plain.set_weights([numpy_of(v) for v in base])
@@ -78,7 +78,7 @@ def with_adapters(model: keras.Model) -> keras.Model:
 
 
 def test_switching_between_both_kinds_traces_nothing() -> None:
-    """Once each kind has acted; ranks go down where the kind changes, and slots do not shrink."""
+    """After each kind was active once; a slot keeps its size if a lower rank follows."""
     model = with_adapters(functional())
     model.compile("sgd", "mse")
     x, y = data(model)
@@ -205,14 +205,14 @@ def other_base() -> keras.Model:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:The weights file holds no adapters")
+@pytest.mark.filterwarnings("ignore:The weights file contains no adapters")
 def test_the_norms_are_those_of_a_base_that_is_loaded(tmp_path: Path) -> None:
     other_base().save_weights(tmp_path / "base.weights.h5")
     fresh = kl.apply_lora(functional(), DORA)
     kl.apply_lora(fresh, kl.LoRAConfig(rank=1, use_dora=True), name="waits")
     fresh.load_weights(tmp_path / "base.weights.h5")
     x, _ = data(fresh)
-    for name in ["default", "waits"]:  # not trained: still nothing changes
+    for name in ["default", "waits"]:  # not trained, so the outputs are the base's
         kl.set_adapter(fresh, name)
         assert relative(fresh(x), other_base()(x)) <= 1e-6
     trained = kl.apply_lora(functional(), DORA)
@@ -227,7 +227,7 @@ def test_the_norms_follow_the_base_through_every_change() -> None:
     model = kl.apply_lora(functional(), DORA)
     randomize_adapters(model)
     with kl.merged(model) as plain:
-        plain.set_weights(other_base().get_weights())  # does not stay
+        plain.set_weights(other_base().get_weights())  # undone at the end of the context
     assert_acts(model)
     layer = kl.lora_layers(model)["up"]
     layer.fold()

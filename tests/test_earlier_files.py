@@ -26,7 +26,7 @@ from support.earlier_files import (
 
 import keras_lora as kl
 
-# Keras says so of a functional model that has lists of layers, whichever version saved it.
+# A warning of Keras for functional models with lists of layers, not only in old files.
 pytestmark = pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
 
 

@@ -1,4 +1,4 @@
-"""What is an embedding's own: masks, the gradient of a row, starts, and what is refused."""
+"""What only embeddings have: masks, the gradient of a row, starts, and what is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model_of(layer: keras.layers.Layer) -> keras.Model:
 
 
 def language_model(**options: Any) -> keras.Model:
-    """Tokens to logits, through one table."""
+    """A model from tokens to logits, through one embedding matrix."""
     inputs = keras.Input((None,), dtype="int32")
     table = keras.layers.ReversibleEmbedding(VOCABULARY, DIM, name="table", **options)
     hidden = keras.layers.Dense(DIM, activation="tanh", name="up")(table(inputs))

@@ -50,7 +50,7 @@ def test_answers_equal_predict_in_the_c_library_and_without_keras(
         f"runpy.run_path({str(script)!r}, run_name='__main__')",
         *paths,
         tmp_path / "c.npz",
-        block=("keras", "keras_lora"),  # and the script itself refuses an imported tensorflow
+        block=("keras", "keras_lora"),  # the script itself refuses an imported tensorflow
     )
     processes.run(SERVE, *paths, tmp_path / "python.npz", block=("keras", "keras_lora"))
     for file in ("c.npz", "python.npz"):
@@ -107,7 +107,7 @@ class Compiled(keras.layers.Layer):
 
 
 class CacheUpdate(keras.layers.Layer):
-    """What KerasHub's caches do in `generate`."""
+    """The operation by which KerasHub's caches are updated in `generate`."""
 
     def call(self, inputs: Any) -> Any:
         return keras.ops.slice_update(inputs, (0, 1), inputs[:, :2])

@@ -1,4 +1,4 @@
-"""One adapter more for an exported model: a version beside it, with the base's file untouched."""
+"""One more adapter for an exported model: a new version, with the same file of the base."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_c_library_serves_an_added_adapter(exported: tuple[keras.Model, Path
 
 
 def test_the_base_is_not_read(exported: tuple[keras.Model, Path]) -> None:
-    """Nor is a model needed: the files of the base may be anything."""
+    """Files of the base with any content, since neither they nor a model are needed."""
     _, folder = exported
     for name in BASE_FILES:
         (folder / "served/1" / name).write_bytes(b"")
@@ -176,7 +176,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "peft": (peft, "one of PEFT; convert it, with the model: load_peft_adapter"),
     "halved": (halved, r"middle/lora_a: shape \(7, 3\).*up/lora_b: missing"),
-    "dora": (dora, "up/lora_magnitude: DoRA needs the norms of the base"),
+    "dora": (dora, "up/lora_magnitude: DoRA needs the norms of the base's weights"),
     "none": (lambda folder: folder / "nowhere", "adapter.safetensors"),
 }
 

@@ -25,9 +25,10 @@ pytest_plugins = ["support.tasks"]
 
 # --- Language models --------------------------------------------------------------------------
 
-# Cannot be made without a tokenizer or a second model of a given kind.
+# Models that need a tokenizer or a certain second model.
 NOT_MADE = {"BLIP2Seq2SeqLM", "Gemma4AssistantCausalLM", "PARSeqCausalLM"}
-# What needs an input_signature, or fails (RWKV7 in `serve` already) with this in the message.
+# Models that need an input_signature, and models that are refused with this text in the message
+# (RWKV7 for `serve` too).
 FIXED_SIZE = {"Qwen3_5CausalLM", "Qwen3_5MoeCausalLM", "Gemma4CausalLM"}
 REFUSED = {"RWKV7CausalLM": "RWKV7TimeMix", "T5Seq2SeqLM": "Cannot squeeze axis=1.*generate=False"}
 WARNS_WHEN_MADE = pytest.mark.filterwarnings(r"ignore::UserWarning:keras(_hub)?\.src")
@@ -52,7 +53,7 @@ def writer(name: str) -> tuple[keras.Model, Arrays]:
 
 
 def given_or_empty(tensor: Any, given: Any) -> np.ndarray:
-    """The fixture's input, or one that is empty where this fixture leaves out a modality."""
+    """The given input, or an empty one if it is missing, for a modality that is left out."""
     if tensor.name in given:
         return np.array(given[tensor.name]).astype(tensor.dtype)
     length = given["token_ids"].shape[1] if tensor.name.endswith("mask") else 0
@@ -133,7 +134,7 @@ def prompts_of(model: keras.Model, length: int) -> Arrays:
 
 
 def written(model: keras.Model, length: int, stop: Any) -> Any:
-    """What `generate` makes of tokens, for which the preprocessor must be away."""
+    """The answer of `generate` for tokens, which needs the preprocessor to be None."""
     prompts = prompts_of(model, length)
     preprocessor, model.preprocessor = model.preprocessor, None
     try:
@@ -156,7 +157,7 @@ def test_the_sampler_goes_on_from_its_state_at_the_export(
 ) -> None:
     model = gpt2(sampler)
     kl.export_saved_model(model, tmp_path / "1", stop_token_ids=None)
-    for times in (1, 2):  # the service starts anew each time
+    for times in (1, 2):  # the service loads the model for each answer
         answers = service.answer(tmp_path / "1", prompts_of(model, 9), "generate", times)
         expected = written(model, 9, None)
         np.testing.assert_array_equal(answers["token_ids"], expected["token_ids"])

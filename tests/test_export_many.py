@@ -80,7 +80,7 @@ def test_rows_of_the_base_alone_are_the_base(tmp_path: Path) -> None:
 
 
 def test_a_part_of_the_adapters_by_index(tmp_path: Path) -> None:
-    """What another adapter has, on layers of its own and on the head, leaves no trace."""
+    """An adapter that is not exported has no effect on its own layers and the head."""
     model, feeds = small(), CASES["functional"][1]()
     kl.set_adapter(model, "fr")
     chosen = ("it", "de")
@@ -125,7 +125,7 @@ def test_text_in_and_labels_out_by_row(tmp_path: Path) -> None:
 
 
 def test_values_that_are_those_of_the_base_need_no_place(tmp_path: Path) -> None:
-    """A normalization in `layers_to_save` that was not trained."""
+    """A normalization in `layers_to_save`, not trained, is not served by row."""
     model = kl.apply_lora(functional(), config(2, ["up"], layers_to_save=["norm"]), name="fr")
     randomize_adapters(model)
     kl.export_saved_model(model, tmp_path / "1", adapters=["fr"])

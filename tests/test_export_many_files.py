@@ -33,7 +33,7 @@ def two_outputs() -> keras.Model:
 
 @pytest.mark.slow
 def test_an_unknown_name_fails_its_request_in_the_c_library(tmp_path: Path) -> None:
-    """Even where the output that is asked for depends on no adapter."""
+    """Even if the fetched output depends on no adapter."""
     model = adapted(two_outputs, (config(2, ["up"]), config(3, ["class"])))
     kl.export_saved_model(model, tmp_path / "1", adapters=["fr", "de"])
     x, names = normal(5), [name.replace("it", "fr") for name in MIX]
@@ -62,7 +62,7 @@ def stored(path: Path) -> int:
 
 
 def test_the_size_is_that_of_the_base_and_the_adapters(tmp_path: Path) -> None:
-    """However different their ranks are, and with heads of their own."""
+    """Nothing is padded, although the ranks differ and the adapters have heads."""
     configs = (config(1, ["up"]), config(113, ["up"]), config(2, ["up"], **HEAD))
     model = adapted(large, configs)
     kl.export_saved_model(model, tmp_path / "1", adapters=NAMES)

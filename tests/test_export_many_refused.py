@@ -1,4 +1,4 @@
-"""One SavedModel for many adapters: what is not by row is refused by name."""
+"""One SavedModel for many adapters: a value that cannot differ by row is refused by name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def tokens_in() -> keras.Model:
 
 
 INNER = config(2, "re:.*inner")
-# What is refused: a model, its adapter, and the message.
+# A model that is refused, its adapter, and the message.
 REFUSED: dict[str, tuple[Callable[[], keras.Model], kl.LoRAConfig, str]] = {
     "folded": (around(Folded()), INNER, r"'folded/inner': .*\(None, 5\).* batch is 1009"),
     "time first": (around(TimeFirst()), INNER, r"'folded/inner': .*\(None, 1009, 5\)"),

@@ -64,7 +64,7 @@ def test_answers_equal_predict(name: str, tmp_path: Path) -> None:
 
 
 def allowed(fixed: dict[str, int]) -> list[int]:
-    """Which of the batches a file of these sizes takes."""
+    """The indices of the batches that a file of these fixed sizes takes."""
     sizes = (fixed.get("batch_size"), fixed.get("sequence_length"))
     return [
         i
@@ -257,7 +257,7 @@ def test_weights_above_the_limit_of_the_format(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conversion, "WEIGHTS_LIMIT", 700)
-    with pytest.raises(ValueError, match="bytes of weights, above the 700; export it to a Saved"):
+    with pytest.raises(ValueError, match="bytes of weights, more than 700; export it to a Saved"):
         EXPORTS[kind][0](adapted(functional), tmp_path / "model")
 
 

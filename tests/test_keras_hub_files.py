@@ -1,4 +1,4 @@
-"""KerasHub's `.lora.h5` files: what KerasHub writes is read, and what is written it reads."""
+"""KerasHub's `.lora.h5` files: this package reads KerasHub's, and KerasHub reads this package's."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_factors_of_true_rank_load_into_keras_hub(name: str, file: Path) -> None
 
 
 def test_scale_in_keras_hub_is_one() -> None:
-    """Why the file needs no alpha."""
+    """The reason why the file needs no alpha."""
     for layer in enabled_layers(trained(backbone("BertBackbone"))).values():
         assert layer.lora_alpha == layer.lora_rank == 2
 

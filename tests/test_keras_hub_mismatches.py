@@ -72,7 +72,7 @@ def test_a_file_of_a_smaller_model_is_refused(file: Path) -> None:
 
 
 def test_layers_that_cannot_be_adapted(file: Path) -> None:
-    """KerasHub's file may hold a convolution, and no embedding."""
+    """KerasHub's file may have a convolution, and no embedding."""
     model = vit()
     trained(model, names=[CONVOLUTION, "query"]).save_lora_weights(file)
     with pytest.raises(AdapterFileError, match=r"cannot be adapted \(skip_unsupported"):
@@ -90,14 +90,14 @@ def test_zeros_on_layers_that_cannot_be_adapted_are_left_out() -> None:
 
 
 def test_keras_hub_saves_no_embedding(file: Path) -> None:
-    """Why `write_keras_hub_lora` refuses the name of one."""
+    """The reason why `write_keras_hub_lora` refuses embeddings."""
     model = backbone("GPT2Backbone")
     model.enable_lora(2, target_layer_names=["token_embedding"])
     with pytest.raises(AttributeError, match="lora_kernel_a"):
         model.save_lora_weights(file)
 
 
-# --- Factors that no file can hold ----------------------------------------------------------
+# --- Factors that no file can express -------------------------------------------------------
 
 
 def test_all_that_cannot_be_written_is_told_at_once(file: Path) -> None:

@@ -58,12 +58,12 @@ def own_imports(tree: ast.Module) -> set[str]:
 
 
 def room(module: str) -> str:
-    """The folder or file directly below the package that a module is in, or is."""
+    """The room of a module: a folder or file directly below the package."""
     return module.split(".", maxsplit=1)[0]
 
 
 def folder(module: str) -> str:
-    """The folder inside its room that a module is in; the module where it is in none."""
+    """The first two parts of a module's name: its folder or file inside its room."""
     parts = module.split(".")
     return ".".join(parts[:2])
 
@@ -77,7 +77,7 @@ def cycle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def own_attributes(node: ast.ClassDef) -> set[str]:
-    """What a class has on `self`: all where it inherits nothing, else what it sets itself."""
+    """The attributes of `self` in a class; if the class has bases, only those that it sets."""
     attributes = [n for n in ast.walk(node) if isinstance(n, ast.Attribute)]
     return {
         n.attr
@@ -143,7 +143,7 @@ def test_keras_internals_are_not_imported() -> None:
 
 
 def private_attributes(tree: ast.Module) -> set[str]:
-    """The names with one leading underscore that a module reads of others than Python's modules."""
+    """The names with one leading underscore that a module reads, except on Python's modules."""
     standard = imports(tree) & sys.stdlib_module_names
     return {
         node.attr

@@ -37,7 +37,7 @@ from support.cases import (
 import keras_lora as kl
 from keras_lora.layers import MixedBatch, site_of
 
-# Some kernels of the table have a side of one.
+# Some kernels of the cases have a side of one.
 pytestmark = pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")
 all_cases = pytest.mark.parametrize("case", CASES, ids=IDS)
 linear_cases = pytest.mark.parametrize("case", LINEAR, ids=LINEAR_IDS)
@@ -177,7 +177,7 @@ def test_fit_moves_both_factors_and_nothing_else(case: Case) -> None:
     model.compile("adam", "mse", run_eagerly=keras.backend.backend() == "tensorflow")
     frozen = [v for v in model.weights if not v.trainable]
     before, start = snapshot(frozen), snapshot(adapter(model).factors)
-    # Twice: `B` of a table moves once a token is seen again.
+    # Two epochs: the gradient of `B` of an embedding is zero until the rows in `A` have moved.
     model.fit(x, np.ones(model(x).shape), batch_size=2, epochs=2, verbose=0)
     assert snapshot(frozen) == before
     after = snapshot(adapter(model).factors)
@@ -214,7 +214,7 @@ def test_low_precision_stays_within_rounding(case: Case, dtype: str) -> None:
 
 
 def test_bfloat16_keeps_a_delta_that_the_kernel_would_lose() -> None:
-    """A delta of rms 2e-5 beside weights of 0.02 is below half a unit of bfloat16."""
+    """A delta of rms 2e-5 beside weights of 0.02 is below half of bfloat16's last digit."""
     model = keras.Sequential(
         [keras.Input((251,)), keras.layers.Dense(257, dtype="bfloat16", name="case")]
     )
@@ -231,7 +231,7 @@ def test_bfloat16_keeps_a_delta_that_the_kernel_would_lose() -> None:
     delta = x.astype("float64") @ numpy_of(a) @ numpy_of(b)
     term = numpy_of(layer.adapted_product(keras.ops.cast(x * 0, "bfloat16")))
     assert not term.any()
-    # The adapter's own path, with the base's product taken away in float64.
+    # Only the adapter's product: the base's kernel is zero.
     layer._kernel.assign(np.zeros_like(w0))
     kept = numpy_of(model(x))
     assert np.linalg.norm(kept - delta) < 0.02 * np.linalg.norm(delta)
@@ -325,7 +325,7 @@ def test_kernel_is_the_variable_itself_where_nothing_acts() -> None:
 
 
 class Parent(keras.layers.Layer):
-    """Keras builds what is in it where it is first called: in a graph, or on symbolic inputs."""
+    """Keras builds its inner layer at the first call: in a graph, or on symbolic inputs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ def lines(first: ast.AST, last: ast.AST | None = None) -> int:
 
 
 def options(path: str, function: ast.FunctionDef) -> int:
-    """The lines of parameters that are no code: the options of a command or of a class."""
+    """The number of lines that the options of a command or of a class take, which do not count."""
     if not (Path(path).parts[0] == "keras_lora_cli" or function.name == "__init__"):
         return 0
     return function.body[0].lineno - function.lineno

@@ -99,7 +99,7 @@ def test_an_embedding_equals_peft(use_rslora: bool) -> None:
     model.get_layer("up").embeddings.assign(e)
     kl.apply_lora(model, kl.LoRAConfig(rank=R, alpha=3, use_rslora=use_rslora, targets=["up"]))
     for ours, factor in zip(model.trainable_variables, start, strict=True):
-        # At the start zeros here and there, or of standard deviation 1.
+        # Each factor starts as PEFT's does: zeros in both, or a standard deviation near 1 in both.
         np.testing.assert_allclose(np.std(ours), factor.detach().numpy().std(), atol=0.4)
     with torch.no_grad():
         theirs.base_layer.weight.copy_(torch.tensor(e))

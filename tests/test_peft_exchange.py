@@ -72,7 +72,7 @@ def test_an_adapter_of_keras_computes_the_same_in_peft(
     model = hub_model(base)
     kl.save_peft_adapter(backbone, tmp_path / "keras", prefix=CASES[name].prefix(model))
     with warnings.catch_warnings():
-        # PEFT warns of keys that it does not take.
+        # PEFT warns of missing and unexpected keys.
         warnings.filterwarnings("error", "Found missing adapter keys|.*unexpected")
         theirs = peft.PeftModel.from_pretrained(model, tmp_path / "keras").eval()
     assert_agree(name, backbone, theirs)
@@ -144,7 +144,7 @@ def test_a_magnitude_needs_all_of_a_matrix() -> None:
 
 @pytest.mark.parametrize("name", ["llama"])
 def test_one_scale_for_adapters_with_and_without_rslora(base: Path, tmp_path: Path) -> None:
-    """PEFT has one `use_rslora` for all modules; `scale_adapter` acts in the files too."""
+    """PEFT has one `use_rslora` for all modules; the files have `scale_adapter`'s factor too."""
     backbone = keras_model(base)
     kl.apply_lora(backbone, kl.LoRAConfig(rank=3, alpha=7, targets="attention", use_rslora=True))
     randomize_adapters(backbone)

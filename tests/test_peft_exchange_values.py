@@ -34,8 +34,8 @@ pytest_plugins = ["support.peft_models"]
 pytestmark = peft_warnings
 
 
-# The modules that are embeddings, in both directions: BERT's tied table is a head in `MaskedLM`
-# only; that of a decoder must not be tied.
+# The modules that are embeddings, in both directions: BERT's tied embedding matrix is a head in
+# `MaskedLM` only; a decoder's must not be tied.
 TABLES = {
     "bert": r".*\.(word_embeddings|token_type_embeddings|query)",
     "xlm-roberta": r".*\.word_embeddings",
@@ -57,7 +57,7 @@ def test_adapters_of_embeddings_both_ways(name: str, base: Path, tmp_path: Path)
     prefix = CASES[name].prefix(theirs.get_base_model())
     kl.save_peft_adapter(backbone, tmp_path / "back", prefix=prefix)
     back, expected = tensors(tmp_path / "back"), tensors(tmp_path / "peft")
-    # Beside adapters of `embed_tokens` PEFT saves the base's table and head.
+    # Beside adapters of `embed_tokens` PEFT saves the base's embedding matrix and head.
     expected = {key: value for key, value in expected.items() if "lora_" in key}
     assert any("lora_embedding_A" in key for key in expected)
     assert back.keys() == expected.keys()
@@ -79,7 +79,7 @@ def test_tables_that_are_saved_along_must_be_those_of_the_base(base: Path, tmp_p
     table = backbone.token_embedding.embeddings
     table.assign(1.1 * np.array(table))
     before = state(backbone)
-    message = r"model\.embed_tokens\.weight: the adapter was trained with other values of it"
+    message = r"model\.embed_tokens\.weight: the adapter was trained with other values of this"
     with pytest.raises(kl.AdapterFileError, match=message):
         kl.load_peft_adapter(backbone, tmp_path / "peft")
     assert state(backbone) == before

@@ -1,4 +1,4 @@
-"""The names of modules in PEFT's files mean to PEFT what they mean to the reader."""
+"""The names of modules in PEFT's files mean the same to PEFT and to this package."""
 
 from __future__ import annotations
 

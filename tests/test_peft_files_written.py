@@ -122,7 +122,7 @@ def test_a_failed_save_never_mixes_two_adapters(
         pair = (found.a[0, 0] == 1, found.alpha)
         assert pair in ((False, 8), (True, alpha))
     else:
-        # After the new tensors, before the new config.
+        # The writer fails after the new tensors and before the new config.
         assert (name, call, alpha) == ("replace", 4, 5.0)
 
 

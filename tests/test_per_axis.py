@@ -12,7 +12,8 @@ from keras_lora.lowrank.per_axis import from_per_axis, to_per_axis
 
 # --- The conversion -------------------------------------------------------------------------
 
-# Last axes that no case has: contracted beside another, and beside shared and free ones.
+# Equations that no case has: the kernel's last axis is contracted, beside another contracted axis,
+# and beside shared and free axes.
 MORE = [
     einsum(equation, (), ())
     for equation in (
@@ -37,7 +38,7 @@ def parts(equation: str) -> tuple[EinsumSplit, tuple[int, ...]]:
 
 
 def matrix_rank(delta: np.ndarray) -> int:
-    """Of the delta as Keras factors it."""
+    """The rank of the delta that Keras's factors give."""
     return int(np.linalg.matrix_rank(delta.reshape(-1, delta.shape[-1])))
 
 

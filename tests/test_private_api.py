@@ -1,4 +1,4 @@
-"""Each private Keras name that the package leans on, so that its change fails here, by name."""
+"""Each private name that the package uses, so that a change of it fails a test of its own."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_table_attributes(layer_class: type) -> None:
 
 
 def test_a_reversible_embedding_looks_up_by_the_class_after_it() -> None:
-    """So that an adapted one has the lookup of its adapters, with Keras's own mask."""
+    """So an adapted one has its adapters' lookup, and Keras's own mask."""
 
     class Doubled(keras.layers.Embedding):
         def call(self, inputs: object) -> object:
@@ -70,7 +70,7 @@ def test_tracker() -> None:
 
 
 def test_what_keras_notes_of_call_is_renewed_with_the_class() -> None:
-    """Every note that the constructor takes of the signature of `call`, in a converted layer."""
+    """All that the constructor stores about `call`'s signature is right in a converted layer."""
 
     class Plain(keras.layers.Dense):
         def call(self, inputs: Any) -> Any:
@@ -120,7 +120,7 @@ def test_build_shapes_of_a_subclassed_model() -> None:
 
 
 def test_names_in_weight_files_come_from_the_class() -> None:
-    """Why an adapted class goes by the name of its base."""
+    """The reason why an adapted class has the name of its base."""
     model = kl.apply_lora(functional(), kl.LoRAConfig(rank=2))
     layer = model.get_layer("up")
     assert type(layer) is kl.LoRADense
@@ -163,7 +163,7 @@ def test_a_resource_of_ones_own_takes_assets_along(tmp_path: Path) -> None:
 
 
 def test_slice_update_needs_xla_unless_it_is_replaced() -> None:
-    """By its public name, but for a reason that Keras may do away with."""
+    """The name is public, but later versions of Keras may not need XLA."""
 
     def update(x: tf.Tensor) -> tf.Tensor:
         return keras.ops.slice_update(x, (0, 1), x[:, :2])

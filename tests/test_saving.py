@@ -16,7 +16,7 @@ from support.models import Subclassed, composite, data, functional, randomize_ad
 
 import keras_lora as kl
 
-# What Keras says of a file that it is about to refuse.
+# A warning of Keras before it refuses a file.
 refusing = pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
 every_model = pytest.mark.parametrize("make", [functional, composite])
 
@@ -93,7 +93,7 @@ def test_weights_continue_in_a_model_adapted_alike(
     other = trained(make, layers_to_save=["head"], dropout=0.2)
     other.load_weights(tmp_path / "m.weights.h5")
     np.testing.assert_array_equal(predict(other), predict(model))
-    # The optimizer's moments and the masks of the dropout go on too.
+    # The optimizer's moments and the dropout's seeds are restored too.
     assert fit(other, epochs=2) == fit(model, epochs=2)
 
 
@@ -106,7 +106,7 @@ def test_weights_of_the_base_load_into_the_adapted_model_with_a_warning(
     expected = predict(base)
     keras.utils.set_random_seed(99)
     model = kl.apply_lora(make(), kl.LoRAConfig(rank=2))
-    with pytest.warns(UserWarning, match=r"holds no adapters.*unload_lora\(model\) first"):
+    with pytest.warns(UserWarning, match=r"contains no adapters.*unload_lora\(model\) first"):
         model.load_weights(tmp_path / "base.weights.h5")
     np.testing.assert_allclose(predict(model), expected, rtol=1e-5, atol=1e-6)
 

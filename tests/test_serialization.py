@@ -199,5 +199,5 @@ assert peak < 3 * size, (peak, size)
 
 @pytest.mark.slow
 def test_loading_reads_the_adapter_and_no_more(tmp_path: Path) -> None:
-    """In a process of its own: the search for outer models lists all objects that there are."""
+    """In a process of its own, since the search for outer models lists all living objects."""
     processes.run(MEASURED, tmp_path)

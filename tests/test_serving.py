@@ -1,7 +1,7 @@
 """A server and unmodified clients of TensorFlow Serving: answers, errors, versions.
 
-The server is the stand-in, which says what the tests' authors read in TensorFlow Serving's
-sources, and TensorFlow Serving itself where there is one (`servers.py`).
+The server is the stand-in, which follows TensorFlow Serving's sources, and TensorFlow Serving
+itself if one is found (`servers.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Served = Callable[[str], list[Call]]
 
 @pytest.fixture(scope="session")
 def served(server: Server) -> Served:
-    """Export a row of the table and serve it under its name, once; its calls."""
+    """A function that exports and serves a model of `EXPORTS` once, and returns its calls."""
     calls: dict[str, list[Call]] = {}
 
     def serve(name: str) -> list[Call]:
@@ -98,7 +98,7 @@ def test_status_and_metadata_describe_what_is_served(
 
 
 def test_json_has_forms_for_what_it_lacks(server: Server, served: Served) -> None:
-    """Bytes as base64 in and, for outputs named so, out; numbers that are none; scalars."""
+    """Bytes as base64 in inputs and in outputs named `..._bytes`; NaN and infinity; scalars."""
     served("kinds")
     rest = RestClient(server)
     binary = {"signature_name": "binary", "instances": [{"b64": "AP/+"}, "abc"]}
@@ -128,7 +128,7 @@ INVALID, NOT_FOUND, PRECONDITION = (
     grpc.StatusCode.FAILED_PRECONDITION,
 )
 TEXT, X = {"text": np.array(["a"], object)}, {"x": np.ones(2, "float32")}
-# Model, feeds, signature; the code, and what the message must have.
+# Model, feeds, signature; the code, and a text of the message.
 BAD_CALLS: dict[str, tuple[str, Mapping[str, Any], str, grpc.StatusCode, str]] = {
     "model": ("absent", X, "", NOT_FOUND, "Servable not found"),
     "signature": ("kinds", X, "absent", PRECONDITION, 'signature key "absent" not found'),
@@ -187,7 +187,7 @@ def rows(*values: Any, signature: str = "logarithm") -> dict[str, Any]:
     return {"signature_name": signature, "instances": list(values)}
 
 
-# Body; the status, and what the message must have.
+# Body; the status, and a text of the message.
 BAD_BODIES: dict[str, tuple[Any, int, str]] = {
     "nothing": (b"", 400, "JSON Parse error: The document is empty"),
     "no JSON": (b"{nonsense", 400, "JSON Parse error"),
@@ -242,7 +242,7 @@ def test_rest_answers_unknown_places_with_404(server: Server, served: Served) ->
 
 
 class Constant(tf.Module):
-    """Which version answers."""
+    """Answers with the number of its version."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class Constant(tf.Module):
 
 
 def write_version(base: Path, number: int) -> None:
-    """Written beside the versions and renamed, so that a server sees it whole."""
+    """Write a version beside the others and rename it, so that a server sees it whole."""
     module = Constant(number)
     tf.saved_model.save(module, str(base / "new"), {"serving_default": module.serve})
     (base / "new").rename(base / str(number))

@@ -31,10 +31,10 @@ pytest_plugins = ["support.servers"]
 
 MODEL = "many"
 SECONDS = 30.0
-LIMIT = 300.0  # seconds until all has been seen that must be
-EACH = 100  # one request of so many is malformed
+LIMIT = 300.0  # seconds in which every kind of request must have been answered
+EACH = 100  # one of this many requests is malformed
 SERVED, ADDED = ["fr", "de", "pt"], "it"
-POOL = 16  # rows that requests are made of
+POOL = 16  # the number of rows that requests are made of
 
 Feeds = dict[str, np.ndarray]
 
@@ -50,7 +50,7 @@ class Load:
     begin: float = field(default_factory=time.monotonic)
 
     def request(self, rng: np.random.Generator) -> tuple[Feeds, np.ndarray]:
-        """A batch of any rows with any adapters, and its answer."""
+        """A batch of random rows with random adapters, and the expected answer."""
         names = ["", *SERVED, *([ADDED] if self.added.is_set() else [])]
         places = rng.integers(0, POOL, rng.integers(1, 8))
         wanted = rng.choice(names, len(places))
@@ -72,7 +72,7 @@ class Tally:
     refused: set[str] = field(default_factory=set)
 
 
-# What is malformed, and the call that is.
+# The name of each malformed request, and the call that sends it.
 Malformed = Mapping[str, Callable[[Any, Feeds], object]]
 
 
@@ -94,7 +94,7 @@ RPC_MALFORMED: Malformed = {
 
 
 def _post(change: Callable[[dict[str, Any]], Any]) -> Callable[[RestClient, Feeds], None]:
-    """A request whose body is changed."""
+    """A call that posts a changed body."""
 
     def call(client: RestClient, feeds: Feeds) -> None:
         client.post(MODEL, change(client.body(feeds))).raise_for_status()
@@ -103,7 +103,7 @@ def _post(change: Callable[[dict[str, Any]], Any]) -> Callable[[RestClient, Feed
 
 
 def _with(key: str, value: Any) -> Callable[[RestClient, Feeds], None]:
-    """A request whose first row has another value."""
+    """A call that posts another value for `key` of the first row."""
 
     def change(body: dict[str, Any]) -> dict[str, Any]:
         first, *others = body["instances"]
@@ -131,7 +131,7 @@ def ask_rpc(client: GrpcClient, feeds: Feeds) -> tuple[np.ndarray, int | None]:
 
 
 def ask_rest(client: RestClient, feeds: Feeds) -> tuple[np.ndarray, int | None]:
-    """REST does not say which version it was."""
+    """The answer, and None, since REST does not give the version."""
     return np.array(client.predict(MODEL, feeds)), None
 
 
@@ -143,7 +143,7 @@ REFUSALS = {
 
 
 def is_refusal(error: Any) -> bool:
-    """An error of the request, not of the server or the connection."""
+    """Whether an error blames the request, and not the server or the connection."""
     if isinstance(error, grpc.RpcError):
         return error.code() in REFUSALS
     return error.response.status_code == 400 and bool(error.response.json()["error"])
@@ -165,7 +165,7 @@ class Client:
                 self._ask_wrongly(next(kinds), load.request(rng)[0], tally)
                 load.started.set()
         finally:
-            load.started.set()  # nobody waits for a client that failed
+            load.started.set()  # so that the test does not wait for a client that failed
         return tally
 
     def _has_seen_all(self, tally: Tally) -> bool:

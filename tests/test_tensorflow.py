@@ -34,7 +34,7 @@ def test_float64_base_merges_in_float64(use_dora: bool) -> None:
 
 @pytest.fixture(scope="module")
 def strategy() -> Any:
-    # The CPU as two devices, before anything runs: MirroredStrategy with real replicas.
+    # Two logical CPUs, so that MirroredStrategy has two replicas.
     devices = tf.config.list_logical_devices("CPU")
     return tf.distribute.MirroredStrategy([device.name for device in devices])
 
@@ -150,7 +150,7 @@ VIEWS = {"ReadVariableOp", "Identity", "StopGradient", "Reshape"}
 def test_the_gradient_of_a_frozen_kernel_is_not_in_the_training_graph(
     make: Any, use_dora: bool
 ) -> None:
-    """No operation of a training step has the shape of a frozen kernel, but to read it."""
+    """In a training step, only operations that read a frozen kernel have its shape."""
     model = kl.apply_lora(make(), kl.LoRAConfig(rank=2, alpha=3, use_dora=use_dora))
     x, _ = data(model, 13)  # a size that no kernel has
 

@@ -71,7 +71,7 @@ VERBS: dict[str, tuple[Callable[[], keras.Model], Callable[[keras.Model, Path], 
     "find_targets": (functional, lambda m, _: kl.find_targets(m), 1),
     "apply_lora": (functional, lambda m, _: kl.apply_lora(m, CONFIG), 1),
     "apply_lora again": (one_adapter, lambda m, _: kl.apply_lora(m, CONFIG, name="it"), 1),
-    # The second walk asks the model, as every live one, whether it shares layers with the copy.
+    # The second walk is over the live models, to find any that shares layers with the copy.
     "apply_lora to a copy": (functional, lambda m, _: kl.apply_lora(m, CONFIG, inplace=False), 2),
     "load_adapter": (functional, lambda m, p: kl.load_adapter(m, p, "fr"), 1),
     "load_adapter, replace": (

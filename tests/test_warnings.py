@@ -1,6 +1,6 @@
 """Each warning names the line of the user's call, however deep in the package or in Keras."""
 
-# A lambda stands for the user's line: it is the frame that the warning must name.
+# A lambda stands for the user's line: the warning must name the lambda's frame.
 # ruff: noqa: PLW0108
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def unmonitored(path: Path) -> list[keras.callbacks.Callback]:
 
 X, Y = np.ones((7, 5), "float32"), np.ones((7, 3), "float32")
 
-# What the warning says; what it needs, made of a directory; and the call, on one line.
+# A text of the warning; a function from a directory to the call's arguments; the call, on one line.
 CASES: dict[str, tuple[Callable[[Path], tuple[Any, ...]], Callable[..., Any]]] = {
     "leaves out 'double'": (lambda _: (partly_adaptable(),), lambda m: kl.apply_lora(m)),
     "all' leaves out": (lambda _: (partly_adaptable(),), lambda m: kl.find_targets(m, "all")),
@@ -140,7 +140,7 @@ CASES: dict[str, tuple[Callable[[Path], tuple[Any, ...]], Callable[..., Any]]] =
         lambda path: (one(), saved(path, DROPOUT)),
         lambda m, path: kl.load_adapter(m, path, replace=True),
     ),
-    "holds no adapters": (
+    "contains no adapters": (
         lambda path: (one(), base_weights(path)),
         lambda m, path: m.load_weights(path),
     ),

@@ -9,7 +9,7 @@ from support import processes
 import keras_lora as kl
 from keras_lora.export import on_first_use
 
-# Everything but the export: adapt, train, save, load, merge.
+# Everything except the export: adapt, train, save, load, merge.
 ADAPTED = """
 import sys, tempfile
 import keras, numpy as np

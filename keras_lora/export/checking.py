@@ -64,10 +64,11 @@ _TEXT_OPS = {
 def check_saved_model(path: PathLike) -> GraphReport:
     """Read a SavedModel's graph and list what a server with its default settings cannot run.
 
-    A problem is, also within functions: an operation of XLA or a function that must be compiled,
-    since servers have XLA off; an operation that runs Python; an operation that neither TensorFlow
-    nor tensorflow-text has. In signatures: a type that JSON lacks, a sparse or ragged tensor, or
-    no signature at all. The graph is read and not run; `examples/run_saved_model.py` runs it.
+    Problems in the graph and its functions: an operation of XLA or a function that must be
+    compiled, since servers have XLA off; an operation that runs Python; an operation that neither
+    TensorFlow nor tensorflow-text has. Problems in the signatures: a type that JSON lacks, a sparse
+    or ragged tensor, or no signature at all. The graph is read and not run;
+    `examples/run_saved_model.py` runs it.
 
     Args:
         path: The directory of a SavedModel.
@@ -123,7 +124,7 @@ def _is_text(op: str) -> bool:
 
 @functools.cache
 def _core_operations() -> frozenset[str]:
-    """The operations of every server; `tf.raw_ops` has none that this process loaded besides."""
+    """TensorFlow's own operations. `tf.raw_ops` lists none that other libraries have loaded."""
     return frozenset(dir(tf.raw_ops))
 
 

@@ -18,7 +18,7 @@ class Endpoint:
     """One signature of a SavedModel, before it is written.
 
     Attributes:
-        name: Of the signature.
+        name: The signature's name.
         call: A function of one structure of tensors; traced when the SavedModel is written.
         signature: The `tf.TensorSpec` of each tensor, in the structure that `call` takes.
         resources: Objects that a server must fill before it answers, such as the vocabulary of a
@@ -39,7 +39,7 @@ def serve(
     Args:
         model: The model.
         given: The option `input_signature`, or None.
-        names: Of the outputs; by default the model's own names.
+        names: Names of the outputs; by default the model's own.
     """
 
     def call(inputs: Any) -> dict[str, tf.Tensor]:
@@ -56,7 +56,7 @@ def write_endpoints(endpoints: Sequence[Endpoint], path: Path) -> None:
     archive = keras.export.ExportArchive()
     for endpoint in endpoints:
         archive.add_endpoint(endpoint.name, endpoint.call, input_signature=[endpoint.signature])
-    # Not the model: it would store every variable a second time (keras issue 23553).
+    # The model is not tracked: that would store each variable twice (keras issue 23553).
     for resource in {id(r): r for e in endpoints for r in e.resources}.values():
         archive.track(resource)
     archive.write_out(path, verbose=False)

@@ -1,7 +1,7 @@
 """The exports by name, each loaded on first use: they import TensorFlow, and nothing else does.
 
-So `import keras_lora` takes no seconds for TensorFlow on the JAX and torch backends, and works
-where TensorFlow is not installed (PEP 562).
+So `import keras_lora` does not load TensorFlow on the JAX and torch backends, and works where
+TensorFlow is not installed (PEP 562).
 """
 
 from __future__ import annotations

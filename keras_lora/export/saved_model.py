@@ -48,10 +48,10 @@ def export_saved_model(
     server cannot run is refused. The batch axis is free, as are the axes that the model's inputs
     leave free. The signature is called `serve`, and also `serving_default`.
 
-    A causal language model of KerasHub, or one from sequence to sequence, has a second signature,
-    `generate`. It gives the answers of `model.generate` for the sampler that the model is compiled
-    with. A sampler that draws random numbers starts, in every server, from the state that its
-    seed has at the time of the export, and goes on from request to request.
+    A language model of KerasHub (`CausalLM`, `Seq2SeqLM`) has a second signature, `generate`. It
+    gives the answers of `model.generate` for the sampler that the model is compiled with. A sampler
+    that draws random numbers starts, in every server, from the state that its seed has at the time
+    of the export, and goes on from request to request.
 
     With `adapters`, nothing is merged. The base's weights are stored once, and beside them the
     factors of the adapters and their values of biases and `layers_to_save`. The signature has one
@@ -71,8 +71,8 @@ def export_saved_model(
         adapter_ids: The values of the input `adapter`: with `"name"` strings, empty for the base;
             with `"index"` int32 numbers, the index in `adapters`, and -1 for the base.
         input_signature: The inputs as a structure of `tf.TensorSpec` or `keras.InputSpec`, as
-            the model's `call` takes them. For a subclassed model whose inputs are not all of its
-            compute dtype, or for a model that needs axes of a fixed size.
+            the model's `call` takes them. Needed for a subclassed model whose inputs are not all of
+            its compute dtype, or for a model that needs axes of a fixed size.
         class_names: For a model with one output: a name for each of its columns. The SavedModel
             then has the output `label` too, for each row the name of its largest value.
         preprocessing: For a task of KerasHub with its preprocessor: True if requests give strings
@@ -80,7 +80,7 @@ def export_saved_model(
             names of segments such as `("premise", "hypothesis")`, an input for each; an image
             classifier takes `image`, float32 before any scaling. Both give `probabilities`: by the
             task's activation or, if it has none, by softmax (by sigmoid if it is compiled with a
-            binary cross-entropy). Of a language model, `generate` takes `text` and gives `text`,
+            binary cross-entropy). For a language model, `generate` takes `text` and gives `text`,
             and `serve` still takes tokens. The preprocessor decides the length of sequences. The
             server needs the operations of tensorflow-text; a byte-pair tokenizer in it remembers
             every word that it has seen.
@@ -156,7 +156,7 @@ def write_saved_model(
         if served is None:
             write_merged(model, endpoints, written)
         else:
-            # Without text: a tokenizer's graph does not know the size of the batch.
+            # Traced without a tokenizer, whose graph does not know the size of the batch.
             plain = dataclasses.replace(serving, class_names=None, preprocessing=False)
             tried = _endpoints(model, plain)
             write_mixed(served, endpoints, tried, serving.adapter_ids, written)

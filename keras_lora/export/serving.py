@@ -76,7 +76,7 @@ class Serving:
 
 
 def _are_distinct(names: object, least: int) -> bool:
-    """Whether these are distinct strings, of this number at least."""
+    """Whether `names` are distinct strings, `least` of them or more."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         return False
     listed = list(names)

@@ -1,6 +1,6 @@
 """An adapter's directory: `adapter_config.json` for people, `adapter.safetensors` for programs.
 
-The metadata of `adapter.safetensors` holds `format_version`, the config once more (`config`, as
+The metadata of `adapter.safetensors` has `format_version`, the config once more (`config`, as
 JSON with sorted keys, no spaces, ASCII) and `digest`: the SHA-256 of that JSON and a line feed,
 then for each key in sorted order of `["key", "dtype", [shape]]` as JSON, a line feed and the
 tensor's bytes. So `adapter.safetensors` alone is the adapter, and one rename replaces it.
@@ -47,7 +47,7 @@ _FILES = (CONFIG_FILE, TENSORS_FILE)
 
 @dataclass(frozen=True, eq=False)
 class AdapterFiles:
-    """What an adapter's directory holds.
+    """What an adapter's directory contains.
 
     Attributes:
         config: The config, as plain JSON values.
@@ -133,6 +133,8 @@ def read_adapter_files(directory: PathLike, *, finite: bool = True) -> AdapterFi
     >>> write_adapter_files(directory, {"rank": 4}, {"a": np.zeros(3)}, overwrite=False)
     >>> read_adapter_files(directory).config
     {'rank': 4}
+
+    Reference: the safetensors format, https://huggingface.co/docs/safetensors.
     """
     file = Path(directory) / TENSORS_FILE
     with opened(file) as stream:
@@ -141,7 +143,7 @@ def read_adapter_files(directory: PathLike, *, finite: bool = True) -> AdapterFi
     metadata = _metadata(file, header)
     tensors = _arrays(file, entries)
     if metadata["digest"] != _digest(metadata["config"], tensors):
-        expected = f"content of the digest {metadata['digest']!r}"
+        expected = f"content with the digest {metadata['digest']!r}"
         fix = "the file is damaged: copy it or save it again"
         raise invalid_file(file, expected, "other content", fix)
     if finite:

@@ -1,7 +1,7 @@
 """Files and directories that appear whole: written beside their place, synced, then renamed.
 
-A process that is killed while it writes leaves what was at the place before. Syncing comes first,
-since a file system may otherwise put the rename on the disk before the content.
+A process that is killed while it writes leaves the old file or directory. Syncing
+comes first, since a file system may otherwise put the rename on the disk before the content.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def replaced(target: Path, *, make_parents: bool = True) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Force a file, or the names in a directory, to the disk."""
-    windows = os.name == "nt"  # which opens no directory, and syncs only what is open to write
+    windows = os.name == "nt"  # opens no directory, and syncs only files open for writing
     if windows and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)

@@ -1,6 +1,6 @@
-"""Names of a model's layers and weights that another process gives them too.
+"""Names of a model's layers and weights that are the same in every process.
 
-Numbers that Keras gave to layers without a name are left out, since it may count otherwise.
+The numbers that Keras gives to layers without a name are left out, since they may differ.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def base_fingerprint(tree: Tree) -> str:
 
 
 def stable_banks(tree: Tree) -> dict[str, AdapterBank]:
-    """The adapters of each adapted matrix, by stable path.
+    """The bank of each adapted matrix, by stable path.
 
     Raises:
         ValueError: the model has no adapters.

@@ -1,4 +1,4 @@
-"""An adapter from files meets a model: its layers are found, and misfits are reported."""
+"""Match an adapter from files with a model: find its layers, and report misfits."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def check_fields(directory: PathLike, config: dict[str, Any]) -> None:
         raise invalid_file(
             directory,
             "the fields of an adapter of keras_lora",
-            f"others for {wrong}",
+            f"missing or malformed: {wrong}",
             "save the adapter again",
         )
     unknown = sorted(config.keys() - _FIELDS)
@@ -192,7 +192,7 @@ def check_fields(directory: PathLike, config: dict[str, Any]) -> None:
 
 
 def spec_of_layer(directory: PathLike, config: dict[str, Any], path: str) -> AdapterSpec:
-    """What an adapter's config says of the layer at `path`.
+    """The spec that an adapter's config has for the layer at `path`.
 
     Raises:
         AdapterFileError: an invalid spec.

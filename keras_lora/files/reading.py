@@ -22,7 +22,7 @@ from keras_lora.checks import invalid_file
 # Bytes: parsed JSON takes up to some twenty-five times its size in memory.
 CONFIG_LIMIT = 2**20
 HEADER_LIMIT = 2**24  # 100,000 tensors take about 10 MB
-# By the names that safetensors gives them. Its numpy functions cannot read bfloat16.
+# By safetensors' names. The numpy functions of safetensors cannot read bfloat16.
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype("<f2"),
@@ -92,7 +92,7 @@ def as_array(file: Path, key: str, entry: Mapping[str, Any]) -> np.ndarray:
     try:
         return np.ndarray(entry["shape"], DTYPES[entry["dtype"]], buffer=entry["data"])
     except ValueError as error:
-        expected, received = f"a shape for {key!r} that numpy has", f"{entry['shape']} ({error})"
+        expected, received = f"a valid numpy shape for {key!r}", f"{entry['shape']} ({error})"
         raise invalid_file(file, expected, received, "save the adapter again") from error
 
 
@@ -102,7 +102,7 @@ def key_problem(key: object) -> str:
         return "not a name for a tensor"
     if any(segment in ("", ".", "..") for segment in key.split("/")):
         return "an empty, '.' or '..' segment"
-    # Not printable are NUL and lone surrogates too.
+    # NUL and lone surrogates are not printable either.
     return "" if key.isprintable() and "\\" not in key else "a backslash or unprintable character"
 
 

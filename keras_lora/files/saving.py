@@ -59,7 +59,7 @@ def save_adapter(
 
     Args:
         model: An adapted model.
-        directory: Where to; made if it does not exist.
+        directory: The directory to write; made if it does not exist.
         name: The adapter, active or not. Its name is not written: it is given when loading.
         overwrite: Replace an adapter that the directory contains.
         dtype: `"float32"`, or `"float16"` or `"bfloat16"` for half the bytes, rounded once.
@@ -102,10 +102,10 @@ def load_adapter(
     Where no adapter is active, the new one is active and trains at once. Otherwise it waits for
     `set_adapter`, and nothing changes for the others.
 
-    With `replace`, it takes the place of the adapter of that name, with another scale and of the
-    same rank or a lower one, and with DoRA only where one with DoRA was active before. Only values
-    change: nothing is traced again, and a service changes its task between two requests. Layers of
-    the old adapter that the new one lacks have none.
+    With `replace`, it takes the place of the adapter of that name. Its scale may differ, its rank
+    may not be higher, and it may have DoRA only where an adapter with DoRA was active before. Only
+    values change: nothing is traced again, and a service changes its task between two requests. A
+    layer that only the old adapter was on loses it.
 
     Args:
         model: A built model of the same architecture as the one that was adapted.
@@ -151,7 +151,7 @@ def load_adapter(
 
 
 def adapter_tensors(tree: Tree, name: str) -> dict[str, np.ndarray]:
-    """What an adapter consists of, by key."""
+    """The factors and owned values of an adapter, by key."""
     tensors: dict[str, np.ndarray] = {}
     for path, bank in stable_banks(tree).items():
         if name in bank.adapters:
@@ -206,6 +206,6 @@ def _check_replaceable(tree: Tree, plan: Plan, directory: str) -> None:
         )
     if loses_dropout(tree, plan):
         warn(
-            f"{directory!r}: its dropout is left out, since the model was compiled without. "
+            f"{directory!r}: its dropout is left out, since the model computes none. "
             "Inference is the same; to train it, load it without replace."
         )

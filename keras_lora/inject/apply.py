@@ -42,16 +42,16 @@ def apply_lora(
     Called again with another name it adds a second adapter, which is then active and trains alone;
     `set_adapter` switches. Each adapter has its own values of the biases and layers that it trains.
 
-    The compiled functions of every model around the layers are dropped and made anew when next
+    The compiled functions of every model with one of the layers are dropped and made anew when next
     needed; a compiled optimizer is replaced by a fresh one of the same configuration. Functions
     that you compiled yourself (`tf.function`) keep the old graph.
 
     Saving an adapted model: `save_weights` and `load_weights` (and with them
-    `ModelCheckpoint(save_weights_only=True)` and `BackupAndRestore`) hold base, adapters and
+    `ModelCheckpoint(save_weights_only=True)` and `BackupAndRestore`) keep base, adapters and
     optimizer, and resume exactly in a model that was adapted with the same config. `save` writes
-    a `.keras` file that continues exactly where the model's config lists the adapted layers
+    a `.keras` file that continues exactly if the model's config lists the adapted layers
     (Functional and Sequential models of plain layers), and otherwise raises before a file is
-    touched. For a plain model: `merge_lora`.
+    touched. To save a plain model, call `merge_lora` first.
 
     Args:
         model: A built model; also one that is compiled, trained, nested in another or made

@@ -1,4 +1,4 @@
-"""What a model has compiled: functions go stale when its layers change, optimizers too.
+"""A model's compiled functions and optimizer, which go stale when its layers change.
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_layers`: missing from a model whose constructor failed, which may still be alive.
@@ -24,8 +24,8 @@ def models_around(tree: Tree, layers: Iterable[keras.layers.Layer]) -> list[kera
     """Every live model that contains one of the layers of a tree, however deep.
 
     A layer does not know the models that contain it, and an outer model that has run `predict`
-    keeps a graph of the layer as it was. So all live objects are looked through: the types first,
-    since `isinstance` would touch the lazy proxies that some libraries leave around.
+    keeps a graph of the layer as it was. So all live objects are searched, by `type`, since
+    `isinstance` would touch the lazy proxies that some libraries leave around.
     """
     wanted = {id(layer) for layer in layers}
     found = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
@@ -51,8 +51,8 @@ def changing(
     switched: tuple[Sequence[str], Sequence[str]] | None = None,
     functions: Sequence[str] = FUNCTIONS,
 ) -> Iterator[None]:
-    """Around a change of layers: drop the compiled functions, and renew the optimizers of
-    which other variables train.
+    """Around a change of layers: drop the compiled functions, and renew each optimizer whose
+    trainable variables change.
 
     `switched` are the names of the adapters that are active before and after.
     """
@@ -80,7 +80,7 @@ def refresh(models: Sequence[keras.Model], functions: Sequence[str] = FUNCTIONS)
 
 
 def stale_when_flags_change() -> Sequence[str]:
-    """What depends on which variables train. On JAX, whose functions are given the variables in
-    two lists, those that train and the others, it is everything.
+    """The functions that depend on which variables train. On JAX all do, since they are given the
+    variables in two lists: those that train and the others.
     """
     return ("train_function",) if keras.backend.backend() == "tensorflow" else FUNCTIONS

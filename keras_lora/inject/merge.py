@@ -34,7 +34,7 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
 
     No class, variable or config of keras_lora is left: the model saves, loads and exports without
     this package. Every trainable flag is what it was before `apply_lora`. Adapters that are not
-    active are dropped, with a warning that names them; to merge a copy needs no warning, as `model`
+    active are dropped, with a warning that names them. To merge a copy needs no warning: `model`
     keeps them.
 
     Args:
@@ -188,7 +188,7 @@ def _mergeable(tree: Tree) -> list[LoRALayer]:
             "Expected at least one active adapter to merge. Received: a model whose adapters are "
             "all inactive. Activate one with set_adapter, or drop them with unload_lora."
         )
-    # One kernel at a time, and again when it is assigned: to keep them would double the memory.
+    # Each kernel is computed here and again for its assignment: to keep all doubles the memory.
     broken = [p for p, x in banks.items() if not bool(ops.all(ops.isfinite(x.kernel)))]
     if broken:
         raise ValueError(

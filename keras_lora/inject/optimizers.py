@@ -1,7 +1,7 @@
 """Optimizers of models whose adapters change.
 
-An optimizer has moments for the variables that train, and these are the variables of slots: when
-another adapter moves into a slot, the moments are another's. So they move with the adapters.
+An optimizer has moments for each variable that trains, such as those of slots. When another adapter
+moves into a slot, the moments there belong to the old one. So moments move with the adapters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from keras_lora.layers.factors import read, write
 from keras_lora.lowrank.equations import Tensor
 
 State = list[Tensor]
-# For each optimizer, the states that wait, by the names of the active adapters.
+# For each optimizer, the parked states, by the names of the adapters that were active.
 _PARKED: WeakKeyDictionary[Any, dict[tuple[str, ...], State]] = WeakKeyDictionary()
 
 
@@ -48,8 +48,8 @@ def built_optimizer(model: keras.Model) -> Any | None:
 def switch_optimizer(model: keras.Model, left: Sequence[str], entered: Sequence[str]) -> None:
     """Park the moments of the adapters that leave, and restore those of the adapters that enter.
 
-    Adapters that never trained start with the moments of a fresh optimizer. The learning rate is
-    the model's.
+    Adapters that never trained start with the moments of a fresh optimizer. The learning rate
+    stays.
     """
     optimizer = built_optimizer(model)
     if optimizer is None or list(left) == list(entered):
@@ -79,7 +79,7 @@ def forget_optimizer_states(model: keras.Model, name: str) -> None:
 
 
 def _state(optimizer: Any) -> list[keras.Variable]:
-    learning_rate = optimizer.learning_rate  # which a schedule computes
+    learning_rate = optimizer.learning_rate  # a variable, or what a schedule computes
     return [v for v in optimizer.variables if v is not learning_rate]
 
 

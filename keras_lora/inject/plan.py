@@ -25,9 +25,9 @@ from keras_lora.walker import (
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer that an adapter is to be on: the spec there, and the factors.
+    """A layer that an adapter is to be on, with its spec and factors for that layer.
 
-    `factors` is None for an adapter that is yet to be drawn.
+    `factors` is None where they are yet to be drawn.
     """
 
     target: Target

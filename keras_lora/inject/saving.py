@@ -18,7 +18,7 @@ def prepare_saving(tree: Tree) -> None:
 
 
 def keep_owned_values(tree: Tree) -> None:
-    """Let the first adapted layer write, into weights files, values that no variable has now."""
+    """Let the first adapted layer write the parked owned values into weights files."""
     layers = tree.adapted
     for layer in layers:
         layer._lora.owned = []

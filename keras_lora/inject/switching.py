@@ -49,7 +49,7 @@ def active_names(tree: Tree) -> list[str]:
 
 
 def _in_order(orders: Iterable[Sequence[str]]) -> list[str]:
-    """Names in an order that agrees with all of these; they are parts of one order."""
+    """One order of all names that agrees with each of these, which are parts of one order."""
     left, names = [list(order) for order in dict.fromkeys(map(tuple, orders)) if order], []
     while left:
         later = {name for order in left for name in order[1:]}
@@ -63,7 +63,7 @@ def check_names(tree: Tree, names: str | Sequence[str] | None) -> list[str]:
     """The names as a list.
 
     Raises:
-        ValueError: no adapters, a name that the model does not have, or twice the same.
+        ValueError: no adapters, a name that the model does not have, or a name twice.
     """
     check_adapted(tree)
     wanted, known = [names] if isinstance(names, str) else list(names or ()), adapter_names(tree)
@@ -85,13 +85,13 @@ def check_no_dora(tree: Tree, names: Iterable[str], fix: str) -> None:
     found = {n for x in tree.banks for n, a in x.adapters.items() if a.spec.use_dora} & wanted
     if found:
         raise ValueError(
-            "Expected adapters without DoRA (use_dora=False), whose update A and B tell alone. "
+            "Expected adapters without DoRA (use_dora=False), whose update is A B alone. "
             f"Received: {sorted(found)}. {fix}."
         )
 
 
 def whole_adapters(tree: Tree, names: Iterable[str]) -> dict[str, Adapter]:
-    """The whole adapters of these names; layers made by hand belong to none."""
+    """The adapter of the model for each name; layers made by hand belong to none."""
     adapters = ((n, x.adapters[n]) for n in names for x in tree.banks if n in x.adapters)
     return {name: adapter.adapter for name, adapter in adapters if adapter.adapter is not None}
 
@@ -130,13 +130,13 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
 def activate(tree: Tree, names: Sequence[str], trainable: bool | None = None) -> None:
     """Move adapters into the slots, and their values into the variables of the base.
 
-    Flags of slots change as asked, those of other variables and optimizers do not.
+    Trainable flags of slots change as asked; other flags and optimizers do not change.
     """
     _move(tree.banks, all_owned(tree.root.variables), names, trainable)
 
 
 def known_models(tree: Tree) -> list[keras.Model]:
-    """The models that were adapted or switched with layers of this one, and those in it.
+    """The models that were adapted or switched with a layer of this model, and models in it.
 
     Where one encoder serves several models, each has an optimizer with moments of the same slots.
     """
@@ -173,7 +173,7 @@ def _owner(item: OwnedValues, names: Sequence[str]) -> str:
     owners = [name for name in names if name in item.names]
     if len(owners) > 1:
         raise ValueError(
-            f"Expected adapters of which one at most has a value of its own for "
+            f"Expected at most one active adapter with a value of its own for "
             f"'{item.variable.path}' (by layers_to_save or bias). Received: {owners}. Activate one "
             "of them."
         )
@@ -185,7 +185,8 @@ def unowned_variables(
 ) -> list[keras.Variable]:
     """The variables that train and belong to no adapter of this package's verbs.
 
-    They are of layers made by hand, or from a `.keras` file."""
+    They are of layers made by hand, or from a `.keras` file.
+    """
     known = {id(item.variable) for item in owned}
     known |= {id(v) for bank in banks for v in bank.variables}
     return [v for v in trained if id(v) not in known]

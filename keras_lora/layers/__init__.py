@@ -1,7 +1,7 @@
 """Layers with a frozen kernel and trainable low-rank factors beside it.
 
 A `LoRALayer` is a subclass of the Keras layer that it adapts. It is made in two ways: by its
-constructor, as any layer, or by `attach`, which turns a built layer into an adapted one *in
+constructor, like any layer, or by `attach`, which turns a built layer into an adapted one *in
 place*: the object and its variables stay the same, only its class changes. `detach` is the
 inverse.
 """

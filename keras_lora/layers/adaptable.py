@@ -1,4 +1,4 @@
-"""Whether a layer can be adapted, and the flag that it had before it was."""
+"""Whether a layer can be adapted, and the trainable flag that it had before."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import keras
 from keras_lora.checks import invalid
 from keras_lora.layers.kinds import kinds_of
 
-# Marks a variable or a layer that was frozen for an adapter with the flag that it had before.
+# The attribute of a layer or variable for its trainable flag from before it was adapted.
 WAS_TRAINABLE = "_lora_was_trainable"
 
 
@@ -50,6 +50,6 @@ def check_adapter_name(name: object) -> str:
 
 
 def remember_flag(item: keras.layers.Layer | keras.Variable) -> None:
-    """Note the trainable flag that `freezing.thaw` gives back; the first note counts."""
+    """Store the trainable flag that `freezing.thaw` restores; never overwrite a stored flag."""
     if not hasattr(item, WAS_TRAINABLE):
         setattr(item, WAS_TRAINABLE, item.trainable)

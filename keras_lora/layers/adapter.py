@@ -18,7 +18,7 @@ class Adapter:
     """One adapter of a model: what its parts on all layers have in common.
 
     Attributes:
-        config: The config that `apply_lora` was given; None for an adapter that was made otherwise.
+        config: The config that `apply_lora` was given; None if it was made another way.
         trained: The variables of the base that train with it: selected biases, `layers_to_save`.
     """
 
@@ -53,17 +53,17 @@ class LayerAdapter:
 
     @property
     def scaling(self) -> float:
-        # At each switch a new spec, with its checks, would cost more than the move of the values.
+        # Making and checking a new spec at each switch would cost more than moving the values.
         return (self.spec if self.scale_factor == 1 else self.acting_spec).scaling
 
     @property
     def named_factors(self) -> dict[str, Factor]:
-        """`A`, `B` and, for DoRA, `m`, under the names that files have for them."""
+        """`A`, `B` and, for DoRA, `m`, under their names in files."""
         return dict(zip(factor_names(self.spec), self.factors, strict=True))
 
     @property
     def factors(self) -> tuple[Factor, ...]:
-        """What trains: `A`, `B` and, for DoRA, `m`."""
+        """The values that train: `A`, `B` and, for DoRA, `m`."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     @property

@@ -1,4 +1,4 @@
-"""`AdapterBank`: the adapters of one matrix, and the slots that it is computed with.
+"""`AdapterBank`: the adapters of one matrix, and the slots that the matrix is computed with.
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_tracker`: a built layer is locked, and adapters are added after it was built.
@@ -39,9 +39,9 @@ class AdapterBank:
         site: The matrix.
         slots: The variables that the site is computed with; at least a slot for each active
             adapter.
-        seeds: Of dropout. Made once an adapter has dropout; its masks are then part of the
-            computation for good.
-        squared_norms: `|W0|^2` of each output. Made once an adapter has DoRA.
+        seeds: The seed generator of dropout. Made when an adapter with dropout is first active;
+            dropout is then part of the computation for good.
+        squared_norms: `|W0|^2` of each output. Made when an adapter with DoRA is first active.
         computation: Which adapters the site is computed with: those in the slots, or others.
     """
 
@@ -69,16 +69,16 @@ class AdapterBank:
         a_shape, b_shape, *m_shape = self.shapes(spec)
         fan_in, _ = self.site.split().matrix_shape(self.site.shape)
         start = (self.site.kind.start or STARTS[spec.init]).started(fan_in, spec.rank)
-        # Drawn when it is needed first, so that it is the norm of the matrix at that moment.
+        # The magnitude is drawn when first needed, as the norm of the matrix at that moment.
         m = Factor(self.norms, m_shape[0]) if m_shape else None
         factors = Factor(start.a, a_shape), Factor(start.b, b_shape), m
         self._adapters[name] = LayerAdapter(spec, *factors, adapter)
         return self._adapters[name]
 
     def put(self, name: str, adapter: LayerAdapter) -> None:
-        """Take an adapter in, in the place of one of that name if there is one.
+        """Add an adapter, or let it replace the adapter of that name.
 
-        Whether it is active stays as it was. An active one must fit (`fits`).
+        It is active if the replaced adapter was, and must then fit (`fits`).
         """
         old = self._adapters.get(name)
         for slot in self.slots:
@@ -108,7 +108,7 @@ class AdapterBank:
         return self.seeds is not None
 
     def fits(self, specs: Sequence[AdapterSpec]) -> bool:
-        """Whether such adapters can be active without new variables, which need a new trace."""
+        """Whether adapters of these specs can be active without new variables and a new trace."""
         enough = len(specs) <= len(self.slots)
         masked = self.has_dropout or not self._need_dropout(specs)
         pairs = zip(specs, self.slots, strict=False)
@@ -143,7 +143,7 @@ class AdapterBank:
 
     @property
     def kernel(self) -> Tensor:
-        """The effective matrix `W`; `W0` itself, as a variable, where no adapter is active."""
+        """The effective matrix `W`; `W0` itself, as a variable, where there are no slots."""
         return self.computation.kernel_of(self.site)
 
     def fold(self) -> None:
@@ -152,7 +152,7 @@ class AdapterBank:
         self.assign_base(ops.stop_gradient(self.kernel))
 
     def assign_base(self, value: Tensor) -> None:
-        """`W0 <- value`, and `|W0|`, which DoRA keeps, with it. Adapters stay as they are."""
+        """`W0 <- value`, and measure `|W0|` again for DoRA. Adapters stay as they are."""
         self.site.matrix.assign(value)
         self.measure()
 
@@ -181,11 +181,11 @@ class AdapterBank:
         return self._slot_variables() + seeds
 
     def track(self) -> None:
-        """Let the layer have the variables of the slots; the inverse of `untrack`."""
+        """Add the variables of the slots to the layer's; the inverse of `untrack`."""
         trains = self.trains
         with self._unlocked():
             for variable in [v for slot in self.slots for v in slot.factors]:
-                variable.trainable = True  # otherwise Keras files it with the statistics
+                variable.trainable = True  # otherwise Keras lists it as non-trainable
             for variable in self._slot_variables():
                 self.site.layer._track_variable(variable)
             if self.seeds is not None:
@@ -202,7 +202,7 @@ class AdapterBank:
         return ops.cast(ops.sqrt(self._draw_squared_norms(shape, dtype)), dtype)
 
     def measure(self) -> None:
-        """Take `|W0|` anew."""
+        """Compute `|W0|^2` again."""
         if self.squared_norms is not None:
             self.squared_norms.assign(self._draw_squared_norms())
 
@@ -218,7 +218,7 @@ class AdapterBank:
         return self.site.split().squared_norms(ops.stop_gradient(self.site.wide_matrix()))
 
     def _slot_variables(self) -> list[keras.Variable]:
-        """The variables of the slots, and the one that they share."""
+        """The variables of the slots, and the norms that they share."""
         norms = [] if self.squared_norms is None else [self.squared_norms]
         return [v for slot in self.slots for v in slot.variables] + norms
 
@@ -226,7 +226,7 @@ class AdapterBank:
         return self.site.kind.has_dropout and any(spec.dropout for spec in specs)
 
     def _made_slots(self, adapters: Sequence[LayerAdapter]) -> dict[int, Slot]:
-        """New slots, by their place, for those of these adapters that do not fit into the old."""
+        """New slots, by index, for the adapters that do not fit into the old ones."""
         specs, old = [adapter.spec for adapter in adapters], self.slots
         if self.fits(specs):
             return {}
@@ -249,7 +249,7 @@ class AdapterBank:
         def new(name: str, shape: Shape, initializer: Any, trainable: bool) -> keras.Variable:
             dtype = "float32" if trainable else self.site.wide_dtype
             options = {"initializer": initializer, "dtype": dtype, "trainable": trainable}
-            # In 16 bits a gain that is near 1 would be 1.
+            # In 16 bits a gain near 1 would become 1.
             options["autocast"] = not name.startswith(("lora_magnitude", "lora_squared_norms"))
             made.append(self.site.layer.add_weight(name=prefix + name, shape=shape, **options))
             return made[-1]
@@ -257,7 +257,7 @@ class AdapterBank:
         return new
 
     def _add_shared(self, specs: Sequence[AdapterSpec], made: list[keras.Variable]) -> None:
-        """What all slots share: the norms for DoRA, the seeds for dropout."""
+        """Make what all slots share: the norms for DoRA, the seeds for dropout."""
         norms, layer = self.squared_norms, self.site.layer
         if norms is None and any(spec.use_dora for spec in specs):
             shape = self.site.split().norm_shape(self.site.shape)
@@ -284,7 +284,7 @@ class AdapterBank:
 
 
 def _grown(spec: AdapterSpec, old: Sequence[Slot]) -> AdapterSpec:
-    """What a slot must take: this spec, and all that the slot in its place took."""
+    """The spec of a slot that takes this spec, and all that the old slot at its index took."""
     return dataclasses.replace(
         spec,
         rank=max([spec.rank, *(slot.rank for slot in old)]),

@@ -1,4 +1,4 @@
-"""What a checkpoint (`save_weights`) holds for an adapted layer, beside its base's variables."""
+"""What a checkpoint (`save_weights`) contains of an adapted layer beside its base."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SCALING = "scaling."
 _SCALE_KEY = re.compile(rf"{STATE_PREFIX}([^.:]+:)?{re.escape(_SCALING)}")
 _BASE_PREFIX = f"{STATE_PREFIX}base."
 BASE_ONLY = (
-    "The weights file holds no adapters: the base's weights were loaded and the adapters of the "
+    "The weights file contains no adapters: the base's weights were loaded and the adapters of the "
     "model were left as they are. If the file is of a merged model, its adapters now count "
     "twice: call unload_lora(model) first."
 )
@@ -34,13 +34,13 @@ def adapter_values(state: LoRAState) -> dict[str, np.ndarray]:
                 values[_key(bank, f"{which}.{name}")] = np.array(factor)
             values[_key(bank, f"{_SCALING}{name}")] = np.array(adapter.scaling, "float32")
         if bank.seeds is not None:
-            # Without them a resumed run would draw other dropout masks than an unbroken one.
+            # Without them a resumed run would draw other dropout masks than an uninterrupted one.
             values[_key(bank, "seeds")] = ops.convert_to_numpy(bank.seeds.state)
     return values | {key: item.value(name) for key, item, name in _owned_values(state)}
 
 
 def assign_values(state: LoRAState, saved: Mapping[str, Any]) -> None:
-    """The inverse of `adapter_values`, but for the scales."""
+    """The inverse of `adapter_values`, except that scales are not assigned."""
     put: dict[str, Callable[[Any], None]] = {}
     for bank in state.banks.values():
         for name, adapter in bank.adapters.items():
@@ -65,7 +65,7 @@ def check_values(state: LoRAState, saved: Mapping[str, Any], path: str) -> None:
     """Refuse values of other adapters than the layer at `path` has.
 
     Raises:
-        ValueError: they are of other adapters.
+        ValueError: keys, shapes or scales differ.
     """
     wrong = _misfits(adapter_values(state), saved)
     if wrong:
@@ -93,7 +93,7 @@ def _misfits(live: Mapping[str, np.ndarray], saved: Mapping[str, Any]) -> list[s
 
 
 def _owned_values(state: LoRAState) -> list[tuple[str, OwnedValues, str]]:
-    """The parked values, by key: those of other adapters, and the base's own."""
+    """Key, values and owner of each parked value: other adapters' and the base's own."""
     pairs = [(i, item, n) for i, item in enumerate(state.owned) for n in item.parked]
     return [
         (f"{STATE_PREFIX}held.{i}.{name}" if name else f"{_BASE_PREFIX}{i}", item, name)

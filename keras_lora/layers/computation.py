@@ -1,4 +1,4 @@
-"""What an adapted layer computes beside the product with its frozen matrix."""
+"""How an adapted layer computes: with which adapters, and how they act on an input."""
 
 from __future__ import annotations
 

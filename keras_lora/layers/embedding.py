@@ -13,8 +13,8 @@ from keras_lora.lowrank.products import Term, adapted_sum, einsum_products
 class Lookup(Adapting, keras.layers.Embedding):
     """Abstract: an embedding that adds the rows of its adapters to those of its own matrix.
 
-    A final class has `LoRALayer` before it, and may have a subclass of `Embedding` between them:
-    when that class calls `super().call(inputs)`, it calls this one.
+    Among the bases of a final class `LoRALayer` comes before this class. A subclass of `Embedding`
+    may stand between the two: its `super().call(inputs)` then calls this class.
     """
 
     @property
@@ -26,7 +26,7 @@ class Lookup(Adapting, keras.layers.Embedding):
         return self.adapted_lookup(inputs)
 
     def adapted_lookup(self, inputs: Tensor) -> Tensor:
-        """`E[i] + sum_i s_i A_i[i] B_i`: of `A B`, only the rows of these tokens are formed."""
+        """`E[i] + sum_i s_i A_i[i] B_i`: only these tokens' rows of `A B` are formed."""
         if keras.backend.standardize_dtype(inputs.dtype) not in ("int32", "int64"):
             inputs = ops.cast(inputs, "int32")
         rows = self._rows(self.base_kernel, inputs)
@@ -46,15 +46,15 @@ class LoRAEmbedding(LoRALayer, Lookup):
         h = E[i] + s A[i] B     E: (vocabulary, dim)   A: (vocabulary, r)   B: (r, dim)
 
     `A` starts at zero and `B` standard normal, as in PEFT, so a fresh layer computes what its
-    base does. The gradient of `A` has values in the rows that were looked up. There is no dropout,
-    as in PEFT: the input of `A` is the number of a token.
+    base does. Only the rows of `A` that were looked up get a gradient. There is no dropout, as in
+    PEFT, since the adapter is fed token ids.
 
     Args:
         input_dim: Size of the vocabulary.
         output_dim: Size `dim` of a row.
         rank, alpha, use_rslora, adapters, active: See `LoRALayer`. Its `dropout`, `init` and
             `train_bias` have no effect.
-        **kwargs: Any argument of `keras.layers.Embedding` but `weights`.
+        **kwargs: Any argument of `keras.layers.Embedding` except `weights`.
 
     Input shape:
         `(batch, ...)`, of integers; not ragged.
@@ -63,7 +63,7 @@ class LoRAEmbedding(LoRALayer, Lookup):
         `(batch, ..., dim)`.
 
     Weights:
-        `embeddings` `(vocabulary, dim)`, frozen; for each adapter that acts `lora_a`
+        `embeddings` `(vocabulary, dim)`, frozen; for each active adapter `lora_a`
         `(vocabulary, r)` and `lora_b` `(r, dim)`, float32.
 
     Raises:
@@ -92,8 +92,8 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
         y = cap(h E^T + s (h B^T) A^T)         the reverse, where the weights are tied
         y = cap(h R)                           the reverse, where they are not
 
-    Tied weights are one matrix, which is adapted in both directions. Where they are not tied the
-    kernel `R` of the reverse is another matrix: it is frozen, and not adapted. (Hugging Face
+    Tied weights are one matrix, which is adapted in both directions. If they are not tied, the
+    kernel `R` of the reverse is another matrix, which is frozen and not adapted. (Hugging Face
     PEFT adapts the lookup alone in both cases; see docs/peft.md.)
 
     `A` starts at zero and `B` standard normal, and there is no dropout: see `LoRAEmbedding`.
@@ -103,7 +103,7 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
         output_dim: Size `dim` of a row.
         rank, alpha, use_rslora, adapters, active: See `LoRALayer`. Its `dropout`, `init` and
             `train_bias` have no effect.
-        **kwargs: Any argument of `keras.layers.ReversibleEmbedding` but `weights`.
+        **kwargs: Any argument of `keras.layers.ReversibleEmbedding` except `weights`.
 
     Input shape:
         `(batch, ...)`, of integers, not ragged; with `reverse=True` `(batch, ..., dim)`.
@@ -113,7 +113,7 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
 
     Weights:
         `embeddings` `(vocabulary, dim)` and, where they are not tied, `reverse_embeddings`
-        `(dim, vocabulary)`, frozen; for each adapter that acts `lora_a` `(vocabulary, r)` and
+        `(dim, vocabulary)`, frozen; for each active adapter `lora_a` `(vocabulary, r)` and
         `lora_b` `(r, dim)`, float32.
 
     Raises:
@@ -135,7 +135,7 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
 
     def call(self, inputs: Tensor, reverse: bool = False) -> Tensor:
         if not (reverse and self.tie_weights and self.slots):
-            # It looks up by `super().call`, which is `Lookup`'s, and sets the mask.
+            # Keras's `call` looks up by `super().call`, which is `Lookup.call`, and sets the mask.
             return keras.layers.ReversibleEmbedding.call(self, inputs, reverse)
         logits = self.adapted_reverse(inputs)
         cap = self.logit_soft_cap

@@ -1,7 +1,7 @@
 """Values of an adapter: parked as an array, or in a variable that a layer computes with.
 
-To switch adapters is little but these reads and writes, so on TensorFlow they go past Keras, to
-the `tf.Variable` itself: `Variable.assign` converts, casts and reads the variable back.
+Switching adapters is mostly these reads and writes, so on TensorFlow they use the `tf.Variable`
+itself: Keras's `Variable.assign` also converts, casts and reads the variable back.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def read(variable: keras.Variable) -> Tensor:
     """The present value, in the host's memory, which no later step changes."""
     if keras.backend.backend() != "tensorflow":
         return np.array(ops.convert_to_numpy(variable), copy=True)
-    # The variable's own memory: TensorFlow lets go of it, or copies it, before it writes.
+    # The variable's own memory: TensorFlow releases or copies it before it writes.
     value = variable.value.value()
     return value if "CPU" in value.device else value.numpy()
 
 
 def write(variable: keras.Variable, value: Any) -> None:
-    """Give a variable a value that is as the variable is, in shape and dtype."""
+    """Give a variable a value of the variable's own shape and dtype."""
     if keras.backend.backend() == "tensorflow":
         variable.value.assign(value, read_value=False)
     else:
@@ -37,11 +37,11 @@ def write(variable: keras.Variable, value: Any) -> None:
 class Factor:
     """A value of one adapter, at the adapter's own rank: `A`, `B`, the magnitude `m`, a bias.
 
-    Reads as an array and is assigned as a variable is, whether it is parked or in a variable.
+    It reads as an array and has `assign`, whether it is parked or in a variable.
     """
 
     def __init__(self, value: Any, shape: Shape | None = None, dtype: str = "float32") -> None:
-        """Of an array, or of an initializer and a shape: then it is drawn when it is needed."""
+        """From an array, or from an initializer and a shape: then drawn when first needed."""
         drawn = shape is not None
         self.dtype = dtype
         self._draw: Callable[..., Tensor] | None = value if drawn else None
@@ -52,7 +52,7 @@ class Factor:
 
     @classmethod
     def inside(cls, variable: keras.Variable) -> Factor:
-        """The present value of a variable, and in it."""
+        """A factor that is in a variable, with the variable's present value."""
         factor = cls(variable, tuple(variable.shape), str(variable.dtype))
         factor.start(variable)
         return factor
@@ -74,21 +74,21 @@ class Factor:
             self._write(self._variable, value)
 
     def enter(self, variable: keras.Variable, fills: bool = True) -> None:
-        """Put the values into a variable, of the same rank (`fills`) or a higher one."""
+        """Put the values into a variable of the same rank (`fills`) or of a higher one."""
         value = self._value()
         self._fills = fills
         self._write(variable, value)
         self._parked, self._variable = None, variable
 
     def initializer(self, shape: Shape) -> Callable[..., Tensor]:
-        """Gives a new variable these values; Keras may call it later, or within a graph."""
+        """An initializer with these values; Keras may call it later, or within a graph."""
         if self._draw is not None and shape == self.shape:
             return self._draw
         value = self._padded(self._value(), shape)
         return lambda shape, dtype: ops.reshape(ops.convert_to_tensor(value, dtype), shape)
 
     def start(self, variable: keras.Variable) -> None:
-        """Be in a variable that has these values from its start, by `initializer`."""
+        """Note that the values are in a variable that was made with `initializer`."""
         self._parked, self._draw, self._variable = None, None, variable
         self._fills = tuple(variable.shape) == self.shape
 
@@ -120,5 +120,5 @@ class Factor:
         return whole
 
     def _part(self) -> tuple[slice, ...]:
-        """Which part of a variable of a higher rank the values are."""
+        """The part of a variable of a higher rank that has the values."""
         return tuple(slice(size) for size in self.shape)

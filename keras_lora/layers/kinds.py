@@ -1,7 +1,7 @@
-"""The kinds of matrices that can be adapted: one row for each, and a site for each in a model.
+"""`KINDS`, a row for each kind of matrix that can be adapted, and `Site`, such a matrix of a layer.
 
-What differs between Keras's classes is in `KINDS` and nowhere else: a new class of layer is a row
-of this table and a final class (CONTRIBUTING.md adds one).
+What differs between Keras's classes is in `KINDS` and nowhere else: a new class of layer takes
+a row of `KINDS` and a final class (CONTRIBUTING.md adds one).
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_kernel`, `_embeddings`: the frozen matrix itself, since `kernel` and `embeddings` of an
@@ -36,11 +36,11 @@ class Kind:
         matrix: The layer's attribute that is the frozen variable `W0`.
         bias: The layer's attribute that is the bias; None for a layer without one.
         constraint: The layer's attribute that is the constraint on `W0`.
-        family: Which presets of `targets` select it, and in which adapters of other tools it can
-            be: `"all-linear"` and `"attention"` select the linear ones, `"all"` every family.
+        family: Which presets of `targets` select it, and which adapters of other tools may
+            contain it: `"all-linear"` and `"attention"` select linear ones, `"all"` every family.
         products: How `W0` acts on an input. The default is the einsum.
-        weight: `W0` in floating point, where the variable has it in another form (quantized).
-        start: How factors begin, where `AdapterSpec.init` does not say.
+        weight: `W0` in floating point, if the variable has another form (quantized).
+        start: How factors begin; None where `AdapterSpec.init` says it.
         has_dropout: Whether dropout applies to the adapter's input.
         takes_dora: Whether DoRA applies: whether the equation is all that `W0` does.
         by_row: Whether each row of a batch can have an adapter of its own (`MixedBatch`).
@@ -88,7 +88,7 @@ class Site:
 
     @property
     def wide_dtype(self) -> str:
-        """The dtype of sums that are rounded once."""
+        """The dtype of sums, which are rounded once at the end."""
         dtype = keras.backend.standardize_dtype(self.matrix.dtype)
         return "float64" if dtype == "float64" else "float32"
 
@@ -134,13 +134,13 @@ _EMBEDDING = Kind(
     constraint="embeddings_constraint",
     family="embedding",
     start=EMBEDDING_START,
-    # The input of an embedding adapter is a token's number, which dropout cannot zero.
+    # An embedding adapter is fed token ids, so dropout does not apply.
     has_dropout=False,
-    # Looked up or called in reverse, a row of the matrix has no norm of its outputs in common.
+    # The outputs are columns in the lookup and rows in reverse: no one norm serves both.
     takes_dora=False,
 )
 
-# For each class of layers its matrices by name; the name of a layer's only matrix is empty.
+# For each layer class the kinds of its matrices, by name; a layer's only matrix is named "".
 KINDS: dict[type, Mapping[str, Kind]] = {
     keras.layers.Dense: {"": _DENSE},
     keras.layers.EinsumDense: {"": _EINSUM_DENSE},

@@ -30,7 +30,7 @@ class LoRADense(LoRALayer, keras.layers.Dense):
         `(batch, ..., units)`.
 
     Weights:
-        `kernel` `(d, k)` and `bias` `(k,)`, frozen; for each adapter that acts `lora_a` `(d, r)`,
+        `kernel` `(d, k)` and `bias` `(k,)`, frozen; for each active adapter `lora_a` `(d, r)`,
         `lora_b` `(r, k)` and, for DoRA, `lora_magnitude` `(k,)`, float32.
 
     Raises:
@@ -73,7 +73,7 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
         As the equation says.
 
     Weights:
-        `kernel` and `bias`, frozen; for each adapter that acts `lora_a`, `lora_b` and, for DoRA,
+        `kernel` and `bias`, frozen; for each active adapter `lora_a`, `lora_b` and, for DoRA,
         `lora_magnitude`, which has the shared and the free axes; float32.
 
     Raises:

@@ -37,7 +37,7 @@ DEFAULT_ADAPTER = "default"
 
 
 class Adapting:
-    """Marks the classes of this package: they stand before Keras's in those of a layer."""
+    """Marks this package's classes, which come before Keras's among the bases of a layer class."""
 
 
 class LoRALayer(Adapting, keras.layers.Layer):
@@ -47,11 +47,11 @@ class LoRALayer(Adapting, keras.layers.Layer):
 
     `W0` is frozen, `A_i` and `B_i` are float32 whatever the layer's dtype, and the product
     `A_i B_i` is never formed in the forward pass. A final class is also a subclass of the Keras
-    layer that it adapts, whose row in `KINDS` says how the kernel acts. One of a class of your own
-    may change that row: a static method `kernel_equation(layer)` gives the einsum of the layer's
-    input and kernel, such as `"...x,xy->...y"`, and `takes_dora = False` refuses DoRA.
+    layer that it adapts, whose row in `KINDS` says how the kernel acts. A final class of
+    your own may change that row: a static method `kernel_equation(layer)` gives the einsum of the
+    layer's input and kernel, such as `"...x,xy->...y"`, and `takes_dora = False` refuses DoRA.
 
-    With `use_dora`, of each output the weights of an adapter have the trainable norm `m_i`:
+    With `use_dora`, adapter `i` has a trainable norm `m_i` of the weights of each output:
 
         W_i = m_i (W0 + s_i A_i B_i) / |W0 + s_i A_i B_i|      W = W0 + sum_i (W_i - W0)
 
@@ -61,24 +61,30 @@ class LoRALayer(Adapting, keras.layers.Layer):
         alpha: Numerator of its scale, `s = alpha / r`.
         dropout: Dropout on the adapter's input while training, in `[0, 1)`.
         use_rslora: `s = alpha / sqrt(r)`.
-        use_dora: Train a magnitude of each output too.
+        use_dora: Also train a magnitude of each output.
         init: How `A` starts; see `AdapterSpec`.
         adapters: `{name: AdapterSpec fields}` instead of the six above, for several adapters.
-        active: Names of the adapters that act; all of them by default.
+        active: Names of the active adapters; all of them by default.
         train_bias: Train the bias beside the adapters.
         **kwargs: As the base layer takes them.
 
     Raises:
         ValueError: an invalid spec, a constraint on the kernel, or Keras's own `lora_rank`.
+
+    Example (of a class of your own: `register_lora_class`):
+
+    >>> from keras_lora.layers import LoRADense
+    >>> LoRADense(5, adapters={"fr": {"rank": 2, "alpha": 4}}).active_adapters
+    ('fr',)
     """
 
     _lora: LoRAState
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Let a class go by the name of the class that it adapts.
+        """Give a class the name of the class that it adapts.
 
-        Keras makes the paths of a weights file, and the names of layers, from `__name__`: so a
-        checkpoint of the base fits the adapted model, in whatever container its layers are.
+        Keras makes the paths of a weights file, and the names of layers, from `__name__`. With the
+        same name, a checkpoint of the base fits the adapted model.
         """
         super().__init_subclass__(**options)
         cls.__name__ = _adapted_class(cls).__name__
@@ -149,12 +155,12 @@ class LoRALayer(Adapting, keras.layers.Layer):
 
     @property
     def banks(self) -> Mapping[str, AdapterBank]:
-        """The adapters of each matrix, by its name; the only matrix of a layer has none."""
+        """The bank of each matrix, by the matrix's name; a layer's only matrix is named `""`."""
         return self._lora.banks
 
     @property
     def bank(self) -> AdapterBank:
-        """The adapters of the layer's only matrix.
+        """The bank of the layer's only matrix.
 
         Raises:
             ValueError: the layer has several matrices.
@@ -187,7 +193,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
         return self.bank.site.matrix
 
     def assign_base(self, value: Tensor) -> None:
-        """`W0 <- value`, and `|W0|`, which DoRA keeps, with it. Adapters stay as they are."""
+        """`W0 <- value`, and measure `|W0|` again for DoRA. Adapters stay as they are."""
         self.bank.assign_base(value)
 
     @property
@@ -221,8 +227,8 @@ class LoRALayer(Adapting, keras.layers.Layer):
     def kernel(self) -> Tensor:
         """The effective kernel `W`, such as `W0 + sum_i s_i A_i B_i`, in the dtype of `W0`.
 
-        Summed in float32, or in the dtype of `W0` where that is wider, and rounded once. `W0`
-        itself, as a variable, where no adapter is active.
+        Summed in float32, or in the dtype of `W0` if that is wider, and rounded once. `W0`
+        itself, as a variable, where there are no slots.
         """
         return self.bank.kernel
 
@@ -253,15 +259,15 @@ class LoRALayer(Adapting, keras.layers.Layer):
         }
 
     def enable_lora(self, *_: Any, **__: Any) -> None:
-        """Refused: Keras's own adapters would add to these, unseen by merging and saving."""
+        """Refuse: merging and saving would not see Keras's own adapters."""
         raise ValueError(
-            f"Layer '{self.path}': expected a layer without adapters of keras_lora to enable "
-            f"Keras's own LoRA on. Received: adapters {list(self.adapters)}. Add another "
+            f"Layer '{self.path}': expected no adapters of keras_lora where Keras's own LoRA is "
+            f"enabled. Received: adapters {list(self.adapters)}. Add another "
             "adapter with apply_lora(model, config, name=...)."
         )
 
     def save_own_variables(self, store: Any) -> None:
-        """The base's variables under the base's keys; the adapters under keys of their own.
+        """Store the base's variables under the base's keys, the adapters under their own.
 
         So a checkpoint of the base loads into the adapted layer.
         """
@@ -273,8 +279,8 @@ class LoRALayer(Adapting, keras.layers.Layer):
     def load_own_variables(self, store: Any) -> None:
         """Load the base and, where the file has them, the adapters.
 
-        From a file of a base alone, a magnitude that was never trained is the base's new norm, so
-        that a fresh adapter goes on changing nothing.
+        After a file of a base alone, an untrained magnitude becomes the new norm of the base, so
+        that a fresh adapter still changes nothing.
         """
         keys = list(store.keys())
         saved = {key: store[key] for key in keys if key.startswith(STATE_PREFIX)}
@@ -300,14 +306,14 @@ class LoRALayer(Adapting, keras.layers.Layer):
             raise ValueError(self._lora.unsaveable)
 
     def load_assets(self, dir_path: str) -> None:
-        """Nothing: `save_assets` writes nothing."""
+        """Do nothing: `save_assets` writes nothing."""
 
     def adapted_output(self, inputs: Tensor, training: bool | None, bias: Tensor | None) -> Tensor:
         """`act(x W0 + b + delta)`; the base's own `call` where no adapter can change it.
 
         Args:
             inputs: `x`.
-            training: Whether dropout acts.
+            training: Whether dropout applies.
             bias: `b`, in a shape that adds to the product; None for a layer without bias.
         """
         computation = self.bank.computation
@@ -325,8 +331,8 @@ class LoRALayer(Adapting, keras.layers.Layer):
     def _check_load_own_variables(self, store: Any) -> None:
         expected = len(self.base_variables)
         if len(store.keys()) != expected:
-            # Keras tries a layer that failed again at other, empty places of the file, and
-            # reports the last error only: the first is the one to see.
+            # Keras tries a layer that failed again with other, empty parts of the file and
+            # reports the last error only. The first error is the true one.
             first = None if store.keys() else self._lora.refusal
             raise ValueError(
                 first
@@ -340,5 +346,5 @@ def _adapted_class(lora_class: type) -> type:
 
 
 def plain_class(layer: keras.layers.Layer) -> type:
-    """The class of a layer, or the one that it has without its adapters."""
+    """The class that a layer has without adapters."""
     return layer.base_class if isinstance(layer, LoRALayer) else type(layer)

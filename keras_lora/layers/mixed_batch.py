@@ -1,4 +1,4 @@
-"""A batch of which each row has an adapter of its own, where one model serves many at once."""
+"""A mixed batch: each row has an adapter of its own, so that one model serves many adapters."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class MixedBatch(Computation):
     no factors. The scales, and the gain `g_i` of DoRA, are part of `B_i`.
 
     Attributes:
-        refuse: Takes the reason where the layer is used in a way that has no such form. It may
-            raise; otherwise the layer goes on without adapters.
+        refuse: Called with the reason if the use of the layer allows no adapter for each row. It
+            may raise; otherwise the layer goes on without adapters.
         factors: `A` `(batch, r, shared, contracted)` and `B` `(batch, r, shared, free)`.
         kernel: `(batch, *kernel)`.
         bias: `(batch, *bias)`.
@@ -64,7 +64,7 @@ class MixedBatch(Computation):
         return product + ops.reshape(self.bias, (shape[0], *ones, *shape[1:]))
 
     def kernel_of(self, site: Site) -> Tensor:
-        self.refuse("its kernel is read, and there is another for each row")
+        self.refuse("its kernel is read, and each row has a kernel of its own")
         return site.matrix
 
     def _refusal(self, split: EinsumSplit, x: Tensor) -> str | None:

@@ -87,6 +87,6 @@ def remove_owner(variable: keras.Variable, name: str) -> None:
 
 
 def forget_owners(variable: keras.Variable) -> None:
-    """Drop every value but the one in the variable."""
+    """Drop every value except the one in the variable."""
     if owned(variable) is not None:
         delattr(variable, _OWNED)

@@ -38,16 +38,16 @@ def register_lora_class(
 ) -> None:
     """Say how a layer class of your own is adapted.
 
-    Needed for a subclass of `Dense`, `EinsumDense` or an embedding that overrides `call`, since
-    no one else knows what it computes. `lora_class` repeats that computation with
-    `self.adapted_product(inputs, training)` in the place of `inputs @ kernel`; a subclass of
-    `LoRAEmbedding` and `layer_class`, with `self.adapted_lookup(inputs)`.
+    Needed for a subclass of `Dense`, `EinsumDense` or an embedding that overrides `call`, whose
+    computation this package does not know. `lora_class` repeats that computation, with
+    `self.adapted_product(inputs, training)` in the place of `inputs @ kernel`. For an embedding,
+    derive it from `LoRAEmbedding` and `layer_class` and call `self.adapted_lookup(inputs)`.
 
     Args:
         layer_class: The class to adapt.
         lora_class: A subclass of both `LoRALayer` and `layer_class`.
-        kind: For a class that is no `Dense`, `EinsumDense` or embedding: its row in the table of
-            kinds (`keras_lora.layers.Kind`).
+        kind: Its `keras_lora.layers.Kind`, for a class that is no `Dense`, `EinsumDense` or
+            embedding.
 
     Raises:
         ValueError: `lora_class` is not a subclass of both, or has no kind.
@@ -75,7 +75,7 @@ def register_lora_class(
         KINDS[layer_class] = {"": kind}
     if not kinds_of(lora_class):
         raise invalid(
-            "kind", f"the row of {layer_class.__name__}", kind, "pass a keras_lora.layers.Kind"
+            "kind", f"the kind of {layer_class.__name__}", kind, "pass a keras_lora.layers.Kind"
         )
     _LORA_CLASSES[layer_class] = lora_class
     lora_class_for.cache_clear()
@@ -98,7 +98,7 @@ def lora_class_for(layer_class: Any) -> type[LoRALayer] | None:
 
 
 def overrides(layer_class: type, base: type) -> bool:
-    """Whether a class computes something else than its base does."""
+    """Whether a class overrides the computation of its base."""
     return any(
         getattr(layer_class, name, None) is not getattr(base, name, None)
         for name in ("call", "quantized_call", "kernel", "embeddings")
@@ -122,7 +122,7 @@ def attach(layer: keras.layers.Layer, state: LoRAState | None = None) -> LoRALay
 
 
 def detach(layer: LoRALayer) -> LoRAState:
-    """The inverse of `attach`: the plain layer again. The adapters are in the state."""
+    """The inverse of `attach`: the plain layer again. The returned state contains the adapters."""
     state = layer._lora
     for bank in state.banks.values():
         bank.untrack()
@@ -132,9 +132,9 @@ def detach(layer: LoRALayer) -> LoRAState:
 
 
 def _become(layer: keras.layers.Layer, layer_class: Any) -> None:
-    """Change the class of a layer, and the notes that Keras took of its `call` when it was made.
+    """Change the class of a layer, and what Keras recorded of its `call` in the constructor.
 
-    With the notes of a base whose `call` has no `training`, an adapter would have no dropout.
+    With the record of a `call` that has no `training`, an adapter would have no dropout.
     """
     layer.__class__ = layer_class
     signature = inspect.signature(layer.call)

@@ -16,7 +16,7 @@ from keras_lora.lowrank.products import Products, Term
 
 
 class _Slots(Protocol):
-    """What is asked of a bank."""
+    """What `SlotAdapters` reads of a bank."""
 
     slots: list[Slot]
     seeds: keras.random.SeedGenerator | None
@@ -40,7 +40,7 @@ class SlotAdapters(Computation):
     def terms(self, site: Site, x: Tensor, training: bool | None) -> Sequence[Term]:
         seeds, dtype = self._bank.seeds, site.layer.compute_dtype
         split, norms, terms = site.split(len(x.shape)), self._bank.squared_norms, []
-        # Read only for a gain: what is read is cast in mixed precision.
+        # Read only where a gain needs it: in mixed precision a read casts the matrix.
         matrix = None if norms is None else site.weight()
         for slot in self._bank.slots:
             x_i = dropped(x, slot.rate, seeds) if training and seeds is not None else x

@@ -1,8 +1,8 @@
 """Slots: the variables that a layer computes with, which adapters move into and out of.
 
-What a model has compiled reads the variables of slots, never those of an adapter. To switch is to
-move values into the slots: nothing is traced again, and however many adapters a layer has, it
-computes with the active ones. An adapter of a lower rank than its slot is padded with zeros. They
+Compiled functions read the variables of slots alone. To switch adapters is to move values into the
+slots: nothing is traced again, and however many adapters a layer has, it computes with the active
+ones alone. An adapter of a lower rank than its slot is padded with zeros. They
 stay zero in training, since the gradient of each padded factor is a product with the other one.
 Likewise a slot with a magnitude takes an adapter without DoRA: its gain is 1 then.
 """
@@ -25,14 +25,14 @@ NewVariable = Callable[..., keras.Variable]
 
 
 def _set(variable: keras.Variable, number: float) -> None:
-    # Most adapters have the same scale, and to read takes half as long as to write.
+    # Most adapters have the same scale, and a read takes half as long as a write.
     if float(read(variable)) != np.dtype(variable.dtype).type(number):
         write(variable, number)
 
 
 @dataclass(eq=False)
 class Magnitude:
-    """What a slot has for adapters of DoRA: `m`, and whether it is active (1 or 0)."""
+    """What a slot has for adapters with DoRA: `m`, and whether it applies (1 or 0)."""
 
     values: keras.Variable
     active: keras.Variable
@@ -78,8 +78,8 @@ class Slot:
     ) -> Slot:
         """Make variables of these shapes with `new(name, shape, initializer, trainable)`.
 
-        They start with an adapter's values, though it is not in the slot before `start`. A third
-        shape is that of the magnitude.
+        They start with the adapter's values, but the adapter is not in the slot before `start`. A
+        third shape is that of the magnitude.
         """
         suffix, (a, b, *m) = f"_{index}" if index else "", shapes
         scaling = keras.initializers.Constant(adapter.scaling)
@@ -94,7 +94,7 @@ class Slot:
         )
 
     def start(self, adapter: LayerAdapter) -> None:
-        """Hold the adapter that the slot was made for."""
+        """Note that the adapter that the slot was made for is in it."""
         self.adapter = adapter
         for factor, variable in zip(adapter.factors, self.factors, strict=False):
             factor.start(variable)
@@ -105,14 +105,14 @@ class Slot:
 
     @property
     def factors(self) -> tuple[keras.Variable, ...]:
-        """What trains."""
+        """The variables that train."""
         pair = self.a, self.b
         return pair if self.magnitude is None else (*pair, self.magnitude.values)
 
     def update(
         self, split: EinsumSplit, w: Tensor, squared: keras.Variable | None, dtype: str
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`A`, `g s B` and, in a slot with a magnitude, `g`; in a dtype in which sums are exact."""
+        """`A`, `g s B` with a magnitude, `g`; `g s B` is in `dtype`."""
         b = self.scaled_b(dtype)
         if self.magnitude is None:
             return self.a, b, None
@@ -121,7 +121,7 @@ class Slot:
         return self.a, split.times_gain(b, gain, split.b), gain
 
     def scaled_b(self, dtype: str) -> Tensor:
-        """`s B`: of the factors, `B` is the one whose scale costs least."""
+        """`s B` in `dtype`: scaling `B` costs less than scaling the product."""
         return ops.cast(self.scaling, dtype) * ops.cast(self.b, dtype)
 
     @property
@@ -150,14 +150,14 @@ class Slot:
             _set(self.magnitude.active, self.adapter.spec.use_dora)
 
     def park(self) -> None:
-        """Move the adapter out. The slot's values stay, and count until `put` or `clear`."""
+        """Move the adapter out. The slot's values stay in effect until `put` or `clear`."""
         if self.adapter is not None:
             for factor in self.adapter.factors:
                 factor.leave()
         self.adapter = None
 
     def clear(self) -> None:
-        """Zeros: the slot adds nothing, and no gradient reaches it."""
+        """Set all variables to zero: the slot adds nothing and gets no gradient."""
         for variable in self.variables:
             _zero(variable)
 

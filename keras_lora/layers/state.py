@@ -17,19 +17,19 @@ from keras_lora.layers.owned import OwnedValues
 
 @dataclass
 class LoRAState:
-    """What a layer has that its base class has not. Keras tracks none of this object.
+    """What a layer has that its base class has not. Keras tracks nothing in this object.
 
     Attributes:
         base_class: The class of the layer without its adapters.
         banks: The adapters of each of the layer's matrices, by the name of the matrix.
-        owned: The owned values that a checkpoint of this layer holds for its whole model.
+        owned: The owned values that a checkpoint of this layer contains for the whole model.
         models: Models that were adapted or switched with this layer in them, whose optimizers
             have moments for its slots.
         pending: Between the constructor and `build`: the specs of the adapters to make.
-        pending_active: Between them too: the names of the adapters that will be active.
+        pending_active: Likewise: the names of the adapters that will be active.
         train_bias: Whether the bias trains once the layer is built.
         refusal: Why the last weights file was refused.
-        unsaveable: Why a `.keras` file cannot hold this layer; None where it can.
+        unsaveable: Why a `.keras` file cannot contain this layer; None where it can.
     """
 
     base_class: type

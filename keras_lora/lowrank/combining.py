@@ -205,8 +205,8 @@ def combine(terms: Sequence[WeightedFactors], options: Combination) -> tuple[Arr
 
     With `X` for `A` or `B`, `w_i = sign(c_i) sqrt|c_i|` for `A`, and `w_i = sqrt|c_i|` for `B`:
 
-        cat              A = [c_1 A_1, c_2 A_2, ...], B = [B_1; B_2; ...]: the exact sum, in
-                         which ranks add
+        cat              A = [c_1 A_1, c_2 A_2, ...], B = [B_1; B_2; ...]: the exact sum,
+                         whose rank is the sum of the ranks
         svd              the best approximation of that sum with rank `rank` (`truncate`)
         linear           X = sum_i w_i X_i
         magnitude_prune  X = sum_i w_i trim(X_i)
@@ -214,16 +214,16 @@ def combine(terms: Sequence[WeightedFactors], options: Combination) -> tuple[Arr
         ties             X = merge_i(w_i, trim(X_i))
         dare_ties        X = merge_i(w_i, drop(X_i))
 
-    - `trim` keeps the `int(density * size)` entries of largest magnitude (one at least) in
-      each shared index, and `drop` keeps each with probability `density`, divided by it.
+    - `trim` keeps the `int(density * size)` entries of largest magnitude (at least one) in
+      each shared index; `drop` keeps each entry with probability `density`, divided by `density`.
     - `merge` elects a sign for each entry, that of `sum_i X_i` (`"total"`) or of
       `sum_i sign(X_i)` (`"frequency"`), plus at zero; the result is the sum of `w_i X_i` over
       the adapters that have this sign, divided by their number. The weights have no vote.
-    - All but `cat` and `svd` yield cross terms. For `linear`,
+    - All methods except `cat` and `svd` yield cross terms. For `linear`,
       `A B = sum_i c_i A_i B_i + sum_{i != j} w_i^A w_j^B A_i B_j`.
 
     Args:
-        terms: The adapters of one layer, one at least. Their ranks must be equal, except for `cat`
+        terms: The adapters of one layer, at least one. Their ranks must be equal, except for `cat`
             and `svd`.
         options: The method and its parameters.
 

@@ -46,7 +46,7 @@ class EinsumSplit:
     """An einsum ``input,kernel->output`` whose kernel is factored through a rank axis.
 
     The axes of the kernel are *contracted* (in the input, not in the output), *free* (in the
-    output, not in the input) or *shared* (in both, as the expert axis of a mixture). Then
+    output, not in the input) or *shared* (in both, as the axis of experts). Then
 
         A: (shared, contracted, r)      B: (shared, r, free)
 
@@ -134,7 +134,7 @@ class EinsumSplit:
         return dict(zip(self.kernel, kernel_shape, strict=True))
 
     def matrix_shape(self, kernel_shape: Shape) -> tuple[int, int]:
-        """`(d, k)`: what one output element sums over, and how many outputs share it."""
+        """`(d, k)`: the number of inputs and of outputs at one shared index."""
         size = self.sizes(kernel_shape)
         return (
             math.prod(size[c] for c in self.contracted),
@@ -201,13 +201,13 @@ class EinsumSplit:
 
 
 def joint_gain(gains: Sequence[Tensor]) -> Tensor:
-    """What `W0` is multiplied by where several adapters act: `1 + sum_i (g_i - 1)`."""
+    """What `W0` is multiplied by with several active adapters: `1 + sum_i (g_i - 1)`."""
     first, *others = gains
     return sum((gain - 1 for gain in others), first)
 
 
 def times(x: Tensor, gain: Tensor) -> Tensor:
-    """In the dtype of the gain: rounded to 16 bits, a gain near 1 would be 1."""
+    """`x * gain` in the dtype of the gain: rounded to 16 bits, a gain near 1 would become 1."""
     return ops.cast(ops.cast(x, gain.dtype) * gain, x.dtype)
 
 
@@ -218,7 +218,7 @@ def transposed(x: Tensor, labels: str, order: str) -> Tensor:
 
 
 def reshaped(x: Tensor, left: str, right: str, shape: tuple[Any, ...]) -> Tensor:
-    """Between a matrix and the axes `left + right`; the same thing if each is one axis."""
+    """Reshape between a matrix and the axes `left + right`: no change if each is one axis."""
     return x if len(left) == len(right) == 1 else ops.reshape(x, shape)
 
 

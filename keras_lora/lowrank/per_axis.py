@@ -110,7 +110,7 @@ def to_per_axis(split: EinsumSplit, kernel_shape: Shape, a: Array, b: Array) -> 
 
 
 def _around_last(split: EinsumSplit) -> tuple[str, str]:
-    """The axes of the factor without the kernel's last axis; the other axes of the other factor."""
+    """The axes of the factor without the kernel's last axis `l`; those of the other except `l`."""
     if split.kernel[-1] in split.free:
         return split.contracted, split.free[:-1]
     return split.free, split.contracted[:-1]

@@ -67,7 +67,7 @@ def adapted_sum(products: Products, x: Tensor, terms: Sequence[Term]) -> Tensor:
 
 
 def einsum_products(split: EinsumSplit, w: Tensor) -> Products:
-    """The products of an einsum: as one product of two matrices where it is one."""
+    """The products of an einsum: those of matrices if `split.is_matrix_product`."""
     w = ops.stop_gradient(w)
     return Matrices(split, w) if split.is_matrix_product else Einsum(split, w)
 
@@ -101,7 +101,7 @@ class Matrices(Products):
     def __init__(self, split: EinsumSplit, w: Tensor) -> None:
         self.split = split
         self.w = w
-        # Inputs, each with its form in two dimensions, which `base` and `update` both need.
+        # Each input with its form in two dimensions, which `base` and `update` both need.
         self._flattened: list[tuple[Tensor, Tensor]] = []
 
     def base(self, x: Tensor) -> Tensor:
@@ -147,16 +147,16 @@ class Matrices(Products):
 @final
 @dataclass(frozen=True, eq=False)
 class ByRow(Products):
-    """The products of a batch of which each row `i` has an adapter of its own.
+    """The products of a mixed batch: each row `i` has an adapter of its own.
 
     The factors are `(batch, r, shared, contracted)` and `(batch, r, shared, free)`: the rank comes
     before the kernel's axes, so that factors of any rank lie in one array.
 
     Attributes:
         split: The einsum; the batch is the first axis of its input and of its output.
-        frozen: From an input to the products of the matrix that all rows share, which is not read
-            where each row has a matrix of its own.
-        kernels: `(batch, *kernel)`, where each row has a matrix of its own.
+        frozen: A function from an input to the products of the matrix that all rows share; not
+            called if `kernels` is given.
+        kernels: `(batch, *kernel)`, if each row has a matrix of its own.
     """
 
     split: EinsumSplit

@@ -1,4 +1,4 @@
-"""`AdapterCheckpoint`: an adapter is saved while it trains, and a killed run goes on."""
+"""`AdapterCheckpoint`: save an adapter while it trains, and continue a killed run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MODES = ("auto", "min", "max")
 class AdapterCheckpoint(keras.callbacks.Callback):
     """Saves an adapter while it trains, and lets a run that was killed go on.
 
-    Two things are written, both small however large the base is, and each whole at any moment:
+    Two things are written, both small however large the base is, and each complete at any moment:
 
     - in `directory` the adapter, as `save_adapter` writes it. With `save_best_only` it is the best
       one so far;
@@ -39,30 +39,30 @@ class AdapterCheckpoint(keras.callbacks.Callback):
       the seeds of dropout, the metrics, the epoch and the batch, and the best value so far. It is
       written when training begins, at every save and when training ends.
 
-    When `fit` begins and the directory has such a state, the run goes on from it: an epoch that was
-    done is not trained again, and in a broken epoch the batches that were done are read and passed
-    over. Only the work since the last save is lost. The weights at the end are those of an unbroken
-    run, given that the data of an epoch come in the same order again: `shuffle=False`, or a dataset
-    whose order does not depend on the epochs before. Of a run that has ended only the weights are
-    loaded, with a warning, unless `fit` is asked for more epochs now.
+    When `fit` begins and the directory has such a state, the run goes on from it: a finished
+    epoch is not trained again, and in an interrupted epoch the finished batches are read and
+    skipped. Only the work since the last save is lost. The final weights are those of an
+    uninterrupted run if the data of an epoch come in the same order again: `shuffle=False`, or a
+    dataset whose order does not depend on the epochs before. If the run has ended, only its weights
+    are loaded, with a warning, unless `fit` is now asked for more epochs.
 
     Not part of the state: other callbacks (the patience of `EarlyStopping`), and variables that
     change though they are frozen. One directory belongs to one call of `fit`.
 
     Args:
-        directory: Where to.
+        directory: The directory to write.
         name: The adapter that is saved. It must be active and train.
-        monitor: The name in the logs that tells the best, such as `"val_loss"`.
+        monitor: The name in the logs that decides which is best, such as `"val_loss"`.
         verbose: 1 prints a line for each save.
         save_best_only: Replace the adapter only where `monitor` improved.
-        mode: `"min"`, `"max"`, or `"auto"`: as Keras knows the metric of that name.
+        mode: `"min"`, `"max"`, or `"auto"`: what Keras knows of the metric.
         save_freq: `"epoch"`, or a number of batches.
         initial_value_threshold: The value that the first best has to beat.
         overwrite: Start anew where another run has ended, and replace its adapter.
 
     Raises:
         ValueError: an invalid argument; in `fit`, no adapter of that name, or one that does not
-            train; data that end before the batches that were done.
+            train; data that end before the batches that were trained.
         AdapterFileError: in `fit`, another run's adapter in the directory, a state of another
             model or optimizer, or damaged files. Nothing is changed then.
 
@@ -106,7 +106,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self._epoch: int | None = None
         self._unsaved_batches = 0
         self._last_batch = -1
-        self._skipped = 0  # batches of this epoch that an earlier process has done
+        self._skipped = 0  # batches of this epoch that an earlier process has trained
         self._resumed: RunState | None = None
         self._check_arguments()
 
@@ -125,7 +125,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self._own = True
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
-        start_fit_at(self.model, None)  # it counts for this `fit` alone
+        start_fit_at(self.model, None)  # the start counts for this `fit` alone
         self._epoch, self._last_batch = epoch, -1
         resumed, self._resumed = self._resumed, None
         self._skipped = 0 if resumed is None else resumed.batches
@@ -146,7 +146,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             stop_skipping(self.model)
             raise ValueError(
                 f"Expected the data of the run whose state is in {str(self._state_directory)!r}. "
-                f"Received: data that ended in epoch {epoch} before the batches that were done. "
+                f"Received: data that ended in epoch {epoch} before the batches that were trained. "
                 "Give the same data, or remove that directory to start anew."
             )
         if self.save_freq == "epoch":
@@ -165,7 +165,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         if "{" in os.fspath(self.directory):
             raise invalid(
                 "directory",
-                "a plain path: it contains one adapter, which is replaced",
+                "a path without '{', since each save replaces the adapter in it",
                 self.directory,
                 "give each run a directory of its own",
             )
@@ -203,9 +203,9 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         if state.batches % model.steps_per_execution:
             raise invalid(
                 "steps_per_execution",
-                f"a divisor of the {state.batches} batches of the epoch that are done",
+                f"a divisor of the {state.batches} batches of the epoch that were trained",
                 model.steps_per_execution,
-                "compile the model as in the run that was broken",
+                "compile the model as in the interrupted run",
             )
         state.assign(model)
         self.best, self._unsaved_batches, self._resumed = state.best, 0, state
@@ -220,7 +220,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             print(f"{self.directory}: goes on after {state.epoch} epochs, {state.batches} batches")
 
     def _save(self, logs: Mapping[str, Any] | None, epoch: int, batches: int) -> None:
-        """First the adapter: were the state first, a kill between them would lose this adapter."""
+        """Save the adapter first: otherwise a kill between the two would lose this adapter."""
         self._unsaved_batches = 0
         if not self.save_best_only or self._improved(logs or {}):
             save_adapter(self.model, self.directory, self.name, overwrite=True)

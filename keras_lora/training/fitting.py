@@ -3,8 +3,8 @@
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_initial_epoch`: where `fit` starts. A callback comes too late for the argument
         `initial_epoch`, and `keras.callbacks.BackupAndRestore` does the same.
-    `_symbolic_build`: on TensorFlow metrics have no variables before the first step, and those
-        of a broken epoch go on from where they were.
+    `_symbolic_build`: on TensorFlow metrics have no variables before the first step, but those
+        of an interrupted epoch must be restored before it.
     `_direction`: whether a metric improves upwards, as `keras.callbacks.ModelCheckpoint` asks.
 """
 
@@ -17,12 +17,12 @@ import keras
 
 
 def start_fit_at(model: keras.Model, epoch: int | None) -> None:
-    """Let `fit` start at this epoch, or again where its argument says."""
+    """Let `fit` start at this epoch; with None, at its argument `initial_epoch`."""
     model._initial_epoch = epoch
 
 
 def improves_upwards(model: keras.Model, metric: str) -> bool | None:
-    """Whether more is better for a metric of a model; None where nobody says."""
+    """Whether more is better for a metric of a model; None if Keras does not know."""
     if metric == "loss":
         return False
     nested = [m for outer in model.metrics for m in getattr(outer, "metrics", [outer])]
@@ -48,8 +48,8 @@ class SkippedBatches:
 
     def start(self) -> None:
         """Take the place of the train function; the inverse of `stop`."""
-        # On TensorFlow the metrics have no variables yet. On JAX the model is without values in
-        # a step, so that the logs must be taken before.
+        # On TensorFlow the metrics have no variables yet. On JAX the variables have no
+        # values during a step, so the logs are taken before it.
         if keras.backend.backend() != "tensorflow":
             self._resume()
         self._model.train_function = self
@@ -59,7 +59,7 @@ class SkippedBatches:
         self._model.train_function = self._train
 
     def __call__(self, *arguments: Any) -> Any:
-        """What Keras takes for a step of training."""
+        """Called by Keras in the place of a training step."""
         try:
             if keras.backend.backend() != "torch":  # on torch `fit` itself reads the data
                 self._read(arguments[-1])
@@ -69,7 +69,7 @@ class SkippedBatches:
         self._left -= self._model.steps_per_execution
         if self._left <= 0:
             self.stop()
-        # On JAX the function has the model's state beside the data, and gives both back.
+        # On JAX Keras passes the model's state too, and expects the logs and the state back.
         return (dict(self._logs), arguments[0]) if len(arguments) > 1 else dict(self._logs)
 
     def _read(self, iterator: Iterator[Any]) -> None:

@@ -1,4 +1,4 @@
-"""What training changes and how far it has come, in a directory: the state of a run of `fit`."""
+"""The state of a run of `fit` in a directory: what training changes, and how far it has come."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _METRICS = "metrics/"
 
 @dataclass(frozen=True)
 class RunState:
-    """All that training changes, and how far it has come."""
+    """Everything that training changes, and how far it has come."""
 
     epoch: int
     batches: int
@@ -65,7 +65,8 @@ class RunState:
         write_adapter_files(directory, config, self.values, overwrite=True, finite=False)
 
     def check(self, model: keras.Model, directory: Path) -> None:
-        """
+        """Refuse a state of another run.
+
         Raises:
             AdapterFileError: the state is of another run; everything that differs is listed.
         """
@@ -80,7 +81,7 @@ class RunState:
         if self.optimizer != type(model.optimizer).__name__:
             wrong.append(f"{self.optimizer}, expected {type(model.optimizer).__name__}")
         if not wrong and list(self.trained) != _trained(model, keys):
-            wrong.append("the variables that train in another order")
+            wrong.append("another order of the variables that train")
         if wrong:
             raise _mismatch(directory, wrong)
 
@@ -93,8 +94,8 @@ class RunState:
         saved = {key for key in self.values if key.startswith(_METRICS)}
         if saved != set(metrics):
             warn(
-                "The logs of the epoch that was broken leave out its first part: the metrics are "
-                "not those of the run that is resumed."
+                "The logs of the interrupted epoch leave out its first part: the metrics are not "
+                "those of the run that is resumed."
             )
             return
         for key, variable in metrics.items():
@@ -108,7 +109,7 @@ def _variables(model: keras.Model, keys: Mapping[int, str]) -> dict[str, keras.V
     return (
         {f"values/{key}": variable for key, variable in trained.items()}
         | _numbered("optimizer/", model.optimizer.variables)
-        # All that has state and is no weight: the seeds of dropout, the base's too.
+        # The variables that are no weights: seeds of dropout, also of the base.
         | _numbered("seeds/", [v for v in model.variables if id(v) not in keys])
     )
 
@@ -126,7 +127,7 @@ def _numbered(prefix: str, variables: Sequence[keras.Variable]) -> dict[str, ker
 
 
 def _array(variable: keras.Variable) -> np.ndarray:
-    """A copy. Whole numbers become float64, which has them exactly up to 2**53."""
+    """A copy. Integers become float64, which represents them exactly up to 2**53."""
     array = np.array(ops.convert_to_numpy(variable), copy=True)
     return array.astype("float64") if array.dtype.kind in "iub" else array
 
@@ -134,6 +135,6 @@ def _array(variable: keras.Variable) -> np.ndarray:
 def _mismatch(directory: Path, wrong: Sequence[str]) -> AdapterFileError:
     return AdapterFileError(
         f"Invalid {str(directory)!r}: expected the state of a run of this model. Received: "
-        f"{'; '.join(wrong)}. Build, adapt and compile the model as in the run that was broken, "
+        f"{'; '.join(wrong)}. Build, adapt and compile the model as in the interrupted run, "
         "or remove that directory to start anew."
     )

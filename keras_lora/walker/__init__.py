@@ -1,4 +1,4 @@
-"""A model's layers as a tree, from one walk, and those that a `targets` argument selects."""
+"""A model's layers as a tree, from one walk, and the layers that `targets` selects."""
 
 from keras_lora.walker.heads import backbone_of, is_backbone, output_heads
 from keras_lora.walker.names import match_names, matches

@@ -25,7 +25,7 @@ def _output_heads(tree: Tree, model: Layer) -> set[int]:
     if is_backbone(model):
         return set()
     if isinstance(model, keras.Sequential) or not _is_functional(model):
-        # A model that gives an input back leads to the maker of the input, outside the tree.
+        # `get`: an output that is also an input may come from a model outside the tree.
         children = tree.children.get(id(model), ())
         weighted = [layer for layer in children if layer.weights]
         return _heads_at(tree, weighted[-1]) if weighted else set()

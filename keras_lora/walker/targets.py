@@ -33,10 +33,17 @@ class Target:
             the same name is `name#2`.
         layer: The layer itself.
         kind: The Keras class that it is adapted as: `"Dense"`, `"EinsumDense"`, `"Embedding"` or
-            `"ReversibleEmbedding"`, or one of `register_lora_class`.
+            `"ReversibleEmbedding"`, or one given to `register_lora_class`.
         kernel_shape: Shape of its kernel; of an embedding `(vocabulary, dim)`.
         parent_class: Class name of the layer that contains it.
         matrix: Which matrix of the layer, where the layer has several; then `path` ends in it.
+
+    Example:
+
+    >>> import keras, keras_lora as kl
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
+    >>> kl.find_targets(model, ["up"])[0].kernel_shape
+    (3, 5)
     """
 
     path: str
@@ -66,7 +73,7 @@ def find_targets(
         targets: One of
 
             - `"all-linear"`: every `Dense` and `EinsumDense` except the output head;
-            - `"attention"`: of these, the query, key, value and output projections: layers
+            - `"attention"`: the query, key, value and output projections among these: layers
               inside a layer whose class name contains "attention", or whose own name contains
               "attention" or "attn";
             - `"all"`: every layer of a kind that can be adapted, embeddings too, except the output
@@ -80,7 +87,8 @@ def find_targets(
             model it is found by following each output back through operations of one input and
             layers without weights; in a Sequential or subclassed model it is the last layer with
             weights, in the order in which they were assigned. Wrappers and nested models are
-            entered. A KerasHub backbone has none. An embedding that is called in reverse is none.
+            entered. A KerasHub backbone has no output head. An embedding that is called in reverse
+            is not an output head.
         exclude: Names to leave out, written as above (`"re:..."` counts as a name too).
 
     Returns:
@@ -122,9 +130,10 @@ def select_targets(
 
 
 def check_target(target: Target) -> None:
-    """
+    """Refuse a layer that cannot be adapted though its kind can.
+
     Raises:
-        ValueError: the layer is of a kind that can be adapted, and cannot be adapted itself.
+        ValueError: see `check_adaptable`; or the layer's equation has a diagonal.
     """
     if not isinstance(target.layer, LoRALayer):
         check_adaptable(target.layer)
@@ -132,7 +141,7 @@ def check_target(target: Target) -> None:
 
 
 def all_targets(tree: Tree) -> list[Target]:
-    """Every layer of a kind that can be adapted, whatever speaks against it in the layer itself."""
+    """Every layer of a kind that can be adapted, also those that `check_target` refuses."""
     return _candidates(tree)[0]
 
 
@@ -181,15 +190,15 @@ def _preset(
     selected = [t for t in candidates if id(t.layer) not in heads]
     if candidates and not selected:
         raise ValueError(
-            f"targets={preset!r} leaves out the output head, and no other layer can be adapted: "
-            f"{[t.path for t in candidates]}. Name it: targets=[{candidates[0].path!r}]."
+            f"targets={preset!r} leaves out the output head {[t.path for t in candidates]}, and no "
+            f"other layer can be adapted. Name it: targets=[{candidates[0].path!r}]."
         )
     return [t for t in selected if _is_attention(t)] if preset == "attention" else selected
 
 
 def _why_left_out(node: Node) -> str:
     if not node.layer.built:
-        return "not built, call the part of the model that uses it first."
+        return "not built: call the part of the model that uses it first."
     return (
         "its class overrides the computation of the Keras layer; say how to adapt the class "
         "with register_lora_class(layer_class, lora_class)."

@@ -25,8 +25,8 @@ class Node:
     """A layer in the tree of a model.
 
     `path` joins the names of the layers from below the root to this one. `stable_path` is the path
-    that the layer would have in the first model of a process: Keras numbers the layers that are
-    given no name, over all models.
+    that the layer would have in the first model of a process: Keras numbers layers without a given
+    name across all models.
     """
 
     path: str
@@ -39,9 +39,9 @@ class Node:
 class Tree:
     """A model and every layer below it.
 
-    A verb makes one tree of its model and passes the tree on. To adapt a layer changes its class
-    and its variables, and no layer is exchanged for another: so a tree stays true while its verb
-    works. `adapted` and `adapted_by_path` say which layers are adapted at the moment.
+    A verb makes one tree of its model and passes the tree on. Adapting a layer changes its class
+    and its variables, but exchanges no layer for another, so a tree stays true while a verb works.
+    `adapted` and `adapted_by_path` say which layers are adapted at the moment.
 
     Attributes:
         root: The model.
@@ -88,12 +88,12 @@ class Tree:
 
     @property
     def banks(self) -> list[AdapterBank]:
-        """The adapters of each matrix that is adapted at the moment."""
+        """The bank of each matrix that is adapted at the moment."""
         return [bank for layer in self.adapted for bank in layer.banks.values()]
 
     @property
     def banks_by_path(self) -> dict[str, AdapterBank]:
-        """The same by the path of the matrix: that of its layer where the layer has no other."""
+        """The same by `site_path`: the path of the layer, if the layer has one matrix."""
         return {
             site_path(path, name): bank
             for path, layer in self.adapted_by_path.items()
@@ -113,12 +113,12 @@ class Tree:
     def variable_keys(self) -> Mapping[int, str]:
         """The key of each weight, by its id: the stable path of its layer, and its name.
 
-        Of the weights that the model has when this is first asked: the variables of an adapter
-        that is added later have no key, and the keys of the others stay.
+        Computed once, for the weights that the model has then: the variables of an adapter that is
+        added later have no key.
         """
         keys: dict[int, str] = {}
         nodes = [("", self.root), *((f"{n.stable_path}/", n.layer) for n in self.nodes)]
-        # From below: a layer's weights contain those of the layers in it.
+        # Inner layers first: a layer's weights contain those of the layers in it.
         for prefix, layer in reversed(nodes):
             seen: Counter[str] = Counter()
             for variable in layer.weights:
@@ -189,7 +189,7 @@ def site_path(path: str, matrix: str) -> str:
 
 
 def numbered(name: str, seen: Counter[str]) -> str:
-    """`name`, and for further ones of that name `name#2`, `name#3`..."""
+    """`name`; when it is seen again, `name#2`, `name#3`..."""
     seen[name] += 1
     return name if seen[name] == 1 else f"{name}#{seen[name]}"
 

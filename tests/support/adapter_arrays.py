@@ -1,4 +1,4 @@
-"""Arrays of every type and shape that an adapter's directory can hold."""
+"""Arrays of every type and shape that an adapter's directory can have."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def saved(tmp_path: Path) -> Path:
     return directory
 
 
-# Bytes: a few tensors' objects, and nested lists down to where Python's parser of JSON gives up.
+# Bytes of memory for a few tensors' objects, and for nested lists until Python's JSON parser fails.
 SMALL = 128 * 1024
 
 
@@ -64,7 +64,7 @@ def size_of(path: Path) -> int:
 
 
 def read_traced(directory: Path) -> tuple[AdapterFiles | AdapterFileError, int]:
-    """What reading gives or why it refuses, and the peak of memory that it took, in bytes."""
+    """The result or the error of reading, and the peak of its memory in bytes."""
     result: AdapterFiles | AdapterFileError
     tracemalloc.start()
     try:

@@ -21,7 +21,7 @@ CONFIGS = {
 
 
 class Counter(keras.layers.Layer):
-    """Passes its input on and counts how often Python runs: once a trace."""
+    """Returns its input, and counts how often its Python runs: once for each trace."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

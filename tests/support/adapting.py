@@ -26,11 +26,11 @@ def check_adapting(
     rounding: float = 1e-6,
     training: bool = True,
 ) -> Any:
-    """Adapt, train a step, give A and B random values, merge. Returns what the merged one says.
+    """Adapt, train a step, give A and B random values, merge. Returns the merged model's outputs.
 
     `training=False` takes the step in inference mode.
     """
-    # Else all flags would be alike, and to restore them would prove little.
+    # One flag differs from the others, so that restoring all flags is tested.
     next(layer for layer in model.layers if layer.weights).trainable = False
     flags, base = trainable_flags(model), model(inputs, training=False)
 
@@ -51,7 +51,7 @@ def check_adapting(
 
 
 def check_step(model: keras.Model, inputs: Any, training: bool) -> None:
-    """After a step of gradient descent nothing has moved but the adapters."""
+    """After a step of gradient descent only the adapters have changed."""
     slots = [slot for layer in kl.lora_layers(model).values() for slot in layer.slots]
     factors = {id(v) for slot in slots for v in slot.factors}
     assert {id(v) for v in model.trainable_variables} == factors
@@ -63,7 +63,7 @@ def check_step(model: keras.Model, inputs: Any, training: bool) -> None:
     moved = [bool(np.any(numpy_of(v))) for v in zeros]
     pulled = [bool(np.any(gradients.get(id(v), 0))) for v in zeros]
     assert moved == pulled
-    # Not all: at random initialisation some layers of some backbones do not reach an output.
+    # Half of them is enough: in some random backbones some layers do not reach an output.
     assert 2 * sum(moved) >= len(moved)
 
 
@@ -79,7 +79,7 @@ def step(model: keras.Model, inputs: Any, training: bool) -> dict[int, np.ndarra
 
 
 def weighted_square(y: Any) -> Any:
-    """A sum of squares. Of a normalised output the unweighted one would be constant."""
+    """A weighted sum of squares. An unweighted one of a normalised output would be constant."""
     flat = ops.reshape(y, (-1,))
     return ops.sum((1 + ops.arange(flat.shape[0], dtype=flat.dtype) / flat.shape[0]) * flat**2)
 

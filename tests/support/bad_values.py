@@ -1,4 +1,4 @@
-"""Values that no adapter's files may hold."""
+"""Values that no adapter's files may have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-# The largest finite numbers' bits and above: infinity and NaN of each sign.
+# Infinity and NaN of each sign; for 16 bits, as bit patterns.
 NOT_FINITE = {
     "BF16": np.array([0x7F80, 0xFF80, 0x7FC0, 0xFF81], "<u2"),
     "F16": np.array([0x7C00, 0xFC00, 0x7E00, 0xFC01], "<u2"),

@@ -21,7 +21,7 @@ class BrokenError(Exception):
 
 
 class BreakAfter(keras.callbacks.Callback):
-    """Stops training as an error in the middle of an epoch does."""
+    """Stops training by an error in the middle of an epoch."""
 
     def __init__(self, batches: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def adapted(
     config: kl.LoRAConfig = CONFIG,
     **options: Any,
 ) -> keras.Model:
-    """The same base for every seed; other adapters, head and dropout masks."""
+    """A compiled model: the same base for every seed; other adapters, head and dropout masks."""
     keras.utils.set_random_seed(0)
     model = make()
     keras.utils.set_random_seed(seed)

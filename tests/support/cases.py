@@ -1,4 +1,4 @@
-"""The table of layers that every invariant runs over, and a float64 reference in NumPy.
+"""The cases of layers that every invariant runs over, and a float64 reference in NumPy.
 
 All dimensions are distinct primes, so that a transposed axis cannot go unseen.
 """
@@ -26,7 +26,7 @@ VOCABULARY, DIM = 13, 5
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, what goes into it, and what its kernel's axes mean."""
+    """A layer, its inputs, and the equation that tells what its kernel's axes mean."""
 
     id: str
     make: Callable[..., keras.layers.Layer]
@@ -85,7 +85,7 @@ def table(id_: str, *input_shape: int, **options: Any) -> Case:
 
 
 def reverse(id_: str, *input_shape: int, **options: Any) -> Case:
-    """Of tied weights; those that are not are another matrix, and not adapted."""
+    """The reverse call of an embedding with tied weights; untied ones are another matrix."""
     lookup = table(id_, *input_shape[:-1], **options)
     inputs, kernel, output = _operands(lookup.equation)
     equation = f"{output},{kernel}->{inputs}"
@@ -174,7 +174,7 @@ def numpy_of(value: Any) -> np.ndarray:
 
 
 def relative(received: object, expected: object) -> float:
-    """The largest difference, over the largest magnitude of what is expected."""
+    """The largest difference, divided by the largest expected magnitude."""
     received, expected = numpy_of(received), numpy_of(expected)
     assert received.shape == expected.shape
     return float(np.abs(received - expected).max() / np.abs(expected).max())
@@ -190,7 +190,7 @@ def kernel_of(layer: keras.layers.Layer) -> Any:
 
 
 def reference_delta(case: Case, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    """s A B in the kernel's shape, by what the axes mean: contracted and shared ones are A's."""
+    """s A B in the kernel's shape: A has the contracted axes, B the free ones, both the shared."""
     if case.is_table:  # (vocabulary, r) (r, dim), whichever way it is used
         return scale * a @ b
     _, kernel, output = _operands(case.equation)
@@ -202,7 +202,7 @@ def reference_delta(case: Case, a: np.ndarray, b: np.ndarray, scale: float) -> n
 
 
 def reference_dora(case: Case, kernel: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
-    """m W / |W|: the norm is over what an output sums over, for each of the other axes."""
+    """m W / |W|: the norm is over the axes that an output is summed over."""
     inputs, labels, output = _operands(case.equation)
     free = [c for c in labels if c not in inputs]
     outputs = "".join([*(c for c in labels if c in inputs and c in output), *free])

@@ -43,7 +43,7 @@ def options(method: str, **changes: Any) -> Combination:
 
 
 def largest(x: Array, density: float) -> Array:
-    """In each shared index, the entries above the magnitude of the first that goes."""
+    """For each shared index, only the entries above the largest magnitude that is dropped."""
     kept = np.zeros_like(x)
     for s in range(len(x)):
         magnitudes = sorted(np.abs(x[s]).ravel(), reverse=True)

@@ -109,7 +109,7 @@ def run(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 @pytest.fixture
 def ask(run: Run) -> Ask:
-    """Run a command that has an answer, as JSON and as a table."""
+    """A function that runs a command with `--json`, and returns its answer."""
 
     def call(*arguments: object, code: int = 0) -> Any:
         result = run(*arguments, "--json")

@@ -1,4 +1,4 @@
-"""Models and adapters without chance, whose files version 0.1.0 wrote; public names alone.
+"""Models and adapters without random numbers, whose files version 0.1.0 wrote; only public names.
 
 `tests/fixtures/v0_1_0/write.py` writes the files with version 0.1.0 and
 `tests/test_earlier_files.py` reads them with this one: both take the models from this module.
@@ -23,7 +23,7 @@ Values = dict[str, Any]  # arrays
 
 
 def fill(variables: Iterable[Any], start: int = 0) -> None:
-    """Numbers between -1/3 and 1/3 that no library draws."""
+    """Set variables to fixed numbers between -1/3 and 1/3."""
     for i, variable in enumerate(variables, start):
         if np.issubdtype(np.dtype(variable.dtype), np.floating):
             numbers = (37 * np.arange(np.prod(variable.shape)) + 11 * i) % 101
@@ -84,7 +84,7 @@ def factors(model: keras.Model, name: str) -> Values:
 
 
 def values(model: keras.Model) -> Values:
-    """Of each adapter, when it is active: its factors, the base's values, and the outputs."""
+    """For each adapter, while it is active: its factors, the base's values, and the outputs."""
     layers = kl.lora_layers(model).values()
     own = {id(v) for layer in layers for v in layer.adapter_variables}
     found: Values = {}
@@ -107,12 +107,12 @@ def seeds(model: keras.Model) -> Values:
 
 @dataclass(frozen=True)
 class Earlier:
-    """A model with adapters, which a file is of."""
+    """A model with adapters, of which version 0.1.0 wrote a file."""
 
     make: Callable[[], keras.Model]
     configs: dict[str, kl.LoRAConfig]
-    options: dict[str, Any] = field(default_factory=dict)  # of the function that saves
-    factor: float = 1.0  # of `scale_adapter`
+    options: dict[str, Any] = field(default_factory=dict)  # options of the function that saves
+    factor: float = 1.0  # the factor of `scale_adapter`
 
     def untrained(self) -> keras.Model:
         """The model with its adapters as `apply_lora` starts them."""

@@ -26,14 +26,14 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Who follows a guide in a directory, with a server that reads it."""
+    """A reader who follows a guide in a folder, with a server that can read the folder."""
 
     server: Server
     folder: Path
     _names: dict[str, Any] = field(default_factory=dict)
 
     def follow(self, page: Path) -> int:
-        """Run every block; the number of commands that a shell ran."""
+        """Run every block; returns the number of commands that a shell ran."""
         commands = 0
         for language, text in blocks(page):
             if language == "python":

@@ -81,7 +81,7 @@ LINEAR_ATTENTION: dict[str, Any] = {
 
 
 def _saved(model: str, config: str, **settings: Any) -> Save:
-    """Writes a random model of these classes of transformers."""
+    """A function that writes a random model of these classes of transformers."""
 
     def save(directory: Path) -> None:
         made = getattr(transformers, config)(**settings)
@@ -102,9 +102,9 @@ def _save(model_class: Any, config: Any, directory: Path) -> None:
 def _as_on_the_hub(
     save: Save, config: Mapping[str, Any] | None = None, keys: Mapping[str, str] | None = None
 ) -> Save:
-    """With what files on the Hub have, but those that transformers 5 writes do not.
+    """Edit the files of transformers 5 to be like those on the Hugging Face Hub.
 
-    `config` is added to `config.json`; `keys` are endings of keys, with those in their place.
+    `config` is added to `config.json`; `keys` maps endings of keys to the endings on the Hub.
     """
 
     def edited(directory: Path) -> None:
@@ -292,7 +292,7 @@ HUGGING_FACE_MODELS: dict[str, Save] = {
     ),
 }
 
-# What KerasHub 0.32 cannot read of what transformers 5 writes.
+# Models whose files from transformers 5 KerasHub 0.32 cannot read.
 UNREADABLE: dict[str, Save] = {
     "qwen3_moe": _QWEN3_MOE,
     "esm": _ESM,
@@ -345,5 +345,5 @@ UNREADABLE: dict[str, Save] = {
         image_token_index=3,
     ),
 }
-# KerasHub's converter reads there which language model it has.
+# Fields of `config.json` that tell KerasHub's converter the language model.
 NEEDS_CONFIG = {"blip-2": {"text_config": {"model_type": "opt"}}}

@@ -48,7 +48,7 @@ def keras_deltas(model: Any) -> Deltas:
 
 
 def our_deltas(model: Any, factors: dict[str, Pair]) -> Deltas:
-    """By number too: a copy of a model may have other names."""
+    """The deltas of factors, by number, since a copy of a model may have other names."""
     deltas = {}
     for i, node in keras_hub_layers(model).items():
         if node.path in factors:

@@ -59,7 +59,7 @@ def sentence_pieces() -> bytes:
 
 
 def backbone(name: str, vocabulary: int) -> Any:
-    """The tiny backbone of this name, for a vocabulary that the tokenizer has."""
+    """The tiny backbone of this name, for a vocabulary of this size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sizes, "VOCAB", vocabulary)
         patch.setattr(sizes, "LENGTH", LENGTH)

@@ -164,7 +164,7 @@ def called(model: keras.Model, feeds: Feeds) -> np.ndarray:
 
 
 def answers(model: keras.Model, feeds: Feeds, names: tuple[str, ...] = MIX) -> np.ndarray:
-    """Each row by the model into which its adapter alone is merged."""
+    """The answer of each row, by the model merged with the row's adapter."""
     rows = np.zeros((0,))
     for name in dict.fromkeys(names):
         kl.set_adapter(model, name or None)
@@ -215,7 +215,7 @@ print(json.dumps(refused))
 
 
 def client(path: Path, feeds: Mapping[str, Any], bad: list[list[str]]) -> tuple[Feeds, list[Any]]:
-    """Answers of TensorFlow's C library, and what it says of bad adapters, once per output."""
+    """Answers of TensorFlow's C library, and its errors for bad adapters, one for each output."""
     folder = path.parent
     np.savez(folder / "in.npz", **{name: np.array(value) for name, value in feeds.items()})  # type: ignore[arg-type]
     block = ("keras", "keras_lora")

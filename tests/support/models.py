@@ -14,7 +14,7 @@ BATCH = 6
 
 
 class Block(keras.layers.Layer):
-    """A composite layer: its config does not list what it holds."""
+    """A composite layer: its config does not list its sublayers."""
 
     def __init__(self, width: int = 5, **options: Any) -> None:
         super().__init__(**options)
@@ -94,7 +94,7 @@ def randomize_adapters(model: keras.Model, scale: float = 0.3) -> None:
 
 
 def state(model: keras.Model) -> Any:
-    """All that a failed call must leave alone: classes, variables, values and flags."""
+    """All that a failed call must not change: classes, variables, values and flags."""
     layers = model._flatten_layers()
     return (
         [(type(layer), layer.trainable) for layer in layers],

@@ -1,8 +1,8 @@
 """Ways to damage the directory of an adapter: a hypothesis strategy of functions of a directory.
 
-None makes another valid adapter: what is still readable is equal to what was saved. Where a
-mutation renews the digest, it breaks something else. The parent of the directory is written to as
-well, so that a link can lead out."""
+No mutation makes another valid adapter: if the files are still readable, they have the values that
+were saved. A mutation that renews the digest breaks another rule. Some write to the parent of the
+directory, as the target of a link."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def replace(name: str, content: bytes) -> Mutation:
 
 
 def duplicate_key(index: int, changed: bool) -> Mutation:
-    """An entry of the header twice: alike, or the first of them with another shape."""
+    """An entry of the header twice: equal ones, or the first with another shape."""
 
     def mutate(directory: Path) -> None:
         file = directory / TENSORS_FILE

@@ -100,7 +100,7 @@ COMPUTED += ["rank_pattern", "alpha_pattern"]
 
 
 def adapted(case: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Any:
-    """A PEFT model in which everything that trains has got random values."""
+    """A PEFT model in which all trainable parameters have random values."""
     torch.manual_seed(0)
     base = Base().to(dtype)
     model = peft.get_peft_model(base, peft.LoraConfig(**case), autocast_adapter_dtype=False)
@@ -130,7 +130,7 @@ def outputs(model: Any) -> np.ndarray:
 
 
 def assert_same_tensors(ours: Path, theirs: Path) -> None:
-    """Byte for byte, but for what PEFT writes twice and what it never reads."""
+    """The files are equal byte for byte, except tensors that PEFT writes twice or never reads."""
     if b"original_module" in (theirs / WEIGHTS).read_bytes():
         unused = re.compile(r"\.(original_module|modules_to_save)\.")
         with_tensors(theirs, lambda t: [t.pop(key) for key in list(t) if unused.search(key)])

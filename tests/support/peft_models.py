@@ -32,10 +32,10 @@ peft_warnings = pytest.mark.filterwarnings(
 )
 
 TOLERANCE = 1e-4
-# |Keras - transformers| of the bases themselves, without any adapter, where it is above that.
-# KerasHub computes RoBERTa's GELU by its approximation.
+# |Keras - transformers| of the bases, without any adapter, where it is above `TOLERANCE`.
+# KerasHub approximates RoBERTa's GELU by tanh.
 BASE_DIFFERENCE = {"mistral": 5e-4, "roberta": 2e-2}
-# What the sizes of tiny models leave at a default that KerasHub's converters do not expect.
+# Fields whose defaults do not fit the sizes of tiny models in KerasHub's converters.
 CONFIG_EDITS = {name: {"query_pre_attn_scalar": 8} for name in ("gemma2", "gemma3_text")}
 
 
@@ -75,7 +75,7 @@ def _hub_image(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """How the two models of an architecture are run, and the modules that an adapter gets."""
+    """How the two models of an architecture are called, and the modules to adapt."""
 
     attention: str
     mlp: str
@@ -83,7 +83,7 @@ class Case:
     hub: Callable[[Any], Any] = _hub_text
 
     def prefix(self, model: Any) -> str | None:
-        """Given for text; for images transformers is asked, which renames the modules."""
+        """The `prefix` to save with; None for images, so that transformers gives the new names."""
         return None if self.hub is _hub_image else f"{model.base_model_prefix}."
 
     def targets(self, which: str) -> str:
@@ -130,7 +130,7 @@ def base(name: str, tmp_path: Path) -> Path:
 def hub_model(base: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(base)
     config._experts_implementation = (
-        "eager"  # the others want widths that are multiples of 16 bytes
+        "eager"  # the other ways need widths that are multiples of 16 bytes
     )
     model_class = getattr(transformers, config.architectures[0])
     return model_class.from_pretrained(base, config=config).eval()

@@ -130,7 +130,7 @@ MODELS: dict[str, tuple[Callable[[], keras.Model], Shapes, list[str]]] = {
     "Gemma": (gemma, TOKENS, ["token_embedding"]),
     "ViT": (vit, {"images": (12, 12, 3)}, ["predictions"]),
 }
-# What LiteRT has for fixed sizes alone.
+# Models for which LiteRT needs fixed sizes.
 FIXED = {
     "LSTM": {"batch_size": 3, "sequence_length": 11},
     "Llama": {"sequence_length": 11},

@@ -22,7 +22,7 @@ from support.models import composite, data, randomize_adapters
 
 @dataclass(frozen=True)
 class Call:
-    """What goes in, what must come out, and the signature if it is not the default."""
+    """The inputs, the expected outputs, and the signature if it is not the default."""
 
     feeds: Mapping[str, np.ndarray]
     expected: Mapping[str, np.ndarray]
@@ -80,7 +80,7 @@ def kinds(path: Path) -> list[Call]:
 
 
 def exported(name: str) -> Write:
-    """A row of `exports.EXPORTS`, and another batch than the model was made with."""
+    """A model of `exports.EXPORTS`, called with two batch sizes."""
 
     def write(path: Path) -> list[Call]:
         make, feed, outputs = exports.EXPORTS[name]

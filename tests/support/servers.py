@@ -1,4 +1,4 @@
-"""The servers that the tests ask: the stand-in always, TensorFlow Serving where there is one.
+"""The servers that the tests ask: the stand-in always, TensorFlow Serving if one is found.
 
 TensorFlow Serving is `tensorflow_model_server` on the PATH, or one that runs elsewhere, with all of
 
@@ -42,7 +42,7 @@ from tensorflow_serving.apis.predict_pb2 import PredictRequest
 from support.processes import ROOT
 
 STANDIN, REAL = "stand-in", "TensorFlow Serving"
-TIMEOUT = 60.0  # seconds, of one request
+TIMEOUT = 60.0  # seconds for one request
 ABSENT = (
     "no TensorFlow Serving: tensorflow_model_server is not on the PATH, and TF_SERVING_GRPC, "
     "TF_SERVING_REST and TF_SERVING_MODELS are not all set"
@@ -73,7 +73,7 @@ class Server:
 
 @contextlib.contextmanager
 def started(kind: str, models: Path) -> Iterator[Server]:
-    """A server of a kind; the test is skipped where there is no TensorFlow Serving."""
+    """A server of a kind; the test is skipped if it needs TensorFlow Serving and none is found."""
     names = ("TF_SERVING_GRPC", "TF_SERVING_REST", "TF_SERVING_MODELS")
     given = [os.environ[name] for name in names if name in os.environ]
     binary = shutil.which("tensorflow_model_server")
@@ -106,7 +106,7 @@ def run(command: list[str], ports: tuple[str, str], models: Path) -> Iterator[Se
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         log: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        # All the time: a pipe that nobody reads would stop the server.
+        # A thread reads all the time, since a full pipe would stop the server.
         reader = threading.Thread(target=_read, args=(process, log))
         reader.start()
         try:
@@ -123,7 +123,7 @@ def _read(process: subprocess.Popen[str], log: queue.SimpleQueue[str | None]) ->
 
 
 def _addresses(log: queue.SimpleQueue[str | None]) -> tuple[str, str]:
-    """What the server says that it listens on, when it does."""
+    """The addresses that the server prints when it listens on them."""
     found: dict[str, str] = {}
     lines = []
     for line in iter(log.get, None):
@@ -146,7 +146,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class GrpcClient:
-    """A client of TensorFlow Serving, as its documentation writes one."""
+    """A client of TensorFlow Serving, as in its documentation."""
 
     def __init__(self, server: Server) -> None:
         self._channel = grpc.insecure_channel(server.rpc)
@@ -228,7 +228,7 @@ class RestClient:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has of an array: text for strings."""
+    """An array as JSON values, strings as text."""
     array = np.asarray(value)
     if array.dtype == object:
         decoded = [v.decode() if isinstance(v, bytes) else v for v in array.ravel()]

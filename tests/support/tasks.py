@@ -20,7 +20,7 @@ NAMES = ["poor", "fair", "good"]
 
 Arrays = dict[str, Any]
 
-# Answers many requests, so that not each of them has to load TensorFlow's library.
+# Answers many requests in one process, which loads TensorFlow's library once.
 SERVICE = """
 import sys, numpy as np
 sys.path.insert(0, "examples")

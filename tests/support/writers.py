@@ -20,7 +20,7 @@ ADAPTERS: dict[str, dict[str, np.ndarray]] = {
     "old": {"a": np.full(70_001, 1, "float32"), "b": np.full((3, 5), 1, "float16")},
     "new": {"a": np.full(30_011, 2, "float32"), "c": np.full((7,), 2, "float64")},
 }
-# Of the events that Python audits, those at which saving changes a directory.
+# The events audited by Python at which saving changes a directory.
 STEPS = {"open", "os.rename", "os.remove", "os.mkdir"}
 
 
@@ -29,7 +29,7 @@ def write(name: str, directory: str) -> None:
 
 
 def read(directory: str) -> str | None:
-    """The name of the adapter, after making sure that it is whole; None where there is none."""
+    """The name of the adapter, checked to be whole; None if the directory has none."""
     if not Path(directory, files.TENSORS_FILE).exists():
         return None
     loaded = files.read_adapter_files(directory)

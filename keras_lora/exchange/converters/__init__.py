@@ -3,7 +3,7 @@
 KerasHub has a converter for each architecture. `hugging_face_weights` runs the converter of the
 model's class with a recording loader (`recording`) that gives tensors without values (`tensors`)
 instead of a checkpoint's, and finds out where each element went (`blocks`). So this package needs
-no table of architectures.
+no list of architectures.
 """
 
 from keras_lora.exchange.converters.blocks import Block

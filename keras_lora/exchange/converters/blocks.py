@@ -87,7 +87,7 @@ class Locator:
         """The shapes of a kernel's weights with which the kernel is made of blocks.
 
         Raises:
-            RefusedError: with no shapes it is.
+            RefusedError: there are no such shapes.
         """
         reason = _without_shapes(kernel.value)
         for shapes in kernel.alternatives():
@@ -148,7 +148,7 @@ def _blocks(
 def _is_whole(kernel: ConvertedKernel, shapes: Mapping[str, Shape]) -> bool:
     """Whether a kernel `(in, out)` is a whole weight in the same order.
 
-    An embedding matrix is. An index for each of its elements would take gigabytes.
+    An embedding matrix is one, and an index for each of its elements would take gigabytes.
     """
     split, value = kernel.split, kernel.value
     in_order = split.kernel == split.contracted + split.free and len(split.kernel) == 2

@@ -66,7 +66,7 @@ def converter_modules() -> dict[str, Any]:
     """`{model type: converter module}`, as KerasHub itself chooses the module.
 
     KerasHub has no list of model types, and a converter module does not say which ones it is for.
-    Only the code of the choice has them, as constants to compare with, so each constant is tried.
+    Only the code that chooses has them, as constants to compare with. So each constant is tried.
     A test makes sure that every converter module of KerasHub is found.
     """
     loader: Any = importlib.import_module(PRESET_LOADER).TransformersPresetLoader
@@ -86,7 +86,7 @@ def _related(a: type, b: type) -> bool:
 def _most_alike(
     backbone: keras.Model, fitting: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Converter:
-    """Of converters for several model types, the one that makes a backbone most like this one."""
+    """The converter, among several model types', that makes a backbone most like this one."""
     found, ours = [], backbone.get_config()
     for model_type, module in fitting.items():
         fields, constants = _inverted(module, model_type, backbone)

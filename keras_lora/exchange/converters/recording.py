@@ -116,14 +116,14 @@ def _run(
         convert(model, loader, converter.config)
     except MissingFieldError:
         raise
-    except Exception as error:  # whatever it raises where a tensor without values does not do
+    except Exception as error:  # whatever the converter raises where it needs values
         return f"{type(error).__name__}: {error}"
     return None
 
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Without the notes and warnings of converters about weights that a checkpoint lacks."""
+    """Within the context converters write no notes or warnings of weights that are missing."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -33,7 +33,7 @@ class Traced(np.lib.mixins.NDArrayOperatorsMixin, abc.ABC):
     def before(self, shape: Shape, guesses: Sequence[Shape]) -> Iterator[Shape]:
         """The shapes that each part can have, or must have at least, for this tensor's `shape`.
 
-        A reshape hides the shape before it, so the `guesses` are tried for that.
+        A reshape hides the shape before it, so each of the `guesses` is tried for that shape.
         """
 
     @abc.abstractmethod

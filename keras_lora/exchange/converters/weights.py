@@ -30,7 +30,7 @@ from keras_lora.walker import Node, backbone_of, lora_layers, numbered, walk
 
 @dataclass(frozen=True)
 class WeightSource:
-    """The one weight that a variable which is no kernel is taken from.
+    """The one weight from which a variable is taken that is no kernel.
 
     Attributes:
         weight: The key of the weight.
@@ -66,7 +66,7 @@ class HuggingFaceWeights:
             with shared axes, as of stacked experts, has a block for each index of these axes.
         refused: For the path of a layer whose kernel is no block of one weight, the reason.
         others: For the path of every other variable, its source, or None where it has none. The
-            path is that of the layer with the name of the variable. An embedding matrix of
+            path is the layer's path and the variable's name. An embedding matrix of
             positions that is a bare parameter in the Hugging Face model is among these.
         variables: The variables that `others` names.
     """
@@ -119,7 +119,7 @@ def hugging_face_weights(
     blocks, unlocated = _located(kernels)
     refused |= unlocated | _bare_parameters(blocks, layers)
     blocks = {path: found for path, found in blocks.items() if path not in refused}
-    # The matrix of a refused embedding may still come from one weight, and is among the others.
+    # The matrix of a refused embedding may still come from one weight, and belongs to `others`.
     kernel_layers = [
         n.layer for p, n in layers.items() if p in blocks or family_of(n.layer) != "embedding"
     ]
@@ -142,7 +142,7 @@ def _kernels(
         if isinstance(value, Traced):
             try:
                 split = site_of(node.layer).split()
-            except ValueError as error:  # a diagonal
+            except ValueError as error:  # the equation takes a diagonal
                 refused[path] = str(error)
             else:
                 kernels[path] = ConvertedKernel(value, split, site_of(node.layer).shape)

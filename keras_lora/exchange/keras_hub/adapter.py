@@ -47,6 +47,11 @@ class ConvertedLayer:
         file_rank: The rank in the file.
         rank: The rank in the model.
         error: `|dW - dW_file| / |dW_file|` in the Frobenius norm; 0 where nothing was truncated.
+
+    Example:
+
+    >>> ConvertedLayer("attention/query", file_rank=1, rank=2, error=0.0).rank
+    2
     """
 
     path: str
@@ -69,14 +74,14 @@ def load_keras_hub_lora(
     for each of `n` heads: its delta has the rank `n r`, or `min(d, n h)` if that is less. The
     conversion is exact at that rank.
 
-    The adapter is active at once where no other adapter is. Otherwise activate it with
+    If no other adapter is active, this one is active at once. Otherwise activate it with
     `set_adapter`.
 
     Args:
         model: The backbone, or a model that has it inside, without Keras's own LoRA enabled.
         path: A file whose name ends in `.lora.h5`.
         name: The adapter's name in the model.
-        rank: Truncate each layer to this rank at most: to its best approximation (SVD).
+        rank: Truncate each layer to this rank at most, by SVD: the best approximation.
         skip_unsupported: Leave out, with a warning, layers that this package cannot adapt.
 
     Returns:
@@ -99,6 +104,9 @@ def load_keras_hub_lora(
     >>> saved.save_lora_weights(file)
     >>> [(layer.file_rank, layer.rank) for layer in kl.load_keras_hub_lora(backbone(), file)]
     [(1, 2), (1, 2)]
+
+    Reference:
+        `Backbone.save_lora_weights` in `keras_hub/src/models/backbone.py` of KerasHub 0.32.
     """
     if rank is not None:
         check_rank(rank)
@@ -148,6 +156,9 @@ def save_keras_hub_lora(
     >>> config = kl.LoRAConfig(rank=1, targets=["query", "value"])
     >>> save_keras_hub_lora(kl.apply_lora(backbone, config), f"{tempfile.mkdtemp()}/x.lora.h5")
     1
+
+    Reference:
+        `Backbone.load_lora_weights` in `keras_hub/src/models/backbone.py` of KerasHub 0.32.
     """
     tree = Tree.of(model)
     (name,) = check_names(tree, [name])
@@ -222,8 +233,8 @@ def write_keras_hub_lora(
     """Write factors so that `backbone.load_lora_weights(path)` of KerasHub reads them.
 
     KerasHub enables every layer whose name is among `target_layer_names`, all with one rank, and
-    demands all these layers of the file. So a layer without factors is written as zeros, and a
-    lower rank is padded with zeros, which load exactly and do not train further.
+    demands that the file has all these layers. So a layer without factors is written as zeros,
+    and a lower rank is padded with zeros, which load exactly and do not train further.
 
     A kernel with several free axes needs a higher rank in Keras: factors of rank `R` of
     `btd,dnh->btnh` need `min(n R, h, d n)` in general. See `to_per_axis`.

@@ -52,7 +52,7 @@ def is_exchanged(layer: keras.layers.Layer) -> bool:
         return False
     try:
         site_of(layer).split()
-    except ValueError:  # a diagonal
+    except ValueError:  # the equation takes a diagonal
         return False
     return True
 

@@ -37,9 +37,9 @@ _SHARED = (
 def refused_embeddings(model: keras.Model, weights: HuggingFaceWeights) -> dict[str, str]:
     """Why the adapters of some embeddings cannot be exchanged, by path.
 
-    A backbone alone uses an embedding only for the lookup. Where KerasHub makes language models
-    from backbones of this class, it is treated as one of them, whose head would use the adapter.
-    An encoder, from which KerasHub makes only a `MaskedLM`, is not.
+    A backbone alone uses an embedding only for the lookup. But if KerasHub makes language models
+    from backbones of this class, the backbone is treated as a language model, whose head would use
+    the adapter. An encoder, from which KerasHub makes only a `MaskedLM`, is not.
     """
     embeddings = {
         n.path: n.layer for n in walk(model) if isinstance(n.layer, keras.layers.Embedding)

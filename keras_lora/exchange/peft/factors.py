@@ -6,7 +6,7 @@ A Keras kernel `K` `(d, k)` is a block of a Hugging Face matrix `W` `(out, in)`,
     dK = s A B  <->  dW = s b a        a[:, columns[i]] = A[i]        b[rows[o]] = B[:, o]
 
 An embedding matrix is `(vocabulary, dim)` in both, so its `in` is the vocabulary. PEFT's magnitude
-of DoRA has an entry for each row of `W`: that of output `o` is `m[rows[o]]`.
+of DoRA has an entry for each row of `W`: the entry of output `o` is `m[rows[o]]`.
 
 Several kernels may be blocks of one matrix: GPT-2's `c_attn` is query, key and value. Where these
 kernels share `A`, it is the matrix's `a` too. Otherwise the factors of all kernels are stacked.
@@ -37,7 +37,7 @@ class KernelPart:
 
     Attributes:
         block: Where the kernel is inside the matrix.
-        reached: Whether `A B` is more than the zeros that a fused matrix has for other kernels.
+        reached: False if the adapter of a fused matrix has only zeros for this kernel.
     """
 
     block: Block
@@ -57,7 +57,7 @@ class KernelPart:
 
 
 def joined(parts: Sequence[KernelPart]) -> PeftModule:
-    """The module of a matrix, from its kernels. It is exact.
+    """The module of a matrix, from its kernels, without any loss.
 
     The rank is that of one kernel where all share `A`, and otherwise the sum of all ranks.
     """
@@ -91,7 +91,7 @@ def of_one_kind(modules: Mapping[str, PeftModule]) -> dict[str, PeftModule]:
 
 
 def whole_magnitude(rows: Sequence[tuple[Block, Array]]) -> Array | None:
-    """The magnitude of a matrix, from those of its kernels; None if these leave out a part."""
+    """The magnitude of a matrix, from those of its kernels; None if a part has no kernel."""
     if not _are_whole([block for block, _ in rows]):
         return None
     magnitude = np.zeros(rows[0][0].shape[0], "float32")

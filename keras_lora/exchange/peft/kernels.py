@@ -18,7 +18,7 @@ from keras_lora.walker import walk
 
 @dataclass(frozen=True, eq=False)
 class ExchangedKernel:
-    """A kernel of the Keras model, to exchange the factors of.
+    """A kernel of the Keras model whose factors are exchanged.
 
     Attributes:
         split: The axes of the kernel.

@@ -23,7 +23,7 @@ Rename: TypeAlias = Callable[[str], str]
 
 _BASE = "MODEL_MAPPING"
 _CONVERSION = "transformers.conversion_mapping"  # since transformers 5
-# For each task of KerasHub PEFT's name of the task, and the mapping in transformers to its class.
+# For each task of KerasHub: PEFT's name of the task, and transformers' mapping to the class.
 _TASKS = {
     "CausalLM": ("CAUSAL_LM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
     "Seq2SeqLM": ("SEQ_2_SEQ_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),

@@ -82,8 +82,8 @@ def gather(
 ) -> dict[str, Array]:
     """The parameters that consist of these variables, with these values: inverse of `scatter`.
 
-    Variables that are no slice of a parameter are added to `problems`, and parameters of which a
-    part has no value.
+    Added to `problems`: variables that are no slice of a parameter, and parameters of which a part
+    has no value.
     """
     by_variable = {id(s.variable): (key, s) for key, found in slices.items() for s in found}
     parameters: dict[str, Array] = {}
@@ -132,7 +132,7 @@ def check_copies(copies: Mapping[str, Array], slices: ParameterSlices, problems:
             item = owned(variable)
             ours = np.array(ops.convert_to_numpy(variable)) if item is None else item.value(BASE)
             if not np.allclose(value, ours.astype("float32"), rtol=2**-7, atol=1e-6):
-                problems.add(f"{key}: the adapter was trained with other values of it")
+                problems.add(f"{key}: the adapter was trained with other values of this parameter")
 
 
 def _slice_of(kernel: keras.Variable, block: Block) -> ParameterSlice:

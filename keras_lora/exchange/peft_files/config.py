@@ -33,7 +33,7 @@ UNDERSTOOD: Mapping[str, Any] = {
     "ensure_weight_tying": False,
 }
 # Fields that say nothing more than the tensors do, or that serve only training or the search for
-# the base model. `fan_in_fan_out` tells how the base stores its matrix: A and B are the same.
+# the base model. `fan_in_fan_out` tells how the base stores its matrix, not how A and B are stored.
 HARMLESS: Mapping[str, Any] = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -81,7 +81,7 @@ DEFAULTS = {**UNDERSTOOD, **HARMLESS, **{name: value for name, (value, _) in REF
 
 # What the checks of values and the compiling of expressions raise.
 _ERRORS = (ValueError, OverflowError, RecursionError, re.error)
-# Of `init_lora_weights`: values that leave the base as it was.
+# The values of `init_lora_weights` that leave the base unchanged.
 _BASE_UNCHANGED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "rank_pattern": (dict, type(None)),

@@ -41,7 +41,7 @@ from keras_lora.files.reading import (
 )
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-# Other files with the tensors of an adapter: how a directory has them, and what to do.
+# Other files with the tensors of an adapter: for each, what was received, and the fix.
 _OTHER_FILES = {
     "adapter_model.bin": (
         "tensors in adapter_model.bin, whose reading could execute code",
@@ -66,7 +66,7 @@ class PeftAdapter:
             `modules_to_save`, trained biases, and embedding matrices saved with the adapter.
         unknown: The keys of the file that are not understood; their tensors are left out.
         dtypes: `{key: dtype}` of each tensor in the file, with the key as PEFT 0.21 writes it.
-            Given to `write_peft_adapter` as `dtype`, the same bytes are written again.
+            With this as its `dtype`, `write_peft_adapter` writes the same bytes again.
     """
 
     config: Mapping[str, Any]
@@ -150,7 +150,7 @@ class _Tensors:
             self._problems.add(f"{key}: NaN or infinity")
 
     def leave_out(self, key: str, code: str) -> None:
-        """A factor is never of integers, whereas a module's count of batches is."""
+        """Refuse a factor of integers; a count of batches in a batch norm is only left out."""
         if is_factor(key):
             self._problems.add(f"{key}: dtype {code}, expected one of {sorted(DTYPES)}")
         else:
@@ -185,7 +185,7 @@ def _read_tensors(root: Path, problems: Problems) -> _Tensors:
 
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with opened(file, links=True) as stream:
-        # Of an entry that is written twice, `read_entries` would give either one.
+        # Refuses a key that is written twice, of which `read_entries` would give one entry.
         parsed_json(read_header(file, stream), file)
         entries = read_entries(file, stream)
     for key in list(entries):

@@ -54,7 +54,7 @@ class PeftModule:
         alpha: The alpha of this module, after `alpha_pattern`.
         use_rslora: Whether the scale is `alpha / sqrt(rank)`.
         magnitude: DoRA's norms of the `out` rows of the whole matrix, of any shape of that size.
-        bias: `(out,)`, what `lora_bias` adds to the output, times the scale.
+        bias: `(out,)`; with `lora_bias` the module adds `scaling * bias` to the output too.
         embedding: Whether the module is an embedding.
 
     Example:

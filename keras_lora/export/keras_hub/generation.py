@@ -21,7 +21,7 @@ Tokens = Mapping[str, tf.Tensor]
 
 
 def generate_text(model: keras.Model, serving: Serving) -> Endpoint:
-    """The endpoint from prompts to the texts that `model.generate` gives: prompt and answer."""
+    """The endpoint that takes prompts and gives, as `model.generate`, prompts with answers."""
     preprocessor = preprocessor_of(model)
     stop = stop_tokens(model, serving)
 
@@ -40,7 +40,7 @@ def generate_text(model: keras.Model, serving: Serving) -> Endpoint:
 
 
 def generate_tokens(model: keras.Model, serving: Serving) -> Endpoint:
-    """The endpoint from tokens and their mask to both with the answer in the padding's place."""
+    """The endpoint that takes padded tokens and a mask, and gives both with the answer added."""
     specs = input_specs(model, serving.input_signature)
     stop = stop_tokens(model, serving)
     pad = _padding(model, specs, serving.max_length)
@@ -81,7 +81,7 @@ def stop_tokens(model: keras.Model, serving: Serving) -> list[int] | None:
             "stop_token_ids",
             "ids of tokens, or None to write to the end, for a model without a preprocessor",
             "auto",
-            "or leave generation out with generate=False",
+            "pass one of these, or generate=False to leave generation out",
         )
     tokenizer = model.preprocessor.tokenizer
     second = getattr(tokenizer, "end_token2_id", None)  # instruction-tuned Llama 3 has it

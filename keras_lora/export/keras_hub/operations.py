@@ -1,4 +1,4 @@
-"""Two operations of `keras.ops`, replaced while a graph is traced by ones that servers can run.
+"""Two operations of `keras.ops`, replaced during tracing by operations that servers can run.
 
 KerasHub calls both as attributes of `keras.ops`, so no private name of Keras has to be replaced;
 `tests/test_private_api.py` watches that Keras and KerasHub still do so.
@@ -20,8 +20,8 @@ def server_operations() -> Iterator[None]:
 
     Language models update their caches of keys and values by `slice_update`, which is an XLA
     operation in Keras, and servers have XLA off. Postprocessors begin with `convert_to_numpy`,
-    which fails for a tensor of a graph. The replacement returns the tensor unchanged, and the
-    TensorFlow operations after it take it.
+    which fails for a tensor of a graph. The replacement returns such a tensor unchanged,
+    since TensorFlow's operations follow.
     """
     keras_slice_update, keras_to_numpy = keras.ops.slice_update, keras.ops.convert_to_numpy
 
@@ -41,7 +41,7 @@ def slice_update(inputs: Any, start_indices: Sequence[Any], updates: Any) -> tf.
     Args:
         inputs: A tensor.
         start_indices: An index for each axis.
-        updates: A tensor of the same rank, on no axis larger.
+        updates: A tensor of the same rank, larger on no axis.
 
     Returns:
         A tensor like `inputs`.

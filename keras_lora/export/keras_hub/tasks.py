@@ -47,7 +47,7 @@ def tokenizer_resources(preprocessor: Any) -> Sequence[Any]:
         return ()
     if isinstance(tokenizer, sys.modules["keras_hub"].tokenizers.BytePairTokenizer):
         tokenizer.set_vocabulary_and_merges(tokenizer.vocabulary, tokenizer.merges)
-    # `ExportArchive.track` refuses a layer that was not called, so a module holds it.
+    # `ExportArchive.track` refuses a layer that was not called, and takes a module with the layer.
     module = tf.Module()
     module.tokenizer = tokenizer
     return (module,)

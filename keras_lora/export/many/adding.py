@@ -47,7 +47,7 @@ def add_adapter_to_saved_model(
         path: A version that `export_saved_model(model, path, adapters=[...])` or this function
             wrote.
         directory: A directory that `save_adapter` wrote, of the same base.
-        name: The adapter's name in requests. If requests give an index, the adapter has the next.
+        name: The adapter's name in requests. If requests give an index, the adapter gets the next.
         target: The directory to write; by default the next number beside `path`.
 
     Returns:
@@ -162,7 +162,7 @@ def _misfits(
     for key, tensor in files.tensors.items():
         path = key.rpartition("/")[0]
         if key.endswith(f"/{MAGNITUDE}"):
-            found.append(f"{key}: DoRA needs the norms of the base, which is not read")
+            found.append(f"{key}: DoRA needs the norms of the base's weights, which are not read")
         elif key not in expected:
             found.append(f"{key}: no adapter of the export has this")
         elif tensor.shape != expected[key].shape_at(specs[path].rank if path in specs else 0):

@@ -1,11 +1,11 @@
 """Endpoints for mixed batches: each row names its adapter, in one more input.
 
-The base's weights are stored once. A request takes the tensors of its rows' adapters alone, and
-every layer that is served so computes each row with the tensors of that row's adapter:
+The base's weights are stored once. A request reads only the tensors of its rows' adapters. A layer
+in which the adapters differ computes each row with the tensors of that row's adapter:
 
     y_i = x_i W0 + (x_i A_i) B_i        for each row i of the batch; the scale is part of B_i
 
-So the first axis of the input of such a layer must be the batch. This is established before
+So the first axis of the input of such a layer must be the batch. This is checked before
 anything is written, by tracing the model with a batch of a size that no other axis has.
 """
 
@@ -44,7 +44,7 @@ from keras_lora.walker import Tree
 
 DESCRIPTION = Path("assets.extra", "keras_lora.json")
 FORMAT_VERSION = 1
-# A prime, so that a reshaped batch is told from it; no dimension of a model is likely to be it.
+# A prime that is unlikely as a dimension of a model: a reshaped batch has another size.
 _TRIAL_BATCH = 1009
 
 
@@ -57,7 +57,7 @@ class ServedAdapters:
         names: The adapters, in the order of their indices.
         layers: The layers in which the adapters differ.
         owned: The kernels and biases in which they differ, by key.
-        refusals: Reasons why a row cannot have an adapter of its own; empty if each can.
+        refusals: Reasons why a row cannot have an adapter of its own; empty if every row can.
     """
 
     tree: Tree
@@ -74,7 +74,7 @@ class ServedAdapters:
         tree = Tree.of(model)
         names = check_names(tree, names)
         if not names:
-            raise invalid("adapters", "at least one name", names, "leave it out to export merged")
+            raise invalid("adapters", "at least one name", names, "leave it out to merge instead")
         refusals: list[str] = []
         layers = adapted_layers(tree, names, refusals)
         owned = add_owned(tree, names, layers, refusals)
@@ -155,7 +155,7 @@ class ServedAdapters:
         return dataclasses.replace(endpoint, call=call, signature=signature, resources=resources)
 
     def try_out(self, endpoint: Endpoint) -> None:
-        """Trace an endpoint with a batch of the size that no other axis has.
+        """Trace an endpoint with a batch of a size that no other axis has.
 
         Raises:
             ValueError: the first axis of a layer's input is not the batch, or a value that

@@ -1,7 +1,7 @@
 """Which adapter each row of a request names, checked within the graph.
 
-A wrong name or index fails its request: the outputs depend on the check, so that no output can be
-had without it.
+A wrong name or index fails its request: the outputs depend on the check, so that no output is
+computed without it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def one_for_each_row(named: tf.Tensor, inputs: Sequence[tf.Tensor]) -> tf.Tensor
 
 
 def numbers_of_names(named: tf.Tensor, names: tf.Tensor) -> tf.Tensor:
-    """The number of each name among the stored names; the base is empty, with number 0."""
+    """The number of each name among the stored names; the base has the empty name and number 0."""
     same = tf.equal(named[:, None], names[None, :])
     known = tf.reduce_any(same, axis=1)
     return _checked(
@@ -47,7 +47,7 @@ def numbers_of_names(named: tf.Tensor, names: tf.Tensor) -> tf.Tensor:
 
 
 def numbers_of_indices(named: tf.Tensor, names: tf.Tensor) -> tf.Tensor:
-    """The number of each index; the base is -1, with number 0."""
+    """The number of each index; the base has index -1 and number 0."""
     last = tf.shape(names)[0] - 2
     known = (named >= -1) & (named <= last)
     return _checked(

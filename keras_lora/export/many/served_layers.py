@@ -34,10 +34,10 @@ class ServedLayer:
     """A layer that computes each row of a batch with the tensors of that row's adapter.
 
     Attributes:
-        path: Of the layer, in the model.
-        layer: Adapted, or a plain layer whose kernel or bias the adapters own.
+        path: The layer's path in the model.
+        layer: An adapted layer, or a plain one of whose kernel or bias adapters own values.
         factors: `A` and `B`, with the scale in `B`.
-        kernel: A kernel that is trained whole, as a head's.
+        kernel: A kernel that is trained in full, as a head's.
         bias: A bias that is trained.
         gain: DoRA's `g`, in place of the magnitude, so that the norm of `W0` is not needed.
     """
@@ -59,7 +59,7 @@ class ServedLayer:
 
         Args:
             taken: The tensors of each row's adapter, by key, from `StoredStacks.take`.
-            refusals: Takes the reason if the layer cannot compute row by row.
+            refusals: The list to add the reason to if the layer cannot compute row by row.
         """
 
         def of(tensor: AdapterTensor | None) -> Any:
@@ -134,8 +134,8 @@ def add_owned(
     Args:
         tree: The layers of the model.
         names: The adapters.
-        served: Takes the tensors, in a layer that it has or in a further one.
-        refusals: Takes the reason for each value that cannot differ from row to row.
+        served: The layers to add the tensors to; missing layers are added.
+        refusals: The list to add a reason to for each value that cannot differ by row.
 
     Returns:
         The values by key.

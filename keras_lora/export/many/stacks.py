@@ -55,7 +55,7 @@ class AdapterTensor:
         return None in self.shape
 
     def shape_at(self, rank: int) -> tuple[int, ...]:
-        """The shape in an adapter of this rank; a whole value has the same one at every rank."""
+        """The shape in an adapter of this rank; a whole value has one shape at every rank."""
         return tuple(rank if size is None else size for size in self.shape)
 
     def vectors(self, value: Array) -> Array:

@@ -27,7 +27,7 @@ from keras_lora.walker import walk
 Arrays: TypeAlias = Mapping[str, np.ndarray]
 
 TOLERANCE = 1e-4
-# Both kinds of file, and the graph that is converted, have 2 GiB at most; not all are weights.
+# A file of either kind, and the graph to convert, has at most 2 GiB, and has more than weights.
 WEIGHTS_LIMIT = 2_000_000_000
 _LOW_PRECISION = ("float16", "bfloat16")
 # The batches to compare on: the size of the batch, and of every other axis that is free.
@@ -48,7 +48,7 @@ class Runtime:
     """A runtime: how a SavedModel is converted to its file, and how the file is loaded.
 
     Attributes:
-        name: In messages.
+        name: The name in messages.
         extra: The extra of this package that installs `packages`.
         packages: The packages that `convert` and `load` import.
         convert: From the directory of a SavedModel to the content of a file.
@@ -76,7 +76,7 @@ def write_converted(
 
     Raises:
         ImportError: a package of the runtime is not installed.
-        ValueError: the runtime cannot have this model.
+        ValueError: the runtime cannot run this model.
     """
     _check_packages(runtime)
     _check_precision(model)
@@ -98,7 +98,7 @@ def write_converted(
 
 
 class UnsupportedError(ValueError):
-    """A runtime cannot have this model; the message gives the reason and the fix."""
+    """A runtime cannot run this model; the message gives the reason and the fix."""
 
     def __init__(self, runtime: str, reason: object, fix: str = "") -> None:
         fix = fix or "export it to a SavedModel instead: export_saved_model"
@@ -143,12 +143,12 @@ def _low_precision(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
 def _check_size(model: keras.Model, runtime: Runtime) -> None:
     size = sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in model.variables)
     if size > WEIGHTS_LIMIT:
-        raise UnsupportedError(runtime.name, f"{size} bytes of weights, above the {WEIGHTS_LIMIT}")
+        raise UnsupportedError(runtime.name, f"{size} bytes of weights, more than {WEIGHTS_LIMIT}")
 
 
 @contextlib.contextmanager
 def _in_float32(model: keras.Model) -> Iterator[None]:
-    """Within the context mixed precision is off; its weights are float32 in any case.
+    """Within the context layers of mixed precision compute in float32, the type of their weights.
 
     No runtime rounds between operations as mixed precision does.
     """
@@ -184,7 +184,7 @@ def _random(spec: tf.TensorSpec, rng: np.random.Generator, batch: int, size: int
     shape = (first or batch, *(size if axis is None else axis for axis in rest))
     if spec.dtype.is_floating:
         return rng.normal(size=shape).astype(spec.dtype.as_numpy_dtype)
-    # Every vocabulary and every mask has 0 and 1. A row of zeros alone would be masked whole.
+    # Every vocabulary and every mask has 0 and 1. A row of only zeros would be wholly masked.
     values = rng.integers(0, 2, shape)
     values[..., 0] = 1
     return values.astype(spec.dtype.as_numpy_dtype)
@@ -216,7 +216,7 @@ def _tried(runtime: Runtime, action: Callable[[Any], Any], argument: object) -> 
         return action(argument)
     except UnsupportedError:
         raise
-    except Exception as error:  # converters and runtimes have classes of their own
+    except Exception as error:  # converters and runtimes raise classes of their own
         raise UnsupportedError(runtime.name, f"{type(error).__name__}: {error}") from error
 
 
@@ -227,7 +227,7 @@ def _compared(runtime: Runtime, program: Program, batch: Arrays, expected: Array
     wrong = {name: d for name, d in differences.items() if not d <= TOLERANCE}
     if wrong:
         reason = (
-            f"answers that differ from the model's by {wrong} (inf: in shape), above {TOLERANCE}"
+            f"answers that differ from the model's by {wrong} (inf: other shape), above {TOLERANCE}"
         )
         raise UnsupportedError(runtime.name, reason)
     return max(differences.values())

@@ -115,7 +115,7 @@ def _convert(saved_model: Path) -> bytes:
 
 # The operations that LiteRT has for fixed sizes alone, by the beginning of their names.
 _FIXES = {
-    "StridedSlice": "pass sequence_length, as LiteRT has it for fixed sizes alone",
+    "StridedSlice": "pass sequence_length, since LiteRT has StridedSlice only for fixed sizes",
     "TensorList": "pass batch_size, or make the recurrent layers with unroll=True",
 }
 

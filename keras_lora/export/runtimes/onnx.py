@@ -202,7 +202,7 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def _share_transposed(graph: Any) -> None:
-    """Store a matrix once that is also used transposed, as an embedding that is also the head.
+    """Store a matrix once if it is also used transposed, as an embedding that is also the head.
 
     TensorFlow has folded the transpose into a second constant.
     """
@@ -221,7 +221,7 @@ def _share_transposed(graph: Any) -> None:
 
 
 def _transposed(array: np.ndarray, others: Mapping[str, np.ndarray]) -> str | None:
-    # One row is compared first: every two square matrices of a model are compared.
+    # One row is compared first, since all square matrices of one size are compared in pairs.
     equal = (
         name
         for name, other in others.items()

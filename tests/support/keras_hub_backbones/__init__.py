@@ -1,13 +1,13 @@
-"""Small configurations of the KerasHub backbones that hold Dense or EinsumDense layers.
+"""Small configurations of the KerasHub backbones that have Dense or EinsumDense layers.
 
 `BACKBONES` maps the name of a backbone class to a factory that takes no arguments and returns
 `(model, inputs)`: a randomly initialised float32 model of about two layers, and deterministic
-numpy inputs for a batch of two that `model(inputs)` accepts. Every model holds at least one
+numpy inputs for a batch of two that `model(inputs)` accepts. Every model has at least one
 `keras.layers.Dense` or `keras.layers.EinsumDense` somewhere inside. Purely convolutional
 backbones (ResNet, EfficientNet, MobileNet, ...) are left out: they have no such layer.
 
 Sizes are tiny, and differ from each other wherever the architecture lets them, so that a mix-up
-of axes shows up as an error of shape. Nothing here knows about LoRA.
+of axes shows up as an error of shape. No module of this folder knows about LoRA.
 """
 
 from __future__ import annotations

@@ -22,14 +22,14 @@ def floats(*shape: int) -> Array:
 
 
 def mask(length: int = sizes.LENGTH, dtype: str = "int32") -> Array:
-    """Ones, but for two padded positions at the end of the second row."""
+    """Ones, except two padded positions at the end of the second row."""
     mask = np.ones((BATCH, length), dtype=dtype)
     mask[1, -2:] = 0
     return mask
 
 
 def ids(length: int = sizes.LENGTH, seed: int = 0) -> Array:
-    """Token ids from 1 to sizes.VOCAB - 1, and 0 where `_mask` says padding."""
+    """Token ids from 1 to sizes.VOCAB - 1, and 0 at the padded positions of `mask`."""
     ids = np.random.default_rng(seed).integers(1, sizes.VOCAB, size=(BATCH, length))
     return (ids * mask(length)).astype("int32")
 

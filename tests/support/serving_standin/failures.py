@@ -1,4 +1,4 @@
-"""What goes wrong with a request, and the status that each protocol has for it."""
+"""The errors of requests, and the status that each protocol has for them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HTTP = {
 
 
 class RequestError(Exception):
-    """An answer that is an error of that request."""
+    """An error that is the answer to a request."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
@@ -41,7 +41,7 @@ def invalid_argument(message: str) -> RequestError:
 
 
 def of_model(error: ModelError) -> RequestError:
-    """TF_Code and gRPC number their codes alike."""
+    """The answer for an error of the model; TF_Code and gRPC have the same numbers."""
     return RequestError(_OF_NUMBER[error.code], str(error))
 
 

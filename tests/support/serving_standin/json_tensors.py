@@ -1,4 +1,4 @@
-"""The JSON of TensorFlow Serving's REST API and arrays, after its `json_tensor.cc`."""
+"""From the JSON of TensorFlow Serving's REST API to arrays, and back, as its `json_tensor.cc`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLOAT_MAX = sys.float_info.max
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """The object at the start of a body; what follows it is not read."""
+    """The object at the start of a body; the rest of the body is not read."""
     text = body.decode("utf-8", "surrogateescape").lstrip()
     if not text:
         raise invalid_argument("JSON Parse error: The document is empty")
@@ -46,7 +46,7 @@ def signature_name(document: Mapping[str, Any]) -> str:
 
 
 def inputs(document: Mapping[str, Any], types: Types) -> tuple[Tensors, bool]:
-    """The tensors of a request, and whether it is one of rows."""
+    """The tensors of a request, and whether the request gives rows."""
     if "instances" in document and "inputs" in document:
         raise invalid_argument(
             f"JSON Value: {_shown(document)} Not formatted correctly expecting only one of "
@@ -124,7 +124,7 @@ def _is_base64(value: Any) -> bool:
 
 
 def _tensor(value: Any, dtype: int) -> np.ndarray:
-    """A value, or lists of them nested as deep and as long as the first of each level is."""
+    """An array of a value or of nested lists, in the shape of the first list of each level."""
     if dtype not in DTYPES:
         raise invalid_argument(f"Conversion of JSON Value: {_shown(value)} to type: {_type(dtype)}")
     shape, first = [], value
@@ -201,7 +201,7 @@ def _shown(value: Any) -> str:
 
 
 def answer(outputs: Mapping[str, np.ndarray], rows: bool) -> bytes:
-    """The JSON of a response. One output stands for itself; several are an object."""
+    """The JSON of a response. A single output is its value; several are an object."""
     if rows:
         return _encode({"predictions": _by_row(outputs)})
     columns = {name: _values(name, array) for name, array in outputs.items()}
@@ -226,7 +226,7 @@ def _values(name: str, array: np.ndarray) -> Any:
     if array.dtype == np.float16:
         raise invalid_argument("Failed to write JSON value for tensor type: half")
     if array.dtype == np.float32:
-        # The shortest digits that are this float32, where those of a float64 would be more.
+        # The shortest digits that give this float32; as a float64 it would have more.
         return np.array([float(str(x)) for x in array.ravel()], float).reshape(array.shape).tolist()
     if array.dtype.type is np.object_:
         encode = _as_base64 if name.endswith("_bytes") else _as_text

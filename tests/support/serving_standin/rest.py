@@ -32,7 +32,7 @@ def serve(catalog: Catalog, port: int) -> ThreadingHTTPServer:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        # Headers and body go in one packet; the body would else wait for an acknowledgement.
+        # Headers and body go in one packet; otherwise the body would wait for an acknowledgement.
         wbufsize = -1
         disable_nagle_algorithm = True
 

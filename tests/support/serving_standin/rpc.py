@@ -31,7 +31,7 @@ def serve(catalog: Catalog, port: int, threads: int = 8) -> tuple[grpc.Server, i
 
 
 class Prediction(prediction_service_pb2_grpc.PredictionServiceServicer):
-    """What it does not define answers UNIMPLEMENTED."""
+    """The methods that it does not define answer UNIMPLEMENTED."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog

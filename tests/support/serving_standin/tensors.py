@@ -11,7 +11,7 @@ from tensorflow.core.framework.tensor_pb2 import TensorProto
 
 from support.serving_standin.failures import invalid_argument
 
-# The field of a message that holds values of each kind, as `Tensor::AsProtoField` writes them.
+# The field of a message for values of each kind, as `Tensor::AsProtoField` writes them.
 _FIELDS: dict[Any, str] = {
     np.float32: "float_val",
     np.float64: "double_val",
@@ -39,7 +39,7 @@ def to_message(array: np.ndarray) -> TensorProto:
 
 
 def to_array(name: str, message: TensorProto) -> np.ndarray:
-    """What a message holds: bytes, or values of which the last stands for all that follow."""
+    """The array of a message: of its bytes, or of its values, the last one repeated if too few."""
     shape = [dim.size for dim in message.tensor_shape.dim]
     unknown = message.tensor_shape.unknown_rank or min(shape, default=0) < 0
     if unknown or message.dtype not in DTYPES:

@@ -17,7 +17,7 @@ from support.serving_standin.failures import RequestError, invalid_argument, num
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a model that is served, was, or failed to load."""
+    """A version of a model: served, taken out of service, or failed to load."""
 
     number: int
     state: ModelVersionStatus.State
@@ -36,8 +36,8 @@ class Version:
 class Catalog:
     """The models by name, each at its highest version.
 
-    `load_new` and `configure` load; requests go on meanwhile. What is read was replaced whole, so
-    reading takes no lock. A version that was taken out of service closes its session when the last
+    While `load_new` and `configure` load, requests go on, and need no lock, since the catalog is
+    replaced as a whole. A version that was taken out of service closes its session when the last
     request to it has been answered.
     """
 
@@ -75,7 +75,7 @@ class Catalog:
         self._versions = {**self._versions, name: versions}
 
     def find(self, spec: ModelSpec) -> tuple[int, SavedModel]:
-        """The version that a request asks for, or the one served, and its model."""
+        """Number and model of the version that a request asks for; by default the served one."""
         if spec.version_label:
             raise invalid_argument(f"Unrecognized servable version label: {spec.version_label}")
         versions = self._versions.get(spec.name, {})
