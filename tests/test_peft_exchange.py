@@ -24,6 +24,7 @@ from support.peft_models import (
     hub_model,
     keras_model,
     options,
+    peft_warnings,
     tensors,
     wrapped,
 )
@@ -35,15 +36,7 @@ from keras_lora.layers import layer_adapter
 
 pytest_plugins = ["support.peft_models"]
 
-# Warnings of transformers and PEFT about each other.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning",
-    "ignore:fan_in_fan_out",
-    "ignore:Setting `save_embedding_layers`",
-    "ignore:`lora_bias=True` was passed",
-    "ignore:Model has `tie_word_embeddings=True`",
-    "ignore:Adapter 'default'.*invalid shape",
-)
+pytestmark = peft_warnings
 
 
 @pytest.mark.parametrize(

@@ -10,21 +10,13 @@ import keras
 import keras_hub
 import pytest
 from support.models import state
-from support.peft_models import keras_model, tensors, wrapped
+from support.peft_models import keras_model, peft_warnings, tensors, wrapped
 
 import keras_lora as kl
 
 pytest_plugins = ["support.peft_models"]
 
-# Warnings of transformers and PEFT about each other.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning",
-    "ignore:fan_in_fan_out",
-    "ignore:Setting `save_embedding_layers`",
-    "ignore:`lora_bias=True` was passed",
-    "ignore:Model has `tie_word_embeddings=True`",
-    "ignore:Adapter 'default'.*invalid shape",
-)
+pytestmark = peft_warnings
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -22,6 +22,7 @@ from support.peft_models import (
     difference,
     hub_model,
     keras_model,
+    peft_warnings,
     tensors,
     wrapped,
 )
@@ -30,15 +31,7 @@ import keras_lora as kl
 
 pytest_plugins = ["support.peft_models"]
 
-# Warnings of transformers and PEFT about each other.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning",
-    "ignore:fan_in_fan_out",
-    "ignore:Setting `save_embedding_layers`",
-    "ignore:`lora_bias=True` was passed",
-    "ignore:Model has `tie_word_embeddings=True`",
-    "ignore:Adapter 'default'.*invalid shape",
-)
+pytestmark = peft_warnings
 
 
 # The modules that are embeddings, in both directions: BERT's tied embedding matrix is a head in

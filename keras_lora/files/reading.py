@@ -69,11 +69,11 @@ def read_header(file: Path, stream: io.FileIO) -> bytes:
     """The JSON at the beginning of a safetensors file."""
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(8), "little")
-    limit = max(min(size - 8, HEADER_LIMIT), 0)
+    limit = min(size - 8, HEADER_LIMIT)
     if length > limit:
         received = f"{length} bytes of header in {size} bytes"
         fix = "the file is cut or damaged: copy it again"
-        raise invalid_file(file, f"at most {limit} bytes of header", received, fix)
+        raise invalid_file(file, f"at most {max(limit, 0)} bytes of header", received, fix)
     return stream.read(length)
 
 

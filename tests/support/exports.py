@@ -22,10 +22,10 @@ from support.models import (
 CONFIG = kl.LoRAConfig(rank=2, alpha=3)
 
 
-def classifier(dtype: str = "float32") -> keras.Model:
+def classifier(dtype: str = "float32", layers: int = 2) -> keras.Model:
     backbone = keras_hub.models.BertBackbone(
         vocabulary_size=31,
-        num_layers=2,
+        num_layers=layers,
         num_heads=3,
         hidden_dim=15,
         intermediate_dim=17,

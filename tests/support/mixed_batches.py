@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import keras_hub
 import numpy as np
 import tensorflow as tf
 
 import keras_lora as kl
 from keras_lora.layers import BASE, all_owned
-from support import processes
+from support import exports, processes
 from support.models import composite, functional, randomize_adapters, subclassed
 
 Feeds = dict[str, np.ndarray]
@@ -37,18 +36,7 @@ def tokens(length: int = 7) -> Feeds:
 
 
 def bert(dtype: str = "float32") -> keras.Model:
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=31,
-        num_layers=1,
-        num_heads=3,
-        hidden_dim=15,
-        intermediate_dim=17,
-        max_sequence_length=13,
-        dtype=dtype,
-    )
-    return keras_hub.models.BertTextClassifier(
-        backbone=backbone, num_classes=5, preprocessor=None, dtype=dtype
-    )
+    return exports.classifier(dtype, layers=1)
 
 
 def attention() -> keras.Model:

@@ -21,6 +21,16 @@ from support.hugging_face_models import HUGGING_FACE_MODELS, VOCAB
 
 TOKENS = np.random.default_rng(2).integers(3, VOCAB, (2, 7))
 IMAGES = np.random.default_rng(3).normal(size=(2, 16, 16, 3)).astype("float32")
+# Warnings of transformers and PEFT about each other.
+peft_warnings = pytest.mark.filterwarnings(
+    "ignore::FutureWarning",
+    "ignore:fan_in_fan_out",
+    "ignore:Setting `save_embedding_layers`",
+    "ignore:`lora_bias=True` was passed",
+    "ignore:Model has `tie_word_embeddings=True`",
+    "ignore:Adapter 'default'.*invalid shape",
+)
+
 TOLERANCE = 1e-4
 # |Keras - transformers| of the bases, without any adapter, where it is above `TOLERANCE`.
 # KerasHub approximates RoBERTa's GELU by tanh.
