@@ -20,6 +20,19 @@ Initializer = Callable[[Shape, str], Tensor]
 
 
 @dataclass(frozen=True)
+class FrozenMatrix:
+    """What a start may know of `W0`, as a matrix for each index of its shared axes.
+
+    Attributes:
+        shape: `(shared, d, k)`: `d` inputs and `k` outputs.
+        values: Gives `W0` in that shape, in float32 or wider; computed when it is called.
+    """
+
+    shape: tuple[int, int, int]
+    values: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class Started:
     """How `A` and `B` begin.
 
@@ -36,8 +49,8 @@ class Start(ABC):
     """Abstract: a way to begin the factors of an adapter."""
 
     @abstractmethod
-    def started(self, fan_in: int, rank: int) -> Started:
-        """How `A`, a `(fan_in, rank)` matrix, and `B` begin."""
+    def started(self, w: FrozenMatrix, rank: int) -> Started:
+        """How `A`, `(d, rank)` as a matrix, and `B`, `(rank, k)`, begin."""
 
 
 @final
@@ -49,8 +62,8 @@ class Uniform(Start):
     with `a = sqrt(5)`.
     """
 
-    def started(self, fan_in: int, rank: int) -> Started:  # noqa: ARG002
-        bound = 1 / math.sqrt(fan_in)
+    def started(self, w: FrozenMatrix, rank: int) -> Started:  # noqa: ARG002
+        bound = 1 / math.sqrt(w.shape[1])
         return Started(keras.initializers.RandomUniform(-bound, bound), keras.initializers.Zeros())
 
 
@@ -62,7 +75,7 @@ class Gaussian(Start):
     Reference: Hu et al. 2021, section 4.1; the deviation is that of PEFT.
     """
 
-    def started(self, fan_in: int, rank: int) -> Started:  # noqa: ARG002
+    def started(self, w: FrozenMatrix, rank: int) -> Started:  # noqa: ARG002
         return Started(keras.initializers.RandomNormal(stddev=1 / rank), keras.initializers.Zeros())
 
 
@@ -74,7 +87,7 @@ class Lookup(Start):
     Reference: PEFT and the authors' loralib, https://github.com/microsoft/LoRA.
     """
 
-    def started(self, fan_in: int, rank: int) -> Started:  # noqa: ARG002
+    def started(self, w: FrozenMatrix, rank: int) -> Started:  # noqa: ARG002
         return Started(keras.initializers.Zeros(), keras.initializers.RandomNormal(stddev=1.0))
 
 

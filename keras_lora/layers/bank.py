@@ -67,11 +67,11 @@ class AdapterBank:
     def add(self, name: str, spec: AdapterSpec, adapter: Adapter | None = None) -> LayerAdapter:
         """Make the factors of a new adapter. It is not active before `activate`."""
         a_shape, b_shape, *m_shape = self.shapes(spec)
-        fan_in, _ = self.site.split().matrix_shape(self.site.shape)
-        start = (self.site.kind.start or STARTS[spec.init]).started(fan_in, spec.rank)
+        start = self.site.kind.start or STARTS[spec.init]
+        started = start.started(self.site.frozen_matrix(), spec.rank)
         # The magnitude is drawn when first needed, as the norm of the matrix at that moment.
         m = Factor(self.norms, m_shape[0]) if m_shape else None
-        factors = Factor(start.a, a_shape), Factor(start.b, b_shape), m
+        factors = Factor(started.a, a_shape), Factor(started.b, b_shape), m
         self._adapters[name] = LayerAdapter(spec, *factors, adapter)
         return self._adapters[name]
 

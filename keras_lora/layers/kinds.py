@@ -18,7 +18,7 @@ import keras
 from keras import ops
 
 from keras_lora.checks import invalid
-from keras_lora.initializers import EMBEDDING_START, Start
+from keras_lora.initializers import EMBEDDING_START, FrozenMatrix, Start
 from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor, split_equation
 from keras_lora.lowrank.products import Products, einsum_products
 
@@ -100,6 +100,12 @@ class Site:
     def wide_matrix(self) -> Tensor:
         """`W0` in the wide dtype."""
         return ops.cast(self.weight(), self.wide_dtype)
+
+    def frozen_matrix(self) -> FrozenMatrix:
+        """`W0` as starts see it."""
+        split = self.split()
+        shape = split.stacked_shape(self.shape)
+        return FrozenMatrix(shape, lambda: split.stacked(self.wide_matrix()))
 
     def split(self, input_rank: int | None = None) -> EinsumSplit:
         """How the matrix is factored.

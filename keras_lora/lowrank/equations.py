@@ -141,6 +141,16 @@ class EinsumSplit:
             math.prod(size[c] for c in self.free),
         )
 
+    def stacked_shape(self, kernel_shape: Shape) -> tuple[int, int, int]:
+        """`(shared, d, k)`: a matrix for each index of the shared axes."""
+        size = self.sizes(kernel_shape)
+        return math.prod(size[c] for c in self.shared), *self.matrix_shape(kernel_shape)
+
+    def stacked(self, w: Tensor) -> Tensor:
+        """A kernel as `(shared, d, k)`."""
+        shape, order = self.stacked_shape(tuple(w.shape)), self.shared + self.contracted + self.free
+        return ops.reshape(transposed(w, self.kernel, order), shape)
+
     def factor_shapes(self, kernel_shape: Shape, rank: int) -> tuple[Shape, Shape]:
         size = {**self.sizes(kernel_shape), self.rank_label: rank}
         return tuple(size[c] for c in self.a), tuple(size[c] for c in self.b)
@@ -180,9 +190,8 @@ class EinsumSplit:
         Reference: Liu et al. 2024, equation 5 and section 4.3.
         """
         w, a, b = map(ops.stop_gradient, (w, a, b))
-        d, k = self.matrix_shape(tuple(w.shape))
-        w = transposed(w, self.kernel, self.shared + self.contracted + self.free)
-        w = ops.reshape(w, (-1, d, k))
+        _, d, k = self.stacked_shape(tuple(w.shape))
+        w = self.stacked(w)
         a, b = ops.reshape(a, (-1, d, a.shape[-1])), ops.reshape(b, (-1, a.shape[-1], k))
         a_t = ops.transpose(a, (0, 2, 1))
         cross = ops.cast(ops.matmul(ops.cast(a_t, w.dtype), w), b.dtype)  # (shared, r, k)
