@@ -129,7 +129,9 @@ def hugging_face_weights(
 
 
 def _has_matrix(node: Node) -> bool:
-    return node.layer.built and lora_class_for(plain_class(node.layer)) is not None
+    """Whether the layer can be adapted, and its matrix is one for Hugging Face too."""
+    known = family_of(node.layer) in ("linear", "embedding")
+    return known and node.layer.built and lora_class_for(plain_class(node.layer)) is not None
 
 
 def _kernels(

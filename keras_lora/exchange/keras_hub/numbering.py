@@ -48,7 +48,7 @@ def enabled_layers(layers: Mapping[int, Node], names: Collection[str]) -> dict[i
 def is_exchanged(layer: keras.layers.Layer) -> bool:
     """Whether this package can adapt a layer, and KerasHub writes and reads its factors."""
     # KerasHub neither writes the factors of an embedding nor reads them.
-    if lora_class_for(plain_class(layer)) is None or family_of(layer) == "embedding":
+    if lora_class_for(plain_class(layer)) is None or family_of(layer) != "linear":
         return False
     try:
         site_of(layer).split()

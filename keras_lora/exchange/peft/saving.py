@@ -148,7 +148,14 @@ def _layers_of(model: keras.Model, name: str) -> dict[str, LoRALayer]:
     """The layers of an adapter, by path."""
     tree = Tree.of(model)
     check_names(tree, [name])
-    return {p: layer for p, layer in tree.adapted_by_path.items() if name in layer.adapters}
+    found = {p: layer for p, layer in tree.adapted_by_path.items() if name in layer.adapters}
+    others = [p for p, layer in found.items() if family_of(layer) not in ("linear", "embedding")]
+    if others:
+        raise ValueError(
+            f"Expected an adapter of linear layers and embeddings. Received: {name!r}, which is on "
+            f"{others} too. Exclude these layers: PEFT's form of them is not known."
+        )
+    return found
 
 
 def _hugging_face_values(
