@@ -62,7 +62,10 @@ REFUSED = {
     "a base that is needed": ("convert adapters/gpt2 out", "Expected a --base"),
     "nothing to convert": ("convert gpt2.lora.h5 out.lora.h5", "Expected a --base"),
     "no such dtype": ("convert peft/gpt2 out --to peft --dtype int8", "expected one of"),
-    "heads unnamed": ("convert peft/bert out --base presets/bert", "has no variable that is this"),
+    "heads unnamed": (
+        "convert peft/bert out --base presets/bert",
+        "has no variable for this parameter",
+    ),
     "no such config": (
         "convert adapters/gpt2 out --base presets/gpt2 --transformers-config broken.txt",
         "the config.json of a Hugging Face model",

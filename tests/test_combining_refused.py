@@ -72,7 +72,7 @@ def test_truncate_refuses_a_bad_rank() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_terms_that_do_not_fit_together_are_refused(method: str) -> None:
     term = WeightedFactors(np.ones((1, D, 3)), np.ones((1, 3, K)), 1.0)
-    with pytest.raises(ValueError, match="Invalid `terms`: expected one adapter at least"):
+    with pytest.raises(ValueError, match="Invalid `terms`: expected at least one adapter"):
         combine([], options(method))
     for a, b in [((1, 7, 3), (1, 3, K)), ((1, D, 3), (1, 3, 7)), ((2, D, 3), (2, 3, K))]:
         with pytest.raises(ValueError, match=r"one layer.*Received: terms=\[\(1, 11, 13\), \("):

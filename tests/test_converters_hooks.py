@@ -62,7 +62,7 @@ REFUSED_HOOKS: dict[str, tuple[Any, str]] = {
     "sum": (lambda x: (x + Weight("v")).T.reshape(D, N, H), "computed with add"),
     "unknown": (lambda x: np.flip(x.T.reshape(D, N, H), 0), "computed with flip"),
     "scrambled": (lambda x: x.T.reshape(N, D, H).transpose(1, 0, 2), "not the columns"),
-    "sizes": (lambda x: x.T.reshape(D, N, H + 1), "no matrix that has as many"),
+    "sizes": (lambda x: x.T.reshape(D, N, H + 1), "no matrix of as many elements"),
     "vector": (lambda x: x.reshape(-1)[: D * N * H].reshape(D, N, H), "no matrix"),
     "fused": (
         lambda x: np.concatenate([x, Weight("v"), Weight("u")], 1).reshape(D, N, H),

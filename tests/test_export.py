@@ -46,7 +46,7 @@ def test_answers_equal_predict_in_the_c_library_and_without_keras(
     paths = [tmp_path / "1", tmp_path / "in.npz"]
     script = Path("examples/run_saved_model.py")
     processes.run(
-        f"import runpy, sys; sys.argv[0] = {str(script)!r}; "
+        f"import runpy, sys; sys.argv[0] = {str(script)!r}; sys.path[0] = {str(script.parent)!r}; "
         f"runpy.run_path({str(script)!r}, run_name='__main__')",
         *paths,
         tmp_path / "c.npz",

@@ -171,7 +171,7 @@ def test_a_model_without_one_backbone_is_refused() -> None:
     first, second = backbone("BertBackbone"), backbone("BertBackbone")
     second.name = "other"
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    with pytest.raises(ValueError, match="expected a KerasHub backbone, or a model that holds one"):
+    with pytest.raises(ValueError, match="a KerasHub backbone, or a model that contains one"):
         keras_hub_layers(model)
     owner = keras.layers.Layer()
     owner.parts = [first, second]

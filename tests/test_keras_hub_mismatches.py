@@ -13,8 +13,11 @@ from support.keras_hub_files import CONVOLUTION, backbone, numbers, random_facto
 import keras_lora as kl
 from keras_lora.checks import AdapterFileError
 from keras_lora.exchange.keras_hub.adapter import keras_hub_factors, write_keras_hub_lora
-from keras_lora.exchange.keras_hub.numbering import keras_hub_layers, match_keras_hub_layers
-from keras_lora.layers import site_of
+from keras_lora.exchange.keras_hub.numbering import (
+    keras_hub_layers,
+    match_keras_hub_layers,
+    matrix_shape,
+)
 from keras_lora.lowrank.per_axis import Pair
 
 pytest_plugins = ["support.keras_hub_files"]
@@ -22,7 +25,7 @@ pytest_plugins = ["support.keras_hub_files"]
 
 def fresh_pairs(model: Any, name: str, value: float = 1.0) -> dict[int, Pair]:
     layers = keras_hub_layers(model)
-    shapes = {i: site_of(layers[i].layer).shape for i in numbers(model, name)}
+    shapes = {i: matrix_shape(layers[i].layer) for i in numbers(model, name)}
     return {
         i: (np.ones((*shape[:-1], 2)), np.full((2, shape[-1]), value))
         for i, shape in shapes.items()

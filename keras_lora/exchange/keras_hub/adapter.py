@@ -20,6 +20,7 @@ from keras_lora.exchange.keras_hub.numbering import (
     is_exchanged,
     keras_hub_layers,
     match_keras_hub_layers,
+    matrix_shape,
 )
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
@@ -266,7 +267,7 @@ def write_keras_hub_lora(
         if n.path in factors
     }
     rank = _file_rank(rank, max(len(b) for _, b in pairs.values()))
-    shapes = {i: site_of(node.layer).shape for i, node in enabled.items()}
+    shapes = {i: matrix_shape(node.layer) for i, node in enabled.items()}
     padded = {i: _padded(pairs.get(i), shape, rank) for i, shape in shapes.items()}
     write_keras_hub_arrays(path, rank, padded)
     return rank

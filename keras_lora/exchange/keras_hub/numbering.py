@@ -15,7 +15,8 @@ import numpy as np
 from keras_lora.checks import invalid_file, warn
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
-from keras_lora.layers import family_of, lora_class_for, plain_class, site_of
+from keras_lora.layers import family_of, lora_class_for, plain_class, site_of, sites_of
+from keras_lora.lowrank.equations import Shape
 from keras_lora.lowrank.per_axis import Pair
 from keras_lora.walker import Node, backbone_of, walk
 
@@ -55,6 +56,14 @@ def is_exchanged(layer: keras.layers.Layer) -> bool:
     except ValueError:  # the equation takes a diagonal
         return False
     return True
+
+
+def matrix_shape(layer: keras.layers.Layer) -> Shape:
+    """The shape of the matrix that KerasHub writes factors of, in layers of other kinds too."""
+    if sites_of(layer):
+        return site_of(layer).shape
+    is_embedding = isinstance(layer, keras.layers.Embedding)
+    return tuple((layer.embeddings if is_embedding else layer.kernel).shape)
 
 
 def match_keras_hub_layers(
@@ -119,7 +128,7 @@ def _not_as_enabled(layers: Mapping[int, Node], numbers: Collection[int]) -> Ite
 
 def _misfit(i: int, node: Node, pair: Pair) -> str | None:
     a, b = pair
-    shape, rank = site_of(node.layer).shape, len(b)
+    shape, rank = matrix_shape(node.layer), len(b)
     if (*a.shape[:-1], b.shape[-1]) == shape:
         return None
     return (
