@@ -16,7 +16,7 @@ class Problems:
 
     >>> problems = Problems()
     >>> problems.add("r: missing")
-    >>> with problems.gathered("lora_alpha", ValueError):
+    >>> with problems.caught(ValueError, part="lora_alpha"):
     ...     raise ValueError("expected a number")
     >>> str(problems)
     'r: missing; lora_alpha: expected a number'
@@ -38,20 +38,12 @@ class Problems:
         self._found += problems
 
     @contextlib.contextmanager
-    def caught(self, *errors: type[Exception]) -> Iterator[None]:
-        """Within the context, one of these errors becomes a problem."""
+    def caught(self, *errors: type[Exception], part: str = "") -> Iterator[None]:
+        """Within the context, one of these errors becomes a problem of the input, or of a part."""
         try:
             yield
         except errors as error:
-            self.add(str(error))
-
-    @contextlib.contextmanager
-    def gathered(self, part: str, *errors: type[Exception]) -> Iterator[None]:
-        """Within the context, one of these errors becomes a problem of a part."""
-        try:
-            yield
-        except errors as error:
-            self.add(f"{part}: {error}")
+            self.add(f"{part}: {error}" if part else str(error))
 
     def raise_any(self, error: Callable[[str], Exception]) -> None:
         """Raise `error(all problems)`, if there are any."""

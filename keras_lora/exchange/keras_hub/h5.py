@@ -117,7 +117,7 @@ def _read_groups(file: Any, source: Path, size: int) -> dict[int, Pair]:
     pairs: dict[int, Pair] = {}
     problems = Problems()
     for key in sorted(set(lora) - {"vars"}):
-        with problems.gathered(f"/lora/{key}", *_H5_ERRORS):
+        with problems.caught(*_H5_ERRORS, part=f"/lora/{key}"):
             number = _number(key)
             pairs[number] = _read_pair(_child(lora, key, h5py.Group), rank, size)
     if not problems and not pairs:

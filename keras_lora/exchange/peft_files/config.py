@@ -216,7 +216,7 @@ def _check_types(config: Mapping[str, Any], problems: Problems) -> None:
             )
     if config["bias"] not in BIASES:
         problems.add(f"bias: {config['bias']!r} is none of {BIASES}")
-    with problems.gathered("lora_dropout", *_ERRORS):
+    with problems.caught(*_ERRORS, part="lora_dropout"):
         AdapterSpec(rank=1, alpha=1, dropout=config["lora_dropout"])
 
 
@@ -230,11 +230,11 @@ def _pattern(
     values = config[pattern] or {}
     given = {name: config[name], **{f"{pattern}[{key!r}]": v for key, v in values.items()}}
     for field, value in given.items():
-        with problems.gathered(field, *_ERRORS):
+        with problems.caught(*_ERRORS, part=field):
             check(value)
     expressions: dict[str, re.Pattern[str]] = {}
     for key in values:
-        with problems.gathered(f"{pattern}[{key!r}]", *_ERRORS):
+        with problems.caught(*_ERRORS, part=f"{pattern}[{key!r}]"):
             expressions[key] = _compiled(rf"(.*\.)?({key})$")
     return Pattern(values, config[name], expressions)
 
@@ -250,7 +250,7 @@ def _check_selection(config: Mapping[str, Any], problems: Problems) -> None:
     problems.add(*wrong)
     expressions = [config[n] for n in fields[:2] if isinstance(config[n], str)]
     for expression in [] if wrong else [*expressions, *_layer_expressions(config)]:
-        with problems.gathered(repr(expression), *_ERRORS):
+        with problems.caught(*_ERRORS, part=repr(expression)):
             _compiled(expression)
 
 
