@@ -25,7 +25,7 @@ from keras_lora.export import on_first_use
 from keras_lora.export.reports import GraphReport, RuntimeReport
 from keras_lora.files.adapter_files import read_adapter_config, read_adapter_files
 from keras_lora.files.saving import load_adapter, save_adapter
-from keras_lora.inject import apply_lora, merge_lora, merged, unload_lora
+from keras_lora.inject import apply_lora, guard_keras_savers, merge_lora, merged, unload_lora
 from keras_lora.layers import (
     LoRADense,
     LoRAEinsumDense,
@@ -89,6 +89,8 @@ __all__ = [
     "set_adapter",
     "unload_lora",
 ]
+
+guard_keras_savers()
 
 
 def __getattr__(name: str) -> Any:

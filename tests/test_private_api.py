@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from support.models import composite, data, functional, subclassed
 
 import keras_lora as kl
 from keras_lora.export.keras_hub.operations import server_operations
+from keras_lora.inject.keras_savers import saver_modules
 
 
 @pytest.mark.parametrize("layer_class", [keras.layers.Dense, keras.layers.EinsumDense])
@@ -126,6 +129,24 @@ def test_names_in_weight_files_come_from_the_class() -> None:
     assert type(layer) is kl.LoRADense
     assert type(layer).__name__ == "Dense"
     assert repr(layer).startswith("<LoRADense name=up")
+
+
+def test_savers_look_their_functions_up_when_they_are_called(monkeypatch: Any) -> None:
+    """So a wrapped function is the one that `save` and `keras.saving.save_model` call."""
+    saving_lib, legacy = saver_modules()
+    model, called = functional(), []
+    for module, name in [(saving_lib, "save_model"), (legacy, "save_model_to_hdf5")]:
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: called.append(name))
+    for save in (model.save, partial(keras.saving.save_model, model)):
+        for file in ("m.keras", "m.h5"):
+            save(file)
+    model.save("m", zipped=False)
+    assert called == ["save_model", "save_model_to_hdf5"] * 2 + ["save_model"]
+    monkeypatch.undo()
+    monkeypatch.setattr(saving_lib, "_serialize_model_as_json", called.append)
+    with pytest.raises(TypeError, match="NoneType"):
+        copy.deepcopy(model)
+    assert called[-1] is model
 
 
 def test_fit_starts_where_it_is_told() -> None:

@@ -3,6 +3,7 @@
 from keras_lora.inject.apply import apply_lora, drop, install
 from keras_lora.inject.compiled import changing
 from keras_lora.inject.freezing import original_flag
+from keras_lora.inject.keras_savers import guard_keras_savers
 from keras_lora.inject.merge import merge_lora, merged, unload, unload_lora
 from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
 from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers, plan_of
@@ -35,6 +36,7 @@ __all__ = [
     "check_no_dora",
     "drop",
     "forget_optimizer_states",
+    "guard_keras_savers",
     "install",
     "known_models",
     "loses_dropout",

@@ -13,7 +13,7 @@ from keras_lora.checks import warn
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import around, changing, refresh
 from keras_lora.inject.freezing import freeze, thaw
-from keras_lora.inject.saving import allow_saving, prepare_saving
+from keras_lora.inject.saving import allow_presets, prepare_saving
 from keras_lora.inject.switching import (
     activate,
     active_names,
@@ -146,7 +146,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
         bank.fold()
     states = [detach(layer) for layer in layers]
     thaw(tree)
-    allow_saving(tree)
+    allow_presets(tree)
     refresh(models)
     try:
         yield model
@@ -177,7 +177,7 @@ def _strip(tree: Tree) -> None:
     for variable in tree.root.variables:
         forget_owners(variable)
     thaw(tree)
-    allow_saving(tree)
+    allow_presets(tree)
 
 
 def _mergeable(tree: Tree) -> list[LoRALayer]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, NoReturn
 
+import keras
+
 from keras_lora.inject.freezing import own_trainable_variables
 from keras_lora.layers import BASE, LoRALayer, all_owned, is_registered
 from keras_lora.walker import Layer, Tree
@@ -14,7 +16,7 @@ from keras_lora.walker import Layer, Tree
 def prepare_saving(tree: Tree) -> None:
     """Prepare an adapted model for Keras's savers: further values to write, and files to refuse."""
     keep_owned_values(tree)
-    guard_saving(tree)
+    refuse_presets(tree)
 
 
 def keep_owned_values(tree: Tree) -> None:
@@ -25,31 +27,37 @@ def keep_owned_values(tree: Tree) -> None:
     layers[0]._lora.owned = all_owned(tree.root.variables)
 
 
-def guard_saving(tree: Tree) -> None:
-    """Refuse, before a file is touched, to write a file that could not be read back.
+def refuse_presets(tree: Tree) -> None:
+    """Refuse presets of the models of KerasHub in a model. The inverse is `allow_presets`."""
+    for inner in tree.models:
+        if hasattr(inner, _PRESETS):
+            setattr(inner, _PRESETS, partial(_refuse, inner.name))
 
-    Keras opens the file first and serializes then, so that an error from a layer would destroy
-    an older file; `LoRALayer.save_assets` is the second line, for outer models. The inverse is
-    `allow_saving`.
+
+def allow_presets(tree: Tree) -> None:
+    """The inverse of `refuse_presets`."""
+    for inner in tree.models:
+        if _PRESETS in vars(inner):
+            delattr(inner, _PRESETS)
+
+
+def check_saveable(model: Any) -> None:
+    """Refuse to write a model to a file that could not be read back.
+
+    Layers that were made by hand are as their constructors make them, wherever they are.
+
+    Raises:
+        ValueError: the model, or one inside it, was adapted, and its config does not hold that.
     """
-    refusal = _UNSAVEABLE.format(model=tree.root.name)
-    message = None if _config_holds(tree) else refusal
-    for layer in tree.adapted:
-        layer._lora.unsaveable = message
-    for inner in tree.models:
-        if message:
-            inner.save = partial(_refuse, message)
-        if hasattr(inner, "save_to_preset"):
-            inner.save_to_preset = partial(_refuse, refusal)
+    if not isinstance(model, keras.layers.Layer):
+        return  # Keras writes optimizers and metrics in the same way
+    tree = Tree.of(model)
+    adapters = [adapter for bank in tree.banks for adapter in bank.adapters.values()]
+    if any(adapter.adapter is not None for adapter in adapters) and not _config_holds(tree):
+        _refuse(model.name)
 
 
-def allow_saving(tree: Tree) -> None:
-    """The inverse of `guard_saving`."""
-    for inner in tree.models:
-        for name in {"save", "save_to_preset"} & vars(inner).keys():
-            delattr(inner, name)
-
-
+_PRESETS = "save_to_preset"
 _UNSAVEABLE = (
     "'{model}' has adapters that no `.keras` file or preset could bring back: its config does not "
     "list the adapted layers. To save a plain model: merge_lora(model, inplace=False).save(path). "
@@ -58,8 +66,8 @@ _UNSAVEABLE = (
 )
 
 
-def _refuse(message: str, *_: Any, **__: Any) -> NoReturn:
-    raise ValueError(message)
+def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise ValueError(_UNSAVEABLE.format(model=name))
 
 
 def _config_holds(tree: Tree) -> bool:

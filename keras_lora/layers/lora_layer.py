@@ -297,17 +297,6 @@ class LoRALayer(Adapting, keras.layers.Layer):
                     magnitude.assign(bank.norms())
         assign_values(self._lora, saved)
 
-    def save_assets(self, dir_path: str) -> None:  # noqa: ARG002
-        """Stop the writing of a `.keras` file that could not be read back.
-
-        Keras calls this for every layer of a `.keras` file and never for `save_weights`.
-        """
-        if self._lora.unsaveable:
-            raise ValueError(self._lora.unsaveable)
-
-    def load_assets(self, dir_path: str) -> None:
-        """Do nothing: `save_assets` writes nothing."""
-
     def adapted_output(self, inputs: Tensor, training: bool | None, bias: Tensor | None) -> Tensor:
         """`act(x W0 + b + delta)`; the base's own `call` where no adapter can change it.
 

@@ -29,7 +29,6 @@ class LoRAState:
         pending_active: Likewise: the names of the adapters that will be active.
         train_bias: Whether the bias trains once the layer is built.
         refusal: Why the last weights file was refused.
-        unsaveable: Why a `.keras` file cannot contain this layer; None where it can.
     """
 
     base_class: type
@@ -40,7 +39,6 @@ class LoRAState:
     pending_active: tuple[str, ...] = ()
     train_bias: bool = False
     refusal: str | None = None
-    unsaveable: str | None = None
 
     @classmethod
     def of(
