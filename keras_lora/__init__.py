@@ -34,7 +34,7 @@ from keras_lora.layers import (
     LoRAReversibleEmbedding,
     register_lora_class,
 )
-from keras_lora.summary import LoRASummary, lora_summary
+from keras_lora.summary import LoRASummary, lora_summary, print_trainable_parameters
 from keras_lora.training.checkpoint import AdapterCheckpoint
 from keras_lora.version import __version__
 from keras_lora.walker import Target, find_targets, lora_layers
@@ -79,6 +79,7 @@ __all__ = [
     "lora_summary",
     "merge_lora",
     "merged",
+    "print_trainable_parameters",
     "read_adapter_config",
     "read_adapter_files",
     "register_lora_class",

@@ -197,3 +197,11 @@ def test_slice_update_needs_xla_unless_it_is_replaced() -> None:
     assert "XlaDynamicUpdateSlice" in operations[0]
     assert not any(name.startswith("Xla") for name in operations[1])
     assert "TensorStridedSliceUpdate" in operations[1]
+
+
+def test_operations_are_the_rows_of_a_functional_summary() -> None:
+    model, lines = functional(), list[str]()
+    model.summary(print_fn=lines.append)
+    (text,) = lines
+    names = [operation.name for operation in model._operations]
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("│")] == names

@@ -14,6 +14,7 @@ from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import around, changing, refresh
 from keras_lora.inject.freezing import freeze, thaw
 from keras_lora.inject.saving import allow_presets, prepare_saving
+from keras_lora.inject.showing import name_none
 from keras_lora.inject.switching import (
     activate,
     active_names,
@@ -147,6 +148,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     states = [detach(layer) for layer in layers]
     thaw(tree)
     allow_presets(tree)
+    name_none(tree)
     refresh(models)
     try:
         yield model
@@ -178,6 +180,7 @@ def _strip(tree: Tree) -> None:
         forget_owners(variable)
     thaw(tree)
     allow_presets(tree)
+    name_none(tree)
 
 
 def _mergeable(tree: Tree) -> list[LoRALayer]:

@@ -9,14 +9,16 @@ from typing import Any, NoReturn
 import keras
 
 from keras_lora.inject.freezing import own_trainable_variables
+from keras_lora.inject.showing import name_adapted
 from keras_lora.layers import BASE, LoRALayer, all_owned, is_registered
 from keras_lora.walker import Layer, Tree
 
 
 def prepare_saving(tree: Tree) -> None:
-    """Prepare an adapted model for Keras's savers: further values to write, and files to refuse."""
+    """Prepare an adapted model for Keras: values to write, files to refuse, names to show."""
     keep_owned_values(tree)
     refuse_presets(tree)
+    name_adapted(tree)
 
 
 def keep_owned_values(tree: Tree) -> None:

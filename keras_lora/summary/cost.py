@@ -1,4 +1,4 @@
-"""The cost of an adapted model, as a table."""
+"""The cost of an adapted model."""
 
 from __future__ import annotations
 
@@ -9,29 +9,16 @@ from dataclasses import dataclass
 import keras
 import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group
+from rich.text import Text
 
 from keras_lora.inject import adapted, original_flag
 from keras_lora.layers import AdapterBank, Factor
+from keras_lora.summary.table import SummaryRow, adapter_tables
 from keras_lora.walker import Tree
 
 # Adam keeps two moments of each trained parameter, in float32.
 _OPTIMIZER_BYTES = 2 * 4
-
-
-@dataclass(frozen=True)
-class SummaryRow:
-    """One adapter of one layer. `parameters` counts `A`, `B` and DoRA's magnitude."""
-
-    path: str
-    kind: str
-    adapter: str
-    rank: int
-    scaling: float
-    active: bool
-    parameters: int
-    kernel_parameters: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +40,7 @@ class LoRASummary:
         model_parameters: All parameters of the model, adapters included.
         trained: The cost of the variables that train now.
         full: The same for full fine-tuning of the base.
+        whole: Whether each of the rows is printed.
 
     Example:
 
@@ -65,29 +53,17 @@ class LoRASummary:
     model_parameters: int
     trained: Cost
     full: Cost
+    whole: bool = False
 
     @property
     def share(self) -> float:
         """The share of the model's parameters that trains, in [0, 1]."""
         return self.trained.parameters / self.model_parameters
 
-    def __rich__(self) -> Table:
-        table = Table(title="Adapters", caption=self._caption(), caption_justify="left")
-        for heading in ("layer", "kind", "adapter", "rank", "scale", "parameters", "of kernel"):
-            table.add_column(heading, justify="left" if heading in _LEFT else "right")
-        for row in self.rows:
-            table.add_row(
-                row.path,
-                row.kind,
-                row.adapter if row.active else f"{row.adapter} (inactive)",
-                str(row.rank),
-                f"{row.scaling:g}",
-                f"{row.parameters:,}",
-                f"{row.parameters / row.kernel_parameters:.2%}",
-            )
-        return table
+    def __rich__(self) -> Group:
+        return Group(*adapter_tables(self.rows, self.whole), self._caption())
 
-    def _caption(self) -> str:
+    def _caption(self) -> Text:
         lines = [
             f"trains {self.trained.parameters:,} of {self.model_parameters:,} parameters "
             f"({self.share:.2%})"
@@ -97,18 +73,21 @@ class LoRASummary:
             lines.append(
                 f"{name}s trained: {shown_bytes(ours)}; full fine-tuning: {shown_bytes(theirs)}"
             )
-        return "\n".join(lines).replace("optimizers trained", "optimizer state (Adam)")
+        return Text("\n".join(lines).replace("optimizers trained", "optimizer state (Adam)"))
 
 
-_LEFT = ("layer", "kind", "adapter")
-
-
-def lora_summary(model: keras.Model, console: Console | None = None) -> LoRASummary:
+def lora_summary(
+    model: keras.Model, console: Console | None = None, *, whole: bool = False
+) -> LoRASummary:
     """Print a table of a model's adapters, and what training costs beside full fine-tuning.
+
+    The table fits on a screen: layers whose paths differ in numbers alone share a row, and a long
+    path is shortened in the middle.
 
     Args:
         model: An adapted model.
         console: Where to print; standard output by default.
+        whole: Print a row for each adapter of each layer.
 
     Returns:
         The figures of the table. Bytes count the variables that train, their gradients and
@@ -127,6 +106,36 @@ def lora_summary(model: keras.Model, console: Console | None = None) -> LoRASumm
     >>> summary.trained.parameters, summary.full.parameters
     (160, 1550)
     """
+    summary = _summary(model, whole)
+    (Console() if console is None else console).print(summary)
+    return summary
+
+
+def print_trainable_parameters(model: keras.Model) -> None:
+    """Print what trains of an adapted model, in one line in the form of PEFT.
+
+    Args:
+        model: An adapted model.
+
+    Raises:
+        ValueError: the model has no adapters.
+
+    Example:
+
+    >>> import keras, keras_lora as kl
+    >>> model = keras.Sequential([keras.Input((30,)), keras.layers.Dense(50, name="up")])
+    >>> model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=2))
+    >>> kl.print_trainable_parameters(model)
+    trainable params: 160 || all params: 1,710 || trainable%: 9.3567
+    """
+    summary = _summary(model)
+    print(
+        f"trainable params: {summary.trained.parameters:,} || "
+        f"all params: {summary.model_parameters:,} || trainable%: {100 * summary.share:.4f}"
+    )
+
+
+def _summary(model: keras.Model, whole: bool = False) -> LoRASummary:
     banks = adapted(Tree.of(model))
     rows = [
         SummaryRow(
@@ -146,14 +155,13 @@ def lora_summary(model: keras.Model, console: Console | None = None) -> LoRASumm
     base = [v for v in model.weights if id(v) not in ours]
     # The factors of adapters, not those of their slots, which may be of a higher rank.
     trained = [f for bank in banks.values() for f in _trained_factors(bank)]
-    summary = LoRASummary(
+    return LoRASummary(
         rows,
         sum(map(_size, base)) + sum(row.parameters for row in rows),
         _cost([*trained, *(v for v in model.trainable_variables if id(v) not in ours)]),
         _cost([v for v in base if original_flag(v)]),
+        whole,
     )
-    (Console() if console is None else console).print(summary)
-    return summary
 
 
 def _trained_factors(bank: AdapterBank) -> list[Factor]:
