@@ -100,3 +100,68 @@ def test_layers_that_are_made_by_hand_are_as_their_model_makes_them(tmp_path: Pa
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     np.testing.assert_array_equal(model.predict(x, verbose=0), loaded.predict(x, verbose=0))
+
+
+def adapted(options: dict[str, dict[str, Any]]) -> keras.Model:
+    """A model with adapters of these names and options, compiled."""
+    model = functional()
+    model.compile("adam", "mse")
+    for name, fields in options.items():
+        kl.apply_lora(model, kl.LoRAConfig(**{"rank": 2, **fields}), name=name)
+        model.optimizer.build(model.trainable_variables)
+    randomize_adapters(model)
+    return model
+
+
+TWO: dict[str, dict[str, Any]] = {"a": {"rank": 3}, "b": {}}
+Step = Callable[[keras.Model], Any]
+# What a model went through before it is saved, beside what its adapters are.
+HISTORIES: dict[str, tuple[dict[str, dict[str, Any]], list[Step]]] = {
+    "none is active": ({"a": {"dropout": 0.1}}, [lambda m: kl.set_adapter(m, None)]),
+    "dropout was active": ({"a": {"dropout": 0.1}, "b": {}}, []),
+    "a higher rank was active": (TWO, []),
+    "two were active": (
+        TWO,
+        [lambda m: kl.set_adapter(m, ["a", "b"]), lambda m: kl.set_adapter(m, "b")],
+    ),
+    "the first slot grew last": (
+        {"a": {}, "b": {}, "c": {"rank": 3}},
+        [lambda m: kl.set_adapter(m, ["a", "b"]), lambda m: kl.set_adapter(m, ["c", "a"])],
+    ),
+    "DoRA was active": ({"a": {"use_dora": True}, "b": {}}, []),
+    "one was deleted": (
+        {"a": {"dropout": 0.1, "rank": 3}, "b": {}},
+        [lambda m: kl.delete_adapter(m, "a")],
+    ),
+    "it does not train": (TWO, [lambda m: kl.set_adapter(m, "a", trainable=False)]),
+    "it is scaled": (TWO, [lambda m: kl.scale_adapter(m, "b", 0.5)]),
+    "its head is its own": ({"a": {"layers_to_save": ["head"]}}, []),
+}
+
+
+def variables(model: keras.Model) -> list[tuple[str, bool, bytes]]:
+    found = [*model.variables, *model.optimizer.variables]
+    return [(v.name, v.trainable, np.array(v).tobytes()) for v in found]
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_a_keras_file_contains_what_follows_from_the_history(history: str, tmp_path: Path) -> None:
+    options, steps = HISTORIES[history]
+    model = adapted(options)
+    for step in steps:
+        step(model)
+    model.optimizer.build(model.trainable_variables)
+    rng = np.random.default_rng(3)
+    for variable in model.optimizer.variables[2:]:
+        variable.assign(rng.normal(size=variable.shape))
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert variables(loaded) == variables(model)
+    for path, layer in kl.lora_layers(model).items():
+        assert layer.active_adapters == kl.lora_layers(loaded)[path].active_adapters
+    names = [*kl.lora_layers(model)["up"].adapters]
+    x, _ = data(model)
+    for name in names:
+        for each in (model, loaded):
+            kl.set_adapter(each, name)
+        np.testing.assert_array_equal(np.array(loaded(x)), np.array(model(x)))
