@@ -8,6 +8,8 @@ import numbers
 import os
 import warnings
 
+import numpy as np
+
 # The packages whose frames a warning skips, to point at the line that a user wrote.
 _PASSED_OVER = {"keras_lora", "keras_lora_cli", "keras", "keras_hub", "contextlib"}
 
@@ -56,6 +58,10 @@ def is_finite(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_flag(value: object) -> bool:
+    return isinstance(value, bool | np.bool_)
 
 
 def warn(message: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from keras_lora.checks import check_alpha, check_rank, invalid, is_number
+from keras_lora.checks import check_alpha, check_rank, invalid, is_flag, is_number
 from keras_lora.initializers import STARTS
 from keras_lora.lowrank.equations import scaling
 
@@ -64,10 +65,11 @@ class AdapterSpec:
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise invalid("dropout", "a number in [0, 1)", self.dropout, "try dropout=0.05")
         for name in ("use_rslora", "use_dora"):
-            if not isinstance(getattr(self, name), bool):
+            if not is_flag(getattr(self, name)):
                 raise invalid(name, "True or False", getattr(self, name))
         if self.init not in STARTS:
             raise invalid("init", f"one of {tuple(STARTS)}", self.init)
+        _make_plain(self)
 
     @property
     def scaling(self) -> float:
@@ -128,6 +130,7 @@ class LoRAConfig:
             object.__setattr__(self, name, _pattern(name, getattr(self, name), check))
         if self.bias not in BIASES:
             raise invalid("bias", f"one of {BIASES}", self.bias)
+        _make_plain(self)
 
     def spec(self, *, rank: int | None = None, alpha: float | None = None) -> AdapterSpec:
         """The spec of one layer, with its own rank or alpha where a pattern gives them."""
@@ -178,6 +181,27 @@ class LoRAConfig:
         if not isinstance(values, dict):
             raise ValueError(f"Expected a JSON object. Received: {type(values).__name__}.")
         return cls.from_dict(values)
+
+
+def _make_plain(config: AdapterSpec | LoRAConfig) -> None:
+    """Give the fields of a config that was checked the types that JSON and Keras's files have."""
+    for field_ in dataclasses.fields(config):
+        object.__setattr__(config, field_.name, _plain(getattr(config, field_.name)))
+
+
+def _plain(value: Any) -> Any:
+    """The value without types of NumPy, enumerations and other subclasses of Python's types."""
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, str):
+        return str.__str__(value)  # `str` would give an enumeration's name
+    if is_flag(value):
+        return bool(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if is_number(value) else value
 
 
 def _check_targets(targets: object) -> None:

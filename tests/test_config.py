@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import math
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import keras
+import numpy as np
 import pytest
+from support.models import data, functional, randomize_adapters
 
 import keras_lora as kl
 
@@ -61,6 +68,65 @@ def test_json_round_trip_keeps_every_field() -> None:
     )
     assert kl.LoRAConfig.from_json(config.to_json()) == config
     assert kl.LoRAConfig.from_dict(config.to_dict()) == config
+
+
+class Choice(str, enum.Enum):  # noqa: UP042, a StrEnum is its value already
+    BIAS = "lora_only"
+    INIT = "gaussian"
+    NAME = "up"
+
+
+INTEGERS = [np.int64(3), np.uint8(3), np.int32(3)]
+NUMBERS = [np.float32(0.5), np.float64(0.5), np.float16(0.5), Fraction(1, 2)]
+FLAGS = [np.True_]
+NAMES = [np.str_("up"), Choice.NAME]
+FOREIGN: list[tuple[str, Any, Any]] = [
+    *(("rank", value, 3) for value in INTEGERS),
+    *(("rank_pattern", {name: 3}, {"up": 3}) for name in NAMES),
+    *(("rank_pattern", {"up": value}, {"up": 3}) for value in INTEGERS),
+    *((f, value, 0.5) for f in ("alpha", "dropout") for value in NUMBERS),
+    *(("alpha", value, 3) for value in INTEGERS),
+    *(("alpha_pattern", {"up": value}, {"up": 0.5}) for value in NUMBERS),
+    *((f, value, True) for f in ("use_rslora", "use_dora") for value in FLAGS),
+    *((f, [n], ("up",)) for f in ("targets", "exclude", "layers_to_save") for n in NAMES),
+    ("targets", np.str_("all"), "all"),
+    ("init", Choice.INIT, "gaussian"),
+    ("bias", Choice.BIAS, "lora_only"),
+]
+
+
+def _types(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [_types(item) for pair in value.items() for item in pair]
+    return [_types(item) for item in value] if isinstance(value, tuple) else type(value)
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), FOREIGN, ids=str)
+def test_values_of_other_types_become_pythons_own(name: str, value: Any, expected: Any) -> None:
+    config = kl.LoRAConfig(**{name: value})
+    received = getattr(config, name)
+    assert (received, _types(received)) == (expected, _types(expected))
+    assert kl.LoRAConfig.from_json(config.to_json()) == config
+
+
+def test_every_field_takes_values_of_other_types() -> None:
+    assert {f.name for f in dataclasses.fields(kl.LoRAConfig)} == {name for name, _, _ in FOREIGN}
+
+
+def test_an_adapter_with_a_config_of_numpy_values_is_written_and_read(tmp_path: Path) -> None:
+    model = functional()
+    options: dict[str, Any] = {"rank": np.int64(2), "alpha": np.float32(4)}
+    options |= {"dropout": np.float32(0.1), "use_dora": np.True_}
+    kl.apply_lora(model, kl.LoRAConfig(**options))
+    randomize_adapters(model)
+    kl.save_adapter(model, tmp_path / "adapter")
+    model.save(tmp_path / "model.keras")
+    x = data(model)[0]
+    expected = np.array(model(x))
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    kl.load_adapter(kl.unload_lora(model), tmp_path / "adapter")
+    for other in (loaded, model):
+        np.testing.assert_allclose(np.array(other(x)), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_config_with_a_function_cannot_be_written() -> None:
