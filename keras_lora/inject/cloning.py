@@ -1,8 +1,9 @@
-"""A second model with the same architecture and weights."""
+"""A second model with the same architecture, weights and other state."""
 
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,32 +12,30 @@ from keras import ops
 
 from keras_lora.checks import warn
 from keras_lora.inject.freezing import original_flag
-from keras_lora.layers import LoRALayer, plain_class
-from keras_lora.walker import Tree
+from keras_lora.layers import STATE_PREFIX, LoRALayer, plain_class
+from keras_lora.walker import Layer, Tree
 
 
 def plain_copy(tree: Tree) -> Any:
-    """A copy without adapters: the base's architecture, values, flags and compile settings.
+    """A copy without adapters: the base's architecture, state, flags and compile settings.
 
     Raises:
         ValueError: the model cannot be made from its config, or the model made from it has other
-            variables. (`LlamaBackbone.get_config` of KerasHub 0.32 forgets tied embeddings.)
+            layers or variables (`LlamaBackbone.get_config` of KerasHub 0.32 forgets tied
+            embeddings), or the state of a layer cannot be written or read.
     """
     model: Any = tree.root
     with _as_plain(tree.adapted):
         copy = _from_config(model)
     originals, copies = base_variables(tree), copy.variables
-    shapes = [[(tuple(v.shape), v.dtype) for v in variables] for variables in (originals, copies)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"inplace=False: expected the model made from {type(model).__name__}.get_config() to "
-            f"have the variables of the original, {len(originals)} of them. Received: "
-            f"{len(copies)}, or other shapes: its get_config is incomplete. Use inplace=True."
-        )
+    layers = list(Tree.of(copy).layers)
+    _check_alike(tree, layers, copies)
+    pairs = list(zip(tree.layers, layers, strict=True))
+    for original, layer in pairs:
+        _carry_state(original, layer)
     for original, variable in zip(originals, copies, strict=True):
         # A copy: on JAX training donates the arrays of the original.
         variable.assign(ops.copy(original.value))
-    pairs = list(zip(tree.layers, Tree.of(copy).layers, strict=True))
     for original, layer in pairs + list(zip(originals, copies, strict=True)):
         layer.trainable = original_flag(original)
     _compile_like(copy, model)
@@ -61,6 +60,44 @@ def _from_config(model: keras.Model) -> keras.Model:
             "inplace=True, or implement get_config."
         ) from error
     return copy
+
+
+def _check_alike(tree: Tree, layers: Sequence[Layer], variables: Sequence[keras.Variable]) -> None:
+    originals = base_variables(tree)
+    # By name: a notebook may have made the class anew.
+    classes = [[type(layer).__name__ for layer in each] for each in (tree.layers, layers)]
+    shapes = [[(tuple(v.shape), v.dtype) for v in each] for each in (originals, variables)]
+    if classes[0] != classes[1] or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"inplace=False: expected the model made from {type(tree.root).__name__}.get_config() "
+            f"to have the layers and variables of the original, {len(tree.layers)} and "
+            f"{len(originals)} of them. Received: {len(layers)} and {len(variables)}, or other "
+            "classes or shapes: its get_config is incomplete. Use inplace=True."
+        )
+
+
+def _carry_state(original: Layer, layer: Layer) -> None:
+    """Carry over what a `.keras` file has of a layer: vocabularies, measured means and the like.
+
+    Not all of that is in variables, or in the config.
+    """
+    stored: dict[str, Any] = {}
+    try:
+        original.save_own_variables(stored)
+        if isinstance(original, LoRALayer):
+            stored = {k: v for k, v in stored.items() if not k.startswith(STATE_PREFIX)}
+        layer.load_own_variables(stored)
+        with _as_plain([original] if isinstance(original, LoRALayer) else []):
+            if hasattr(original, "save_assets"):  # as Keras asks: the base class has none
+                with tempfile.TemporaryDirectory() as folder:
+                    original.save_assets(folder)
+                    layer.load_assets(folder)
+    except Exception as error:
+        raise ValueError(
+            "inplace=False: expected layers whose state can be written and read. Received: "
+            f"{type(original).__name__} {original.name!r}, which cannot "
+            f"({type(error).__name__}: {error}). Use inplace=True."
+        ) from error
 
 
 @contextlib.contextmanager

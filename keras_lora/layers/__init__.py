@@ -14,6 +14,7 @@ from keras_lora.layers.adaptable import (
 )
 from keras_lora.layers.adapter import Adapter, LayerAdapter, adapter_shapes, factor_names
 from keras_lora.layers.bank import AdapterBank, layer_adapter
+from keras_lora.layers.checkpoint import STATE_PREFIX
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.factors import Factor
 from keras_lora.layers.kinds import Kind, Site, family_of
@@ -45,6 +46,7 @@ from keras_lora.layers.registry import (
 __all__ = [
     "BASE",
     "DEFAULT_ADAPTER",
+    "STATE_PREFIX",
     "WAS_TRAINABLE",
     "Adapter",
     "AdapterBank",

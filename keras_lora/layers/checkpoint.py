@@ -16,11 +16,7 @@ from keras_lora.layers.state import LoRAState
 
 STATE_PREFIX = "lora_"
 _SCALING = "scaling."
-_HAS_DROPOUT = "has_dropout."
-_SEEDS = "seeds"
-_ANY_MATRIX = rf"{STATE_PREFIX}([^.:]+:)?"
-_SPEC_KEY = re.compile(rf"{_ANY_MATRIX}({re.escape(_SCALING)}|{re.escape(_HAS_DROPOUT)})")
-_OPTIONAL_KEY = re.compile(rf"{_ANY_MATRIX}({_SEEDS}$|{re.escape(_HAS_DROPOUT)})")
+_SCALE_KEY = re.compile(rf"{STATE_PREFIX}([^.:]+:)?{re.escape(_SCALING)}")
 _BASE_PREFIX = f"{STATE_PREFIX}base."
 BASE_ONLY = (
     "The weights file contains no adapters: the base's weights were loaded and the adapters of the "
@@ -37,11 +33,9 @@ def adapter_values(state: LoRAState) -> dict[str, np.ndarray]:
             for which, factor in adapter.named_factors.items():
                 values[_key(bank, f"{which}.{name}")] = np.array(factor)
             values[_key(bank, f"{_SCALING}{name}")] = np.array(adapter.scaling, "float32")
-            has_dropout = np.array(adapter.spec.dropout > 0, "float32")
-            values[_key(bank, f"{_HAS_DROPOUT}{name}")] = has_dropout
         if bank.seeds is not None:
             # Without them a resumed run would draw other dropout masks than an uninterrupted one.
-            values[_key(bank, _SEEDS)] = ops.convert_to_numpy(bank.seeds.state)
+            values[_key(bank, "seeds")] = ops.convert_to_numpy(bank.seeds.state)
     return values | {key: item.value(name) for key, item, name in _owned_values(state)}
 
 
@@ -53,7 +47,7 @@ def assign_values(state: LoRAState, saved: Mapping[str, Any]) -> None:
             for which, factor in adapter.named_factors.items():
                 put[_key(bank, f"{which}.{name}")] = factor.assign
         if bank.seeds is not None:
-            put[_key(bank, _SEEDS)] = bank.seeds.state.assign
+            put[_key(bank, "seeds")] = bank.seeds.state.assign
     put |= {key: partial(item.assign, name) for key, item, name in _owned_values(state)}
     for key in put.keys() & saved.keys():
         put[key](saved[key])
@@ -84,24 +78,18 @@ def check_values(state: LoRAState, saved: Mapping[str, Any], path: str) -> None:
 
 
 def _misfits(live: Mapping[str, np.ndarray], saved: Mapping[str, Any]) -> list[str]:
-    wrong = [f"{key} is missing" for key in live.keys() - saved.keys() if _is_needed(key)]
-    wrong += [f"{key} is not expected" for key in saved.keys() - live.keys() if _is_needed(key)]
+    # A model from a `.keras` file does not know its base's own values.
+    missing = {key for key in live.keys() - saved.keys() if not key.startswith(_BASE_PREFIX)}
+    extra = {key for key in saved.keys() - live.keys() if not key.startswith(_BASE_PREFIX)}
+    wrong = [f"{key} is missing" for key in missing]
+    wrong += [f"{key} is not expected" for key in extra]
     for key in live.keys() & saved.keys():
         received, expected = tuple(saved[key].shape), tuple(live[key].shape)
         if received != expected:
             wrong.append(f"{key} has shape {received}, expected {expected}")
-        elif _SPEC_KEY.match(key) and abs(saved[key][()] - live[key]) > 1e-6:
+        elif _SCALE_KEY.match(key) and abs(saved[key][()] - live[key]) > 1e-6:
             wrong.append(f"{key} is {saved[key][()]}, expected {live[key]}")
     return wrong
-
-
-def _is_needed(key: str) -> bool:
-    """Whether a file must contain the value if the model has it, and the other way round.
-
-    A model from a `.keras` file does not know its base's own values. Seeds follow from what was
-    ever active, and files of earlier versions do not say which adapters have dropout.
-    """
-    return not key.startswith(_BASE_PREFIX) and not _OPTIONAL_KEY.match(key)
 
 
 def _owned_values(state: LoRAState) -> list[tuple[str, OwnedValues, str]]:

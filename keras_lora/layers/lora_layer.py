@@ -28,7 +28,7 @@ from keras_lora.layers.checkpoint import (
 )
 from keras_lora.layers.computation import Computation
 from keras_lora.layers.kinds import KINDS, kinds_of, only
-from keras_lora.layers.slots import Room, Slot
+from keras_lora.layers.slots import Slot
 from keras_lora.layers.state import LoRAState
 from keras_lora.lowrank.equations import Tensor
 from keras_lora.lowrank.products import Products, adapted_sum
@@ -66,7 +66,6 @@ class LoRALayer(Adapting, keras.layers.Layer):
         adapters: `{name: AdapterSpec fields}` instead of the six above, for several adapters.
         active: Names of the active adapters; all of them by default.
         train_bias: Train the bias beside the adapters.
-        room: What the slots have room for, where that is more than `active`: from `get_config`.
         **kwargs: As the base layer takes them.
 
     Raises:
@@ -109,7 +108,6 @@ class LoRALayer(Adapting, keras.layers.Layer):
         adapters: Mapping[str, Mapping[str, Any]] | None = None,
         active: Sequence[str] | None = None,
         train_bias: bool = False,
-        room: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if adapters is None:
@@ -138,7 +136,6 @@ class LoRALayer(Adapting, keras.layers.Layer):
         check_adaptable(self)
         self._lora = LoRAState.of(self, _adapted_class(type(self)), kinds)
         self._lora.pending, self._lora.pending_active = specs, chosen
-        self._lora.pending_room = None if room is None else Room(**room)
         self._lora.train_bias = train_bias
 
     def __repr__(self) -> str:
@@ -153,9 +150,7 @@ class LoRALayer(Adapting, keras.layers.Layer):
         for bank in self.banks.values():
             for name, spec in self._lora.pending.items():
                 bank.add(name, spec)
-            if (room := self._lora.pending_room) is not None:
-                bank.make_room(room)
-            bank.activate(self._lora.pending_active, room is None or room.trainable)
+            bank.activate(self._lora.pending_active)
         self._lora.pending = {}
 
     @property
@@ -256,13 +251,11 @@ class LoRALayer(Adapting, keras.layers.Layer):
         banks = list(self.banks.values())
         built = {name: adapter.acting_spec for name, adapter in banks[0].adapters.items()}
         specs = self._lora.pending | built
-        room = banks[0].room if self.built else self._lora.pending_room
         return {
             **super().get_config(),
             "adapters": {name: dataclasses.asdict(spec) for name, spec in specs.items()},
             "active": list(banks[0].active if self.built else self._lora.pending_active),
             "train_bias": self._trains_bias(),
-            "room": dataclasses.asdict(room) if room else None,
         }
 
     def enable_lora(self, *_: Any, **__: Any) -> None:

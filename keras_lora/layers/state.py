@@ -13,7 +13,6 @@ from keras_lora.config import AdapterSpec
 from keras_lora.layers.bank import AdapterBank
 from keras_lora.layers.kinds import Kind, Site
 from keras_lora.layers.owned import OwnedValues
-from keras_lora.layers.slots import Room
 
 
 @dataclass
@@ -28,7 +27,6 @@ class LoRAState:
             have moments for its slots.
         pending: Between the constructor and `build`: the specs of the adapters to make.
         pending_active: Likewise: the names of the adapters that will be active.
-        pending_room: Likewise: what the slots will have room for; only for `active` if None.
         train_bias: Whether the bias trains once the layer is built.
         refusal: Why the last weights file was refused.
     """
@@ -39,7 +37,6 @@ class LoRAState:
     models: WeakSet[Any] = field(default_factory=WeakSet)
     pending: dict[str, AdapterSpec] = field(default_factory=dict)
     pending_active: tuple[str, ...] = ()
-    pending_room: Room | None = None
     train_bias: bool = False
     refusal: str | None = None
 
