@@ -13,9 +13,14 @@ from __future__ import annotations
 
 import os
 
+from keras_lora_cli.quiet import silenced
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+with silenced():
+    import keras
 
 import argparse
 import sys
@@ -26,7 +31,6 @@ from itertools import cycle
 from pathlib import Path
 from statistics import median
 
-import keras
 from encoder import add_shape, classifier, compiled, fixed_batch
 from memory import MIB, billion, forget_peak, read_so_far, resident
 from merged import predicting, training

@@ -11,9 +11,14 @@ from __future__ import annotations
 
 import os
 
+from keras_lora_cli.quiet import silenced
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+with silenced():
+    import keras_lora as kl
 
 import argparse
 import sys
@@ -21,8 +26,6 @@ import time
 
 from memory import MIB, billion, forget_peak, resident, size
 from timing import print_bars
-
-import keras_lora as kl
 
 MOST_SECONDS, MOST_PERCENT = 5.0, 2.0
 

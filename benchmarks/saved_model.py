@@ -14,9 +14,14 @@ from __future__ import annotations
 
 import os
 
+from keras_lora_cli.quiet import silenced
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+with silenced():
+    import keras
 
 import argparse
 import json
@@ -27,7 +32,6 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import keras
 import numpy as np
 from encoder import add_shape, classifier, fixed_batch
 from rich.console import Console

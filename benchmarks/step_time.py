@@ -14,9 +14,14 @@ from __future__ import annotations
 
 import os
 
+from keras_lora_cli.quiet import silenced
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+with silenced():
+    import keras
 
 import argparse
 import contextlib
@@ -28,7 +33,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import keras
 from encoder import CLASSES, HEAD, add_shape, classifier, compiled, fixed_batch
 from timing import Bars, Seconds, Step, interleaved, print_bars, print_times, ratio
 

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import os
 
+from keras_lora_cli.quiet import silenced
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 # All files are local, so the Hugging Face Hub is not asked.
@@ -29,6 +31,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 # Otherwise torch's threads spin while they wait, which is ten times as slow on shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+with silenced():
+    import keras
 
 import argparse
 import sys
@@ -40,7 +45,6 @@ from pathlib import Path
 from typing import Any
 
 import assets
-import keras
 import numpy as np
 import smollm2
 import tensorflow as tf

@@ -20,8 +20,13 @@ from __future__ import annotations
 
 import os
 
+from keras_lora_cli.quiet import silenced
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+with silenced():
+    import keras
 
 import functools
 import sys
@@ -32,7 +37,6 @@ from pathlib import Path
 from typing import Any
 
 import assets
-import keras
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress

@@ -17,8 +17,13 @@ from __future__ import annotations
 
 import os
 
+from keras_lora_cli.quiet import silenced
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+with silenced():
+    import keras
 
 import argparse
 import statistics
@@ -31,7 +36,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import assets
-import keras
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
@@ -267,7 +271,10 @@ def answers(saved_model: Path, sentences: Sequence[str]) -> Mapping[str, np.ndar
         inputs, outputs = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
         np.savez(inputs, text=sentences)
         command = [sys.executable, SERVER, saved_model, inputs, outputs]
-        subprocess.run([str(word) for word in command], check=True)
+        words = [str(word) for word in command]
+        done = subprocess.run(words, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"Expected answers. Received: {done.stderr}")
         with np.load(outputs) as arrays:
             return dict(arrays)
 

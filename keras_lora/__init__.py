@@ -5,6 +5,7 @@ The exports import TensorFlow, so each of them is loaded on first use (`export/o
 
 from typing import TYPE_CHECKING, Any
 
+import keras_lora.as_command  # noqa: F401  (before TensorFlow is imported)
 from keras_lora.adapters import (
     combine_adapters,
     delete_adapter,

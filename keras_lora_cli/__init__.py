@@ -7,9 +7,10 @@ completion and typing errors are shown at once, and each command imports what it
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
+
+from keras_lora_cli.quiet import lower_log_level
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,8 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 if all is well, 1 for a negative answer, 2 for an error.
     """
-    # Without TensorFlow's notices of the processors that it found.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    lower_log_level()
     try:
         importlib.import_module("typer")
     except ImportError as error:

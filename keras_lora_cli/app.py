@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
+import runpy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -74,7 +75,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(importlib.metadata.version("keras-lora"))
+        # The library need not be installed, and its import takes seconds.
+        file = Path(__file__).parent.parent / "keras_lora" / "version.py"
+        print(runpy.run_path(str(file))["__version__"])
         raise typer.Exit
 
 

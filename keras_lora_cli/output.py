@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
@@ -17,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 from rich.text import Text
+
+from keras_lora_cli.quiet import silenced
+from keras_lora_cli.wrapping import Wrapped
 
 # The width of lines in a pipe or a file, which have no width: enough for long paths.
 _WIDTH = 240
@@ -49,12 +51,12 @@ class Answer:
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """A table of plain text, with columns of numbers on the right."""
-    made = Table(title=Text(title), title_justify="left")
+    made = Table(title=Text(title), title_justify="left", header_style="cyan")
     for i, heading in enumerate(headings):
         numbers = bool(rows) and all(isinstance(row[i], int | float) for row in rows)
-        made.add_column(heading, justify="right" if numbers else "left", overflow="fold")
+        made.add_column(heading, justify="right" if numbers else "left")
     for row in rows:
-        made.add_row(*(Text(shown(value)) for value in row))
+        made.add_row(*(Wrapped(shown(value)) for value in row))
     return made
 
 
@@ -63,7 +65,7 @@ def facts(values: Mapping[str, object]) -> Table:
     made = Table.grid(padding=(0, 2))
     for name, value in values.items():
         if value is not None:
-            made.add_row(Text(name, style="bold"), Text(shown(value)))
+            made.add_row(Text(name, style="bold"), Wrapped(shown(value)))
     return made
 
 
@@ -113,7 +115,7 @@ class Steps:
         Raises:
             ImportError: the command needs TensorFlow, which cannot be imported.
         """
-        with self.step("starting Keras"), _silenced():
+        with self.step("starting Keras"), silenced():
             if tensorflow_for is not None:
                 from keras_lora.export.on_first_use import check_tensorflow
 
@@ -135,29 +137,16 @@ def steps(total: int) -> Iterator[Steps]:
 
 @contextlib.contextmanager
 def _own_stderr() -> Iterator[TextIO]:
-    """A second descriptor of standard error, which stays open while `_silenced` redirects it."""
+    """A second descriptor of standard error, which stays open while `silenced` redirects it."""
     with os.fdopen(os.dup(2), "w") as stream:
         yield stream
 
 
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Within the context the process, its C++ code included, writes nothing to standard error."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def complain(kind: str, message: object) -> None:
-    """One line on standard error."""
-    print(f"keras-lora: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+    """One line on standard error; its beginning has a colour on a terminal."""
+    beginning = f"keras-lora: {kind}:", "bold red" if kind == "error" else "bold yellow"
+    text = Text.assemble(beginning, " ", " ".join(str(message).split()))
+    Console(stderr=True).print(text, soft_wrap=True)
 
 
 @contextlib.contextmanager
