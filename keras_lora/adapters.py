@@ -24,8 +24,8 @@ from keras_lora.inject import (
     forget_optimizer_states,
     install,
     known_models,
+    leaving,
     plan_factors,
-    prepare_saving,
     switch,
     unload,
     whole_adapters,
@@ -147,10 +147,10 @@ def delete_adapter(model: keras.Model, name: str) -> None:
     if len(left) < len(active_names(tree)):
         switch(tree, left, any(bank.trains for bank in tree.banks))
     emptied = [x for x in tree.adapted if all(set(b.adapters) <= {name} for b in x.banks.values())]
-    with changing(tree, emptied) if emptied else contextlib.nullcontext():
+    known = known_models(tree)
+    with changing(tree, emptied) if emptied else contextlib.nullcontext(), leaving(tree):
         drop(tree, name)
-    prepare_saving(tree)
-    for inner in known_models(tree):
+    for inner in known:
         forget_optimizer_states(inner, name)
 
 

@@ -4,6 +4,7 @@ from keras_lora.inject.apply import apply_lora, drop, install
 from keras_lora.inject.compiled import changing
 from keras_lora.inject.freezing import original_flag
 from keras_lora.inject.keras_savers import guard_keras_savers
+from keras_lora.inject.leaving import leaving
 from keras_lora.inject.merge import merge_lora, merged, unload, unload_lora
 from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
 from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers, plan_of
@@ -39,6 +40,7 @@ __all__ = [
     "guard_keras_savers",
     "install",
     "known_models",
+    "leaving",
     "loses_dropout",
     "merge_lora",
     "merged",

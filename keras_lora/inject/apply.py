@@ -12,6 +12,7 @@ from keras_lora.inject.compiled import changing
 from keras_lora.inject.plan import Plan, PlannedLayer, make_plan, warn_of_high_ranks
 from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.switching import activate, active_names, known_models, refreeze
+from keras_lora.inject.trial import check_plan
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     LoRALayer,
@@ -67,7 +68,8 @@ def apply_lora(
 
     Raises:
         ValueError: an unbuilt model, targets that match nothing, a name that is taken or
-            malformed, a layer that cannot be adapted. The model is then as it was.
+            malformed, a layer that cannot be adapted, or whose matrix another layer computes with,
+            a layer that moves frozen variables. The model is then as it was.
 
     Example:
 
@@ -101,6 +103,7 @@ def apply_lora(
 
 def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True) -> None:
     """Add an adapter as planned. It is active and trains alone, or waits for `set_adapter`."""
+    check_plan(tree, plan)
     before = active_names(tree)
     switched = (before, [plan.name]) if active else None
     with changing(tree, [layer.target.layer for layer in plan.layers], switched):

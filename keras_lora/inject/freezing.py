@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from typing import TypeAlias
 
 import keras
 
 from keras_lora.layers import WAS_TRAINABLE, remember_flag
 from keras_lora.walker import Layer, Tree
+
+Item: TypeAlias = "Layer | keras.Variable"
+
+# The attribute of a layer or variable: whether the last `freeze` froze it.
+_FROZEN = "_lora_frozen"
 
 
 def freeze(tree: Tree, selected: Iterable[keras.Variable]) -> None:
@@ -17,28 +23,37 @@ def freeze(tree: Tree, selected: Iterable[keras.Variable]) -> None:
     move its statistics.
     """
     chosen = {id(v) for v in selected}
-    for layer in tree.layers:
-        remember_flag(layer)
-    for variable in tree.root.variables:
-        remember_flag(variable)
+    for item in [*tree.layers, *tree.root.variables]:
+        remember_flag(item)
     for layer in tree.layers:
         layer.trainable = any(id(v) in chosen for v in layer.variables)
     for variable in tree.root.variables:
         variable.trainable = id(variable) in chosen
+    for item in [*tree.layers, *tree.root.variables]:
+        setattr(item, _FROZEN, not item.trainable)
 
 
-def thaw(tree: Tree) -> None:
-    """Give every layer and variable the flag that it had before `freeze`."""
-    variables = [(v, original_flag(v)) for v in tree.root.variables]
-    layers = [(layer, original_flag(layer)) for layer in tree.layers]
+def thawed_by_others(items: Iterable[Item]) -> list[Item]:
+    """What `freeze` froze and trains nevertheless, as after `model.trainable = True`."""
+    return [item for item in items if item.trainable and getattr(item, _FROZEN, False)]
+
+
+def thaw(tree: Tree, held: Set[int] = frozenset()) -> None:
+    """Give every layer and variable the flag that it had before `freeze`.
+
+    Those with an id in `held` stay as they are.
+    """
+    items = [*tree.layers, *tree.root.variables]
+    flags = [item.trainable if id(item) in held else original_flag(item) for item in items]
     # Parents first: to set the flag of a layer sets the flags of every layer below.
-    for item, flag in layers + variables:
+    for item, flag in zip(items, flags, strict=True):
         item.trainable = flag
-        if hasattr(item, WAS_TRAINABLE):
-            delattr(item, WAS_TRAINABLE)
+        for name in (WAS_TRAINABLE, _FROZEN):
+            if id(item) not in held and hasattr(item, name):
+                delattr(item, name)
 
 
-def original_flag(item: Layer | keras.Variable) -> bool:
+def original_flag(item: Item) -> bool:
     """The trainable flag from before `freeze`; the present one if it was never frozen."""
     return bool(getattr(item, WAS_TRAINABLE, item.trainable))
 

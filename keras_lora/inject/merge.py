@@ -13,6 +13,7 @@ from keras_lora.checks import warn
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import around, changing, refresh
 from keras_lora.inject.freezing import freeze, thaw
+from keras_lora.inject.leaving import leaving
 from keras_lora.inject.saving import allow_presets, prepare_saving
 from keras_lora.inject.showing import name_none
 from keras_lora.inject.switching import (
@@ -22,7 +23,8 @@ from keras_lora.inject.switching import (
     adapter_names,
     check_adapted,
 )
-from keras_lora.layers import LoRALayer, attach, detach, forget_owners, sites_of
+from keras_lora.inject.trial import check_readers
+from keras_lora.layers import LoRALayer, attach, detach, sites_of
 from keras_lora.walker import Tree
 
 
@@ -34,9 +36,10 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
     An adapter with DoRA adds `m_i (W0 + s_i A_i B_i) / |W0 + s_i A_i B_i| - W0` instead.
 
     No class, variable or config of keras_lora is left: the model saves, loads and exports without
-    this package. Every trainable flag is what it was before `apply_lora`. Adapters that are not
-    active are dropped, with a warning that names them. To merge a copy needs no warning: `model`
-    keeps them.
+    this package. Every trainable flag is what it was before `apply_lora`, in models around this one
+    too; what a model shares with another that still has adapters stays frozen until they go.
+    Adapters that are not active are dropped, with a warning that names them. To merge a copy needs
+    no warning: `model` keeps them.
 
     Args:
         model: An adapted model.
@@ -46,8 +49,8 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
         The plain model: `model` itself, or the copy.
 
     Raises:
-        ValueError: no adapters, none that is active, or a kernel that is not finite after merging.
-            The model is then as it was.
+        ValueError: no adapters, none that is active, a kernel that is not finite after merging,
+            or a matrix that another layer reads as a variable. The model is then as it was.
 
     Example:
 
@@ -66,7 +69,7 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
     dropped = sorted({*adapter_names(tree)} - {*active_names(tree)})
     if dropped:
         warn(f"Merging drops the adapters that are not active: {dropped}.")
-    with changing(tree, layers):
+    with changing(tree, layers), leaving(tree, merged=True):
         for bank in tree.banks:
             bank.fold()
         _strip(tree)
@@ -103,7 +106,7 @@ def unload_lora(model: keras.Model) -> keras.Model:
 def unload(tree: Tree) -> None:
     """`unload_lora` for a model whose tree is known."""
     check_adapted(tree)
-    with changing(tree, tree.adapted):
+    with changing(tree, tree.adapted), leaving(tree):
         activate(tree, [])
         _strip(tree)
 
@@ -176,11 +179,6 @@ def _merged_copy(tree: Tree) -> keras.Model:
 def _strip(tree: Tree) -> None:
     for layer in tree.adapted:
         detach(layer)
-    for variable in tree.root.variables:
-        forget_owners(variable)
-    thaw(tree)
-    allow_presets(tree)
-    name_none(tree)
 
 
 def _mergeable(tree: Tree) -> list[LoRALayer]:
@@ -191,6 +189,7 @@ def _mergeable(tree: Tree) -> list[LoRALayer]:
             "Expected at least one active adapter to merge. Received: a model whose adapters are "
             "all inactive. Activate one with set_adapter, or drop them with unload_lora."
         )
+    check_readers(tree, [bank.site for bank in banks.values()])
     # Each kernel is computed here and again for its assignment: to keep all doubles the memory.
     broken = [p for p, x in banks.items() if not bool(ops.all(ops.isfinite(x.kernel)))]
     if broken:

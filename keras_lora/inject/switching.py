@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 
 import keras
 
-from keras_lora.checks import invalid
+from keras_lora.checks import invalid, warn
 from keras_lora.distribution import strategy_scope
 from keras_lora.inject.compiled import FUNCTIONS, changing, stale_when_flags_change
-from keras_lora.inject.freezing import freeze
+from keras_lora.inject.freezing import freeze, thawed_by_others
 from keras_lora.inject.optimizers import switch_optimizer
 from keras_lora.inject.saving import prepare_saving
 from keras_lora.layers import BASE, Adapter, AdapterBank, OwnedValues, all_owned
-from keras_lora.walker import Tree
+from keras_lora.walker import Layer, Tree
 
 
 def adapted(tree: Tree) -> dict[str, AdapterBank]:
@@ -106,7 +106,9 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
         ValueError: two of the adapters have a value for the same variable.
     """
     banks, owned = tree.banks, all_owned(tree.root.variables)
-    trained = tree.root.trainable_variables
+    thawed = thawed_by_others([*tree.layers, *tree.root.trainable_variables])
+    others = {id(item) for item in thawed}
+    trained = [v for v in tree.root.trainable_variables if id(v) not in others]
     trainable = trainable and bool(names)
     extra = unowned_variables(banks, owned, trained)
     if trainable:
@@ -114,7 +116,7 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
     entered = _in_order([n for n in names if n in x.adapters] for x in banks)
     switched = active_names(tree), entered
     fit = _all_fit(banks, names)
-    if fit and _same_flags(banks, trained, extra, trainable):
+    if fit and not thawed and _same_flags(banks, trained, extra, trainable):
         _move(banks, owned, names, trainable)
         for known in known_models(tree):
             switch_optimizer(known, *switched)
@@ -125,6 +127,22 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
             refreeze(tree, extra)
     if owned:
         prepare_saving(tree)
+    _warn_of_frozen_again(tree, thawed)
+
+
+def _warn_of_frozen_again(tree: Tree, thawed: Iterable[Layer | keras.Variable]) -> None:
+    slots = {id(v) for bank in tree.banks for v in bank.variables}
+    again = [
+        x.path
+        for x in thawed
+        if isinstance(x, keras.Variable) and id(x) not in slots and not x.trainable
+    ]
+    if again:
+        warn(
+            "Variables of the base trained, such as after `model.trainable = True`, and are frozen "
+            f"again: {again}. To train them beside an adapter, name their layers in "
+            "`layers_to_save`."
+        )
 
 
 def activate(tree: Tree, names: Sequence[str], trainable: bool | None = None) -> None:

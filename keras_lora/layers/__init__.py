@@ -26,7 +26,6 @@ from keras_lora.layers.owned import (
     OwnedValues,
     add_owner,
     all_owned,
-    forget_owners,
     owned,
     remove_owner,
 )
@@ -70,7 +69,6 @@ __all__ = [
     "detach",
     "factor_names",
     "family_of",
-    "forget_owners",
     "is_registered",
     "layer_adapter",
     "lora_class_for",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from keras_lora.layers.lora_layer import Adapting, LoRALayer
+from keras_lora.layers.guarded import Adapting
+from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.lowrank.equations import Tensor, split_equation
 from keras_lora.lowrank.products import Term, adapted_sum, einsum_products
 

@@ -27,6 +27,7 @@ from keras_lora.layers.checkpoint import (
     check_values,
 )
 from keras_lora.layers.computation import Computation
+from keras_lora.layers.guarded import Adapting, Guarded
 from keras_lora.layers.kinds import KINDS, kinds_of, only
 from keras_lora.layers.slots import Slot
 from keras_lora.layers.state import LoRAState
@@ -36,11 +37,7 @@ from keras_lora.lowrank.products import Products, adapted_sum
 DEFAULT_ADAPTER = "default"
 
 
-class Adapting:
-    """Marks this package's classes, which come before Keras's among the bases of a layer class."""
-
-
-class LoRALayer(Adapting, keras.layers.Layer):
+class LoRALayer(Guarded, keras.layers.Layer):
     """Abstract base of every adapted layer.
 
         y = act(x W0 + b + sum_i s_i (drop_i(x) A_i) B_i)     over the active adapters i
@@ -257,14 +254,6 @@ class LoRALayer(Adapting, keras.layers.Layer):
             "active": list(banks[0].active if self.built else self._lora.pending_active),
             "train_bias": self._trains_bias(),
         }
-
-    def enable_lora(self, *_: Any, **__: Any) -> None:
-        """Refuse: merging and saving would not see Keras's own adapters."""
-        raise ValueError(
-            f"Layer '{self.path}': expected no adapters of keras_lora where Keras's own LoRA is "
-            f"enabled. Received: adapters {list(self.adapters)}. Add another "
-            "adapter with apply_lora(model, config, name=...)."
-        )
 
     def save_own_variables(self, store: Any) -> None:
         """Store the base's variables under the base's keys, the adapters under their own.

@@ -84,9 +84,3 @@ def remove_owner(variable: keras.Variable, name: str) -> None:
     item.remove(name)
     if not item.parked:
         delattr(variable, _OWNED)
-
-
-def forget_owners(variable: keras.Variable) -> None:
-    """Drop every value except the one in the variable."""
-    if owned(variable) is not None:
-        delattr(variable, _OWNED)

@@ -47,3 +47,18 @@ class LoRAState:
         """The state of a layer without adapters."""
         banks = {name: AdapterBank(Site(layer, kind, name)) for name, kind in kinds.items()}
         return cls(base_class, banks)
+
+    @property
+    def frozen(self) -> list[keras.Variable]:
+        """The base's variables that train with none of the active adapters."""
+        layer = next(iter(self.banks.values())).site.layer
+        if not layer.built:
+            return []
+        ours = {id(v) for bank in self.banks.values() for v in bank.variables}
+        acting = [
+            bank.adapters[name].adapter for bank in self.banks.values() for name in bank.active
+        ]
+        trained = {id(v) for whole in acting if whole is not None for v in whole.trained}
+        if self.train_bias:
+            trained |= {id(bank.site.bias) for bank in self.banks.values()}
+        return [v for v in layer.weights if id(v) not in ours | trained]

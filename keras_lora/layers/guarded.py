@@ -1,0 +1,56 @@
+"""What Keras may ask of an adapted layer that would undo its adapters: refused, or bounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_lora.layers.state import LoRAState
+
+
+class Adapting:
+    """Marks this package's classes, which come before Keras's among the bases of a layer class."""
+
+
+class Guarded(Adapting):
+    """Abstract: a layer whose `W0` neither trains nor takes another form while it has adapters."""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the adapters may train, and the bias if it trains with them. `W0` never does.
+
+        So `model.trainable = False`, and then True again, leaves the layer as it was.
+        """
+        return bool(keras.layers.Layer.trainable.fget(self))
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.layers.Layer.trainable.fset(self, value)
+        state: LoRAState | None = vars(self).get("_lora")  # None in the constructor
+        if state is not None and value:
+            for variable in state.frozen:
+                variable.trainable = False
+
+    def enable_lora(self, *_: Any, **__: Any) -> None:
+        """Refuse: merging and saving would not see Keras's own adapters."""
+        raise ValueError(
+            f"{_described(self)}: expected no adapters of keras_lora where Keras's own LoRA is "
+            "enabled. Add another adapter with apply_lora(model, config, name=...)."
+        )
+
+    def quantize(self, *_: Any, **__: Any) -> None:
+        """Refuse: a quantized `W0` is another variable, and the adapters would be skipped."""
+        raise ValueError(f"{_described(self)}: {QUANTIZED}")
+
+
+QUANTIZED = (
+    "expected no adapters in what is quantized, since quantizing puts other variables in the place "
+    "of those that adapters were made for. Merge first: merge_lora(model), then "
+    "model.quantize(...)."
+)
+
+
+def _described(layer: Any) -> str:
+    names = {name: None for bank in layer.banks.values() for name in bank.adapters}
+    return f"Layer '{layer.path}' has the adapters {list(names)}"
