@@ -121,11 +121,11 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         self.spec()
-        _check_targets(self.targets)
+        check_targets(self.targets)
         if not callable(self.targets) and not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
         for name in ("exclude", "layers_to_save"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
+            object.__setattr__(self, name, check_names(name, getattr(self, name)))
         for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
             object.__setattr__(self, name, _pattern(name, getattr(self, name), check))
         if self.bias not in BIASES:
@@ -204,12 +204,17 @@ def _plain(value: Any) -> Any:
     return float(value) if is_number(value) else value
 
 
-def _check_targets(targets: object) -> None:
+def check_targets(targets: object) -> None:
+    """Refuse what is no form of `targets`.
+
+    Raises:
+        ValueError: an unknown preset, or names that are no names.
+    """
     if callable(targets) or targets in PRESETS:
         return
     if isinstance(targets, str):
         if targets.startswith("re:"):
-            _names("targets", [targets])
+            check_names("targets", [targets])
             return
         raise invalid(
             "targets",
@@ -217,11 +222,16 @@ def _check_targets(targets: object) -> None:
             targets,
             f"for a layer of that name write targets=[{targets!r}]",
         )
-    if not _names("targets", targets):
+    if not check_names("targets", targets):
         raise invalid("targets", "at least one name", targets, 'try targets="all-linear"')
 
 
-def _names(field_name: str, names: object) -> tuple[str, ...]:
+def check_names(field_name: str, names: object) -> tuple[str, ...]:
+    """The names as a tuple.
+
+    Raises:
+        ValueError: no list, an empty name, or a regular expression that cannot be parsed.
+    """
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise invalid(field_name, "a list of names", names, "put the name in a list")
     for name in names:
@@ -243,7 +253,7 @@ def _check_expression(field_name: str, name: str) -> None:
 def _pattern(field_name: str, pattern: object, check: Callable[[object], None]) -> dict[str, Any]:
     if not isinstance(pattern, Mapping):
         raise invalid(field_name, "a mapping of names to values", pattern)
-    _names(field_name, list(pattern))
+    check_names(field_name, list(pattern))
     for value in pattern.values():
         check(value)
     return dict(pattern)

@@ -16,6 +16,9 @@ import pytest
 from support.adapting import check_adapting
 from support.cases import numpy_of
 from support.keras_hub_backbones import BACKBONES
+from support.keras_hub_backbones.attention import PROJECTIONS
+
+from keras_lora.walker import Tree, attention_projections
 
 pytestmark = [
     pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes a GradientTape"),
@@ -75,6 +78,7 @@ def reader() -> Iterator[Callable[[Path], Any]]:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbone(name: str, reader: Callable[[Path], Any], tmp_path: Path) -> None:
     model, inputs = BACKBONES[name]()
+    check_attention(model)
     with left_out_layers(name):
         outputs = check_adapting(model, inputs, **PECULIAR.get(name, {}))
     path = tmp_path / "merged.keras"
@@ -84,6 +88,20 @@ def test_backbone(name: str, reader: Callable[[Path], Any], tmp_path: Path) -> N
     answer = reader(path)
     assert isinstance(answer, float), answer
     assert answer <= 1e-6
+
+
+def check_attention(model: keras.Model) -> None:
+    """The preset "attention" takes the projections that are known by class, and no others."""
+    tree = Tree.of(model)
+    named = [
+        getattr(layer, name, None)
+        for layer in tree.layers
+        for name in PROJECTIONS.get(type(layer).__name__, ())
+    ]
+    dense = (keras.layers.Dense, keras.layers.EinsumDense)
+    inside = [x for layer in named if layer is not None for x in tree.within(layer)]
+    expected = {id(layer) for layer in inside if isinstance(layer, dense)}
+    assert attention_projections(tree) == expected
 
 
 PECULIAR: dict[str, dict[str, Any]] = {

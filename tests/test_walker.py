@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import pytest
 from support.models import Block, Subclassed, composite, functional, subclassed
@@ -81,6 +83,32 @@ REFUSED = [
 def test_what_does_not_match_is_refused(targets: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kl.find_targets(composite(), targets)  # type: ignore[arg-type]
+
+
+MALFORMED: list[tuple[object, str]] = [
+    ("query", r"'all-linear', 'all'.*targets='query'.*write targets=\['query'\]"),
+    ("all_linear", "expected one of"),
+    ("Attention", "expected one of"),
+    ("", "expected one of"),
+    (5, "expected a list of names"),
+    ([], "at least one name"),
+    (["query", 5], "non-empty strings"),
+    ([""], "non-empty strings"),
+    ("re:(", "a regular expression"),
+]
+
+
+@pytest.mark.parametrize(("targets", "message"), MALFORMED, ids=form_id)
+def test_a_form_that_does_not_exist_is_refused_as_in_a_config(targets: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kl.find_targets(composite(), targets)
+    with pytest.raises(ValueError, match=message):
+        kl.LoRAConfig(targets=targets)
+
+
+def test_names_to_exclude_are_a_list() -> None:
+    with pytest.raises(ValueError, match="Invalid `exclude`: expected a list of names"):
+        kl.find_targets(composite(), "attention", "query")
 
 
 def test_excluding_everything_is_refused() -> None:

@@ -1,5 +1,6 @@
 """A model's layers as a tree, from one walk, and the layers that `targets` selects."""
 
+from keras_lora.walker.attention import attention_projections
 from keras_lora.walker.heads import backbone_of, is_backbone, output_heads
 from keras_lora.walker.names import match_names, matches
 from keras_lora.walker.targets import (
@@ -27,6 +28,7 @@ __all__ = [
     "Tree",
     "all_layers",
     "all_targets",
+    "attention_projections",
     "backbone_of",
     "check_target",
     "find_targets",

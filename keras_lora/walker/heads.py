@@ -24,7 +24,7 @@ def output_heads(tree: Tree) -> set[int]:
 def _output_heads(tree: Tree, model: Layer) -> set[int]:
     if is_backbone(model):
         return set()
-    if isinstance(model, keras.Sequential) or not _is_functional(model):
+    if isinstance(model, keras.Sequential) or not has_graph(model):
         # `get`: an output that is also an input may come from a model outside the tree.
         children = tree.children.get(id(model), ())
         weighted = [layer for layer in children if layer.weights]
@@ -57,7 +57,8 @@ def _maker(tensor: Any) -> Layer | None:
         (tensor,) = inputs
 
 
-def _is_functional(model: Layer) -> bool:
+def has_graph(model: Layer) -> bool:
+    """Whether this is a Functional or Sequential model, whose layers are nodes of a graph."""
     return isinstance(model, keras.Model) and getattr(model, "outputs", None) is not None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keras_lora.checks import warn
-from keras_lora.config import Targets
+from keras_lora.config import Targets, check_names, check_targets
 from keras_lora.layers import (
     LoRALayer,
     Site,
@@ -17,6 +17,7 @@ from keras_lora.layers import (
     sites_of,
     supported_base,
 )
+from keras_lora.walker.attention import attention_projections
 from keras_lora.walker.heads import output_heads
 from keras_lora.walker.names import listed, match_names, matches, shortened, unmatched
 from keras_lora.walker.tree import Layer, Node, Tree, site_path
@@ -73,9 +74,9 @@ def find_targets(
         targets: One of
 
             - `"all-linear"`: every `Dense` and `EinsumDense` except the output head;
-            - `"attention"`: the query, key, value and output projections among these: layers
-              inside a layer whose class name contains "attention", or whose own name contains
-              "attention" or "attn";
+            - `"attention"`: the query, key, value and output projections among these, joint ones
+              too. A layer computes attention if sublayers of it are named as projections to
+              queries and keys: `query`, `q_proj`, `to_q`, `qkv`; its own name says nothing;
             - `"all"`: every layer of a kind that can be adapted, embeddings too, except the output
               head;
             - a list of names. A name is a whole path or its end, at a `/` or `.`: `"query"` hits
@@ -95,8 +96,8 @@ def find_targets(
         The targets, in the order of the walk.
 
     Raises:
-        ValueError: nothing is built, nothing matches, a name matches nothing, everything that
-            matches is excluded, or a named layer cannot be adapted.
+        ValueError: a preset that does not exist, nothing is built, nothing matches, a name matches
+            nothing, everything that matches is excluded, or a named layer cannot be adapted.
 
     Example:
 
@@ -106,7 +107,8 @@ def find_targets(
     >>> [(t.path, t.kind, t.kernel_shape) for t in kl.find_targets(model)]
     [('up', 'Dense', (3, 5))]
     """
-    return select_targets(Tree.of(model), targets, exclude)
+    check_targets(targets)
+    return select_targets(Tree.of(model), targets, check_names("exclude", exclude))
 
 
 def select_targets(
@@ -183,6 +185,10 @@ def _preset(
     every = preset == "all"
     candidates = [t for t in candidates if every or family_of(t.layer) == "linear"]
     left_out = [node for node in left_out if every or family_of(node.layer) == "linear"]
+    if preset == "attention":
+        wanted = attention_projections(tree)
+        candidates = [t for t in candidates if id(t.layer) in wanted]
+        left_out = [node for node in left_out if id(node.layer) in wanted]
     if left_out:
         reasons = "; ".join(dict.fromkeys(_why_left_out(node) for node in left_out))
         warn(f"targets={preset!r} leaves out {listed(left_out)}: {reasons}")
@@ -193,7 +199,7 @@ def _preset(
             f"targets={preset!r} leaves out the output head {[t.path for t in candidates]}, and no "
             f"other layer can be adapted. Name it: targets=[{candidates[0].path!r}]."
         )
-    return [t for t in selected if _is_attention(t)] if preset == "attention" else selected
+    return selected
 
 
 def _why_left_out(node: Node) -> str:
@@ -203,11 +209,6 @@ def _why_left_out(node: Node) -> str:
         "its class overrides the computation of the Keras layer; say how to adapt the class "
         "with register_lora_class(layer_class, lora_class)."
     )
-
-
-def _is_attention(target: Target) -> bool:
-    name = target.layer.name.lower()
-    return "attention" in target.parent_class.lower() or "attention" in name or "attn" in name
 
 
 def _named(
