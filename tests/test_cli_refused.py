@@ -51,7 +51,7 @@ REFUSED = {
     "a bad pattern": ("inspect base.keras --targets re:(", "a regular expression after 're:'"),
     "a task for a file": ("inspect base.keras --task CausalLM", "expected a preset for --task"),
     "no such task": ("inspect presets/gpt2 --task Nope", "a class in keras_hub.models"),
-    "another base": ("merge base.keras adapters/gpt2 x.keras", "of a base with the shapes of"),
+    "another base": ("merge base.keras adapters/gpt2 x.keras", "names and shapes of those of"),
     "no form": ("merge base.keras adapters/style out", "a path that tells the format"),
     "no preset": ("merge base.keras adapters/style out --format preset", "a model of KerasHub"),
     "no ending": ("merge base.keras adapters/style out --format keras", "ends in .keras"),

@@ -16,7 +16,7 @@ from keras_lora.files.adapter_files import PathLike, read_adapter_files
 from keras_lora.files.keys import base_fingerprint, factor_keys
 from keras_lora.inject import PlannedLayer
 from keras_lora.layers import Adapter, adapter_shapes
-from keras_lora.walker import Target, Tree, all_targets
+from keras_lora.walker import Node, Target, Tree, all_targets
 
 _FIELDS = {
     "keras_lora_version",
@@ -60,24 +60,42 @@ class _Reader:
         config: dict[str, Any],
         tensors: dict[str, np.ndarray],
     ) -> None:
-        self._tree = tree
+        check_fields(directory, config)
         self._directory = os.fspath(directory)
         self._config = config
+        self._tree = self._as_named(tree)
         self._tensors = tensors
         self._used: set[str] = set()
         self._absent: list[str] = []
         self._wrong: list[str] = []
-        check_fields(directory, config)
+
+    def _as_named(self, tree: Tree) -> Tree:
+        """The tree with the stable paths of the version that wrote the files."""
+        earlier = tree.named_as_in_0_1()
+        return earlier if not self._is_base(tree) and self._is_base(earlier) else tree
+
+    def _is_base(self, tree: Tree) -> bool:
+        return self._config["base"].get("fingerprint") == base_fingerprint(tree)
 
     def check_base(self) -> None:
         base = self._config["base"]
-        if base.get("fingerprint") != base_fingerprint(self._tree):
+        if not self._is_base(self._tree):
             model = self._tree.root
             raise self._error(
-                f"an adapter of a base with the shapes of {model.name!r} ({type(model).__name__})",
+                "an adapter of a base whose layers have the names and shapes of those of "
+                f"{model.name!r} ({type(model).__name__})",
                 f"one of {base.get('name')!r} ({base.get('class')})",
-                "load it into that base; allow_other_base=True takes the layers that fit",
+                self._part_to_load_into()
+                or "load it into that base; allow_other_base=True takes the layers that fit",
             )
+
+    def _part_to_load_into(self) -> str:
+        """Which model inside this one the adapter is of, as advice; empty where none is."""
+        for node in self._tree.nodes:
+            if isinstance(node.layer, keras.Model) and self._is_base(Tree.of(node.layer)):
+                part = _expression(self._tree.root, node)
+                return f"it belongs to {node.path!r} in this model: load_adapter({part}, ...)"
+        return ""
 
     def layers(self) -> list[PlannedLayer]:
         stable = self._tree.stable_paths
@@ -124,7 +142,7 @@ class _Reader:
             raise self._error(
                 "tensors for layers of this model",
                 "; ".join(problems) or "none",
-                "build the model that the adapter was saved from",
+                self._part_to_load_into() or "build the model that the adapter was saved from",
             )
         if self._absent:
             warn(
@@ -162,6 +180,12 @@ class _Reader:
 
     def _error(self, expected: str, received: object, fix: str) -> AdapterFileError:
         return invalid_file(self._directory, expected, received, fix)
+
+
+def _expression(root: keras.layers.Layer, node: Node) -> str:
+    """How to write a layer of a model in code."""
+    names = [name for name, value in vars(root).items() if value is node.layer and name[0] != "_"]
+    return f"model.{names[0]}" if names else f"<the model at {node.path!r}>"
 
 
 def check_fields(directory: PathLike, config: dict[str, Any]) -> None:

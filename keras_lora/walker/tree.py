@@ -6,16 +6,16 @@ Private Keras API in this file, and why (`tests/test_private_api.py` watches eac
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
 import keras
 
 from keras_lora.layers import AdapterBank, LoRALayer, sites_of
+from keras_lora.walker.stable_names import stable_name, stable_name_0_1
 
 Layer: TypeAlias = "keras.layers.Layer"
 
@@ -47,11 +47,13 @@ class Tree:
         root: The model.
         layers: The model and the layers below, parents first, each object once.
         children: The direct sublayers of each layer, by the id of the layer.
+        naming: The name of each layer in stable paths.
     """
 
     root: Layer
     layers: Sequence[Layer]
     children: Mapping[int, Sequence[Layer]]
+    naming: Callable[[Layer], str] = stable_name
 
     @classmethod
     def of(cls, root: Layer) -> Tree:
@@ -67,7 +69,7 @@ class Tree:
     @cached_property
     def nodes(self) -> Sequence[Node]:
         """The layers below the root with their paths, each at the first path to it."""
-        return list(_nodes(self.root, self.children, "", "", {id(self.root)}))
+        return list(_nodes(self, self.root, "", "", {id(self.root)}))
 
     @cached_property
     def models(self) -> Sequence[keras.Model]:
@@ -126,6 +128,10 @@ class Tree:
                     keys[id(variable)] = prefix + numbered(variable.name, seen)
         return keys
 
+    def named_as_in_0_1(self) -> Tree:
+        """The tree with the stable paths that version 0.1.0 wrote."""
+        return replace(self, naming=stable_name_0_1)
+
     def within(self, layer: Layer) -> list[Layer]:
         """A layer of the tree and every layer below it, each once."""
         return _preorder(layer, lambda parent: self.children[id(parent)])
@@ -155,22 +161,18 @@ def _gather(
 
 
 def _nodes(
-    parent: Layer,
-    children: Mapping[int, Sequence[Layer]],
-    prefix: str,
-    stable_prefix: str,
-    seen: set[int],
+    tree: Tree, parent: Layer, prefix: str, stable_prefix: str, seen: set[int]
 ) -> Iterator[Node]:
     names: Counter[str] = Counter()
     stable_names: Counter[str] = Counter()
-    for layer in children[id(parent)]:
+    for layer in tree.children[id(parent)]:
         if id(layer) in seen:
             continue
         seen.add(id(layer))
         path = prefix + numbered(layer.name, names)
-        stable = stable_prefix + numbered(_unnumbered(layer), stable_names)
+        stable = stable_prefix + numbered(tree.naming(layer), stable_names)
         yield Node(path, layer, parent, stable)
-        yield from _nodes(layer, children, f"{path}/", f"{stable}/", seen)
+        yield from _nodes(tree, layer, f"{path}/", f"{stable}/", seen)
 
 
 def walk(model: Layer) -> Sequence[Node]:
@@ -192,14 +194,6 @@ def numbered(name: str, seen: Counter[str]) -> str:
     """`name`; when it is seen again, `name#2`, `name#3`..."""
     seen[name] += 1
     return name if seen[name] == 1 else f"{name}#{seen[name]}"
-
-
-def _unnumbered(layer: Layer) -> str:
-    """The layer's name, without the number where Keras made the name from the class."""
-    given = re.sub(r"([a-z])([A-Z])", r"\1_\2", type(layer).__name__)
-    given = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", given)
-    snake = re.sub("_+", "_", given).lower()
-    return snake if re.fullmatch(rf"{re.escape(snake)}_\d+", layer.name) else str(layer.name)
 
 
 def lora_layers(model: Layer) -> dict[str, LoRALayer]:
