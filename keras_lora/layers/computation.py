@@ -31,6 +31,10 @@ class Computation(ABC):
         """What the adapters add."""
 
     @abstractmethod
+    def repeatable(self, training: bool | None) -> Computation:
+        """The same for one call of a layer that may be computed again: random numbers are drawn."""
+
+    @abstractmethod
     def add_bias(self, product: Tensor, bias: Tensor | None) -> Tensor:
         """`product + bias`, or the product of a layer without bias."""
 

@@ -29,6 +29,7 @@ from keras_lora.layers.checkpoint import (
 from keras_lora.layers.computation import Computation
 from keras_lora.layers.guarded import Adapting, Guarded
 from keras_lora.layers.kinds import KINDS, kinds_of, only
+from keras_lora.layers.rematerialized import Rematerialized
 from keras_lora.layers.slots import Slot
 from keras_lora.layers.state import LoRAState
 from keras_lora.lowrank.equations import Tensor
@@ -37,7 +38,7 @@ from keras_lora.lowrank.products import Products, adapted_sum
 DEFAULT_ADAPTER = "default"
 
 
-class LoRALayer(Guarded, keras.layers.Layer):
+class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
     """Abstract base of every adapted layer.
 
         y = act(x W0 + b + sum_i s_i (drop_i(x) A_i) B_i)     over the active adapters i
@@ -74,8 +75,6 @@ class LoRALayer(Guarded, keras.layers.Layer):
     >>> LoRADense(5, adapters={"fr": {"rank": 2, "alpha": 4}}).active_adapters
     ('fr',)
     """
-
-    _lora: LoRAState
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Give a class the name of the class that it adapts.

@@ -54,6 +54,9 @@ class MixedBatch(Computation):
             return []
         return [Term(x, *self.factors, self.gain)]
 
+    def repeatable(self, training: bool | None) -> MixedBatch:  # noqa: ARG002
+        return self
+
     def add_bias(self, product: Tensor, bias: Tensor | None) -> Tensor:
         if self.bias is None:
             return product if bias is None else ops.add(product, bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, final
+from typing import Protocol, TypeAlias, final
 
 import keras
 from keras import ops
@@ -13,6 +13,8 @@ from keras_lora.layers.kinds import Site
 from keras_lora.layers.slots import Slot, dropped
 from keras_lora.lowrank.equations import Tensor, joint_gain
 from keras_lora.lowrank.products import Products, Term
+
+_Seeds: TypeAlias = "keras.random.SeedGenerator | None"
 
 
 class _Slots(Protocol):
@@ -24,11 +26,23 @@ class _Slots(Protocol):
 
 
 @final
+class _Drawn(keras.random.SeedGenerator):
+    """Seeds that are drawn once. It has no variable, so it calls no constructor of Keras."""
+
+    def __init__(self, seeds: keras.random.SeedGenerator) -> None:
+        self._drawn = seeds.next()
+
+    def next(self, ordered: bool = True) -> Tensor:  # noqa: ARG002
+        return self._drawn
+
+
+@final
 class SlotAdapters(Computation):
     """The adapters in the slots of a bank: those that `set_adapter` made active."""
 
-    def __init__(self, bank: _Slots) -> None:
+    def __init__(self, bank: _Slots, drawn: Sequence[_Seeds] | None = None) -> None:
         self._bank = bank
+        self._drawn = drawn
 
     @property
     def changes_output(self) -> bool:
@@ -38,15 +52,25 @@ class SlotAdapters(Computation):
         return site.products(x)
 
     def terms(self, site: Site, x: Tensor, training: bool | None) -> Sequence[Term]:
-        seeds, dtype = self._bank.seeds, site.layer.compute_dtype
+        seeds, dtype = self._seeds(training), site.layer.compute_dtype
         split, norms, terms = site.split(len(x.shape)), self._bank.squared_norms, []
         # Read only where a gain needs it: in mixed precision a read casts the matrix.
         matrix = None if norms is None else site.weight()
-        for slot in self._bank.slots:
-            x_i = dropped(x, slot.rate, seeds) if training and seeds is not None else x
+        for slot, seed in zip(self._bank.slots, seeds, strict=True):
+            x_i = x if seed is None else dropped(x, slot.rate, seed)
             a, b, gain = slot.update(split, matrix, norms, site.wide_dtype)
             terms.append(Term(x_i, ops.cast(a, dtype), ops.cast(b, dtype), gain))
         return terms
+
+    def repeatable(self, training: bool | None) -> SlotAdapters:
+        drawn = [None if seed is None else _Drawn(seed) for seed in self._seeds(training)]
+        return SlotAdapters(self._bank, drawn)
+
+    def _seeds(self, training: bool | None) -> Sequence[_Seeds]:
+        """The seeds of each slot's dropout; None where there is no dropout."""
+        if self._drawn is not None:
+            return self._drawn
+        return [self._bank.seeds if training else None] * len(self._bank.slots)
 
     def add_bias(self, product: Tensor, bias: Tensor | None) -> Tensor:
         return product if bias is None else ops.add(product, bias)
