@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import keras_lora.as_command  # noqa: F401  (before TensorFlow is imported)
 from keras_lora.adapters import (
-    combine_adapters,
     delete_adapter,
     disable_adapter,
     scale_adapter,
     set_adapter,
+    use_adapter,
 )
 from keras_lora.checks import AdapterFileError
+from keras_lora.combining import combine_adapters
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.exchange.keras_hub.adapter import (
     ConvertedLayer,
@@ -90,6 +91,7 @@ __all__ = [
     "scale_adapter",
     "set_adapter",
     "unload_lora",
+    "use_adapter",
 ]
 
 guard_keras_savers()

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import keras
-import numpy as np
 
 from keras_lora.checks import invalid, is_finite
-from keras_lora.config import AdapterSpec
 from keras_lora.inject import (
-    PlannedLayer,
-    activate,
+    CHOOSING,
     active_names,
     adapter_names,
     changing,
     check_adapted,
     check_names,
-    check_no_dora,
+    computing_scaled,
+    computing_with,
+    context,
     drop,
     forget_optimizer_states,
-    install,
+    in_trace,
     known_models,
     leaving,
-    plan_factors,
     switch,
+    turn,
     unload,
-    whole_adapters,
 )
-from keras_lora.layers import Adapter, AdapterBank, all_owned
-from keras_lora.lowrank.combining import Combination, WeightedFactors, combine
-from keras_lora.walker import Target, Tree, all_targets
+from keras_lora.layers import AdapterBank
+from keras_lora.walker import Tree
 
 
 def set_adapter(
@@ -75,8 +71,8 @@ def set_adapter(
     >>> kl.lora_layers(model)["up"].active_adapters
     ('fr',)
     """
-    tree = Tree.of(model)
-    switch(tree, check_names(tree, names), trainable)
+    with turn(model, "set_adapter") as tree:
+        switch(tree, check_names(tree, names), trainable)
 
 
 @contextlib.contextmanager
@@ -84,7 +80,13 @@ def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
     """Within the context no adapter is active: the model computes the outputs of its base.
 
     The outputs equal the base's up to rounding: the empty slots are still computed, so that
-    nothing is traced again. No trainable flag and no optimizer changes.
+    nothing is traced again. No trainable flag and no optimizer changes, and other threads that
+    call a verb for this model wait for the end of the context.
+
+    In a function that is being traced, such as a `train_step` that needs the outputs of the base
+    beside those of the adapted model (DPO, a KL penalty), no value moves: what is traced within the
+    context computes the base. Adapters with a head or biases of their own cannot be disabled
+    there.
 
     Args:
         model: An adapted model.
@@ -104,14 +106,51 @@ def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
     ...     kl.lora_layers(model)["up"].active_adapters
     ()
     """
-    tree = Tree.of(model)
-    check_adapted(tree)
-    names = active_names(tree)
-    activate(tree, [])
-    try:
-        yield model
-    finally:
-        activate(Tree.of(model), names)  # anew: the model may have changed within the context
+    with turn(model, "disable_adapter", CHOOSING, traced=True) as tree:
+        check_adapted(tree)
+        with context(tree, "disable_adapter"), computing_with(tree, []):
+            yield model
+
+
+@contextlib.contextmanager
+def use_adapter(model: keras.Model, names: str | Sequence[str] | None) -> Iterator[keras.Model]:
+    """Within the context exactly the named adapters are active, and no other thread changes them.
+
+        h = x W0 + sum_i s_i (x A_i) B_i        over the adapters named
+
+    For services: each answer is one adapter's, whatever other threads do. A thread that calls
+    another verb of this package for this model, or for a model that shares layers with it, waits
+    for the end of the context. As in `disable_adapter` no trainable flag and no optimizer changes,
+    and a function that is being traced computes so for good; there the names must be of active
+    adapters. Enter and leave it in one thread, with no `await` inside.
+
+    Args:
+        model: An adapted model.
+        names: A name, several, or None for the base alone.
+
+    Yields:
+        The same model.
+
+    Raises:
+        ValueError: as `set_adapter`; while a function is traced also where values would have to
+            move.
+
+    Example:
+
+    >>> import keras, keras_lora as kl
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
+    >>> config = kl.LoRAConfig(targets=["up"], rank=2)
+    >>> model = kl.apply_lora(kl.apply_lora(model, config, name="fr"), config, name="de")
+    >>> with kl.use_adapter(model, "fr"):
+    ...     kl.lora_layers(model)["up"].active_adapters
+    ('fr',)
+    >>> kl.lora_layers(model)["up"].active_adapters
+    ('de',)
+    """
+    with turn(model, "use_adapter", CHOOSING, traced=True) as tree:
+        wanted = check_names(tree, names)
+        with context(tree, "use_adapter"), computing_with(tree, wanted):
+            yield model
 
 
 def delete_adapter(model: keras.Model, name: str) -> None:
@@ -138,8 +177,11 @@ def delete_adapter(model: keras.Model, name: str) -> None:
     >>> list(kl.lora_layers(model)["up"].adapters)
     ['fr']
     """
-    tree = Tree.of(model)
-    (name,) = check_names(tree, [name])
+    with turn(model, "delete_adapter") as tree:
+        _delete(tree, *check_names(tree, [name]))
+
+
+def _delete(tree: Tree, name: str) -> None:
     if adapter_names(tree) == [name]:
         unload(tree)
         return
@@ -163,7 +205,8 @@ def scale_adapter(
     `W = m (W0 + factor * s A B) / |W0 + factor * s A B|`, as in PEFT.
 
     The factor lasts; at the end of a `with` statement the old factor returns. Nothing is traced
-    again. Merging and saving use the factor.
+    again. Merging and saving use the factor. In a function that is being traced the factor counts
+    within the `with` statement alone, and for good in what was traced there.
 
     Args:
         model: An adapted model.
@@ -187,143 +230,28 @@ def scale_adapter(
     >>> kl.lora_layers(model)["up"].adapters["default"].scaling
     1.0
     """
-    tree = Tree.of(model)
-    (name,) = check_names(tree, [name])
-    if not is_finite(factor):
-        raise invalid("factor", "a finite number", factor)
-    banks = [bank for bank in tree.banks if name in bank.adapters]
-    before = [(bank, bank.adapters[name].scale_factor) for bank in banks]
-    for bank in banks:
-        bank.set_scale_factor(name, float(factor))
-    return _scaled(name, before)
+    with turn(model, "scale_adapter", CHOOSING, traced=True) as tree:
+        (name,) = check_names(tree, [name])
+        if not is_finite(factor):
+            raise invalid("factor", "a finite number", factor)
+        if in_trace(tree):
+            return computing_scaled(tree, name, float(factor))
+        banks = [bank for bank in tree.banks if name in bank.adapters]
+        before = [(bank, bank.adapters[name].scale_factor) for bank in banks]
+        for bank in banks:
+            bank.set_scale_factor(name, float(factor))
+        return _scaled(model, name, before)
 
 
 @contextlib.contextmanager
-def _scaled(name: str, before: Sequence[tuple[AdapterBank, float]]) -> Iterator[None]:
+def _scaled(
+    model: keras.Model, name: str, before: Sequence[tuple[AdapterBank, float]]
+) -> Iterator[None]:
     """A context manager made once the factor is set; the old factors return at its end."""
-    try:
-        yield
-    finally:
-        for bank, factor in before:
-            if name in bank.adapters:
-                bank.set_scale_factor(name, factor)
-
-
-def combine_adapters(
-    model: keras.Model,
-    weights: Mapping[str, float],
-    name: str,
-    method: str = "cat",
-    *,
-    rank: int | None = None,
-    density: float | None = None,
-    majority_sign: str = "total",
-    seed: int = 0,
-) -> None:
-    """Add an adapter that is a weighted combination of others, which stay as they are.
-
-    For each layer, over the adapters that it has, with `c_i = w_i s_i`:
-
-    - `"cat"`: `sum_i c_i A_i B_i`, exactly; the ranks add up.
-    - `"svd"`: the best approximation of this sum by rank `rank`; exact at full rank.
-    - `"linear"`: `(sum_i sign(c_i) sqrt|c_i| A_i) (sum_i sqrt|c_i| B_i)`, which is the sum above
-      plus cross terms `A_i B_j`.
-    - `"magnitude_prune"`, `"dare_linear"`: `"linear"` of factors of which a share `density` of the
-      entries is kept, the largest or a random choice.
-    - `"ties"`, `"dare_ties"`: likewise, averaging the entries that have an elected sign.
-
-    All methods except `"cat"` and `"svd"` need equal ranks.
-
-    Adapters with DoRA cannot be combined: each divides `W0 + s A B` by a norm of its own.
-
-    The new adapter has the scale 1. It is active at once if no adapter is active; otherwise it
-    waits for `set_adapter`. It gets the head or bias that one of the adapters trained.
-
-    Args:
-        model: An adapted model.
-        weights: `{name: weight}`; weights may be negative.
-        name: Name of the new adapter.
-        method: One of the above; `keras_lora.lowrank.combining` has the equations.
-        rank: For `svd`: the rank to keep; all of it by default.
-        density: For the `prune`, `ties` and `dare` methods: the share of entries kept, in (0, 1].
-        majority_sign: For the two `ties` methods: elect signs by `"total"` or `"frequency"`.
-        seed: For the two `dare` methods: chooses the entries to drop.
-
-    Raises:
-        ValueError: unknown names or options, a name that is taken, a weight that is not finite,
-            unequal ranks where they must be equal, DoRA, or two adapters with a head of their own.
-
-    Example:
-
-    >>> import keras, keras_lora as kl
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
-    >>> config = kl.LoRAConfig(targets=["up"], rank=2)
-    >>> model = kl.apply_lora(kl.apply_lora(model, config, name="fr"), config, name="de")
-    >>> kl.combine_adapters(model, {"fr": 0.7, "de": 0.3}, "both")
-    >>> kl.lora_layers(model)["up"].adapters["both"].spec.rank
-    4
-
-    References: Yadav et al. 2023 (TIES), https://arxiv.org/abs/2306.01708; Yu et al. 2023 (DARE),
-    https://arxiv.org/abs/2311.03099.
-    """
-    tree = Tree.of(model)
-    names = check_names(tree, list(weights))
-    options = Combination(
-        method=method, rank=rank, density=density, majority_sign=majority_sign, seed=seed
-    )
-    _check_weights(weights)
-    check_no_dora(tree, names, "Activate them together: set_adapter(model, [...])")
-    values = _values_of_one(tree, names)
-    targets = {target.path: target for target in all_targets(tree)}
-    planned = []
-    for index, (path, bank) in enumerate(tree.banks_by_path.items()):
-        terms = [_term(bank, n, weights[n]) for n in names if n in bank.adapters]
-        if terms:
-            # A seed for each layer: otherwise layers of one shape would lose the same entries.
-            own = dataclasses.replace(options, seed=seed + index)
-            planned.append(_combined(targets[path], terms, own))
-    trained = [v for known in whole_adapters(tree, names).values() for v in known.trained]
-    plan = plan_factors(tree, name, Adapter(None, trained), planned, values)
-    install(tree, plan, active=not active_names(tree))
-
-
-def _term(bank: AdapterBank, name: str, weight: float) -> WeightedFactors:
-    adapter, site = bank.adapters[name], bank.site
-    a, b = site.split().matrices(np.array(adapter.a), np.array(adapter.b), site.shape)
-    return WeightedFactors(a, b, weight * adapter.scaling)
-
-
-def _combined(
-    target: Target, terms: Sequence[WeightedFactors], options: Combination
-) -> PlannedLayer:
-    try:
-        a, b = combine(terms, options)
-    except ValueError as error:
-        raise ValueError(f"Layer '{target.path}': {error}") from error
-    rank = a.shape[-1]
-    factors = target.site.split().factors(a, b, target.kernel_shape)
-    return PlannedLayer(target, AdapterSpec(rank=rank, alpha=rank), factors)
-
-
-def _check_weights(weights: Mapping[str, float]) -> None:
-    if not weights:
-        raise invalid("weights", "at least one adapter", weights)
-    for weight in weights.values():
-        if not is_finite(weight):
-            raise invalid("weights", "finite numbers", dict(weights))
-
-
-def _values_of_one(tree: Tree, names: Sequence[str]) -> list[tuple[keras.Variable, np.ndarray]]:
-    """The adapters' own values of the base's variables; each may have one owner at most."""
-    values = []
-    for item in all_owned(tree.root.variables):
-        owners = [name for name in names if name in item.names]
-        if len(owners) > 1:
-            raise invalid(
-                "weights",
-                f"at most one adapter with its own '{item.variable.path}'",
-                owners,
-                "own values cannot be combined: leave out all of these adapters except one",
-            )
-        values += [(item.variable, item.value(name)) for name in owners]
-    return values
+    with turn(model, "scale_adapter", CHOOSING):
+        try:
+            yield
+        finally:
+            for bank, factor in before:
+                if name in bank.adapters:
+                    bank.set_scale_factor(name, factor)

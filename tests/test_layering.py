@@ -20,7 +20,7 @@ FLOORS = [
     {"layers"},
     {"distribution", "walker"},
     {"inject"},
-    {"adapters", "files", "summary"},
+    {"adapters", "combining", "files", "summary"},
     {"exchange", "training"},
     {"export"},
     {""},  # the public names: `keras_lora/__init__.py`

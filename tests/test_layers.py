@@ -74,7 +74,7 @@ def test_rows_with_factors_of_their_own_equal_the_reference(case: Case) -> None:
     rows = MixedBatch(
         pytest.fail, (ops.convert_to_tensor(first[0]), ops.convert_to_tensor(first[1]))
     )
-    with layer.without_slots(), layer.computing(rows):
+    with layer.without_adapters(), layer.computing(rows):
         received = numpy_of(layer(x))
     for i, row in enumerate(x):
         kernel = w0 + reference_delta(case, a[i], b[i], 1)
@@ -92,7 +92,7 @@ def test_rows_with_kernels_and_biases_of_their_own_equal_the_reference(case: Cas
     if layer.bias is not None:
         biases = rng.normal(size=(len(x), *layer.bias.shape)).astype("float32")
         rows = dataclasses.replace(rows, bias=ops.convert_to_tensor(biases))
-    with layer.without_slots(), layer.computing(rows):
+    with layer.without_adapters(), layer.computing(rows):
         received = numpy_of(layer(x))
     for i, row in enumerate(x):
         if biases is not None:
@@ -105,7 +105,7 @@ def test_rows_with_kernels_and_biases_of_their_own_equal_the_reference(case: Cas
 def test_delta_has_true_rank(case: Case) -> None:
     model = adapted(case)
     (layer,) = kl.lora_layers(model).values()
-    with layer.without_slots():
+    with layer.without_adapters():
         w0 = numpy_of(layer.kernel)
     inputs, rest = case.equation.split(",")
     kernel, output = rest.split("->")
@@ -320,7 +320,7 @@ def test_masks_pass_through_as_in_dense() -> None:
 def test_kernel_is_the_variable_itself_where_nothing_acts() -> None:
     model = adapted(BY_ID["dense"])
     (layer,) = kl.lora_layers(model).values()
-    with layer.without_slots():
+    with layer.without_adapters():
         assert layer.kernel is layer._kernel
 
 

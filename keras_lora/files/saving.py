@@ -26,6 +26,7 @@ from keras_lora.files.keys import (
 )
 from keras_lora.files.matching import Loaded
 from keras_lora.inject import (
+    CHOOSING,
     Plan,
     active_names,
     check_names,
@@ -34,6 +35,7 @@ from keras_lora.inject import (
     misfits,
     plan_factors,
     plan_of,
+    turn,
     whole_adapters,
 )
 from keras_lora.inject import replace as replace_adapter
@@ -79,14 +81,14 @@ def save_adapter(
     >>> kl.read_adapter_files(directory).tensors["up/lora_a"].shape
     (3, 2)
     """
-    tree = Tree.of(model)
-    (name,) = check_names(tree, [name])
-    if dtype not in _DTYPES:
-        raise invalid("dtype", f"one of {sorted(_DTYPES)}", dtype)
-    tensors = adapter_tensors(tree, name)
+    with turn(model, "save_adapter", CHOOSING) as tree:
+        (name,) = check_names(tree, [name])
+        if dtype not in _DTYPES:
+            raise invalid("dtype", f"one of {sorted(_DTYPES)}", dtype)
+        tensors, description = adapter_tensors(tree, name), _description(tree, name)
     with np.errstate(over="ignore"):  # an overflow is refused below, with its key
         tensors = {key: value.astype(_DTYPES[dtype]) for key, value in tensors.items()}
-    write_adapter_files(directory, _description(tree, name), tensors, overwrite=overwrite)
+    write_adapter_files(directory, description, tensors, overwrite=overwrite)
 
 
 def load_adapter(
@@ -135,19 +137,17 @@ def load_adapter(
     ('fr',)
     """
     check_adapter_name(name)
-    if not isinstance(model, keras.layers.Layer):
-        raise invalid("model", "a built Keras model", model)
-    tree = Tree.of(model)
-    if replace:
-        check_names(tree, [name])
-    loaded = Loaded.read(tree, directory, allow_other_base)
-    if replace:
-        plan = plan_of(name, loaded.adapter, loaded.layers, loaded.values)
-        _check_replaceable(tree, plan, loaded.directory)
-        replace_adapter(tree, plan)
-        return
-    plan = plan_factors(tree, name, loaded.adapter, loaded.layers, loaded.values)
-    install(tree, plan, active=not active_names(tree))
+    with turn(model, "load_adapter") as tree:
+        if replace:
+            check_names(tree, [name])
+        loaded = Loaded.read(tree, directory, allow_other_base)
+        if replace:
+            plan = plan_of(name, loaded.adapter, loaded.layers, loaded.values)
+            _check_replaceable(tree, plan, loaded.directory)
+            replace_adapter(tree, plan)
+            return
+        plan = plan_factors(tree, name, loaded.adapter, loaded.layers, loaded.values)
+        install(tree, plan, active=not active_names(tree))
 
 
 def adapter_tensors(tree: Tree, name: str) -> dict[str, np.ndarray]:

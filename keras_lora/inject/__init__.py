@@ -1,6 +1,7 @@
 """Adapting a model and taking the adapters out again: conversions in place."""
 
 from keras_lora.inject.apply import apply_lora, drop, install
+from keras_lora.inject.choosing import computing_scaled, computing_with
 from keras_lora.inject.compiled import changing
 from keras_lora.inject.freezing import original_flag
 from keras_lora.inject.keras_savers import guard_keras_savers
@@ -11,7 +12,6 @@ from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers
 from keras_lora.inject.replacing import loses_dropout, misfits, replace
 from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.switching import (
-    activate,
     active_names,
     adapted,
     adapter_names,
@@ -22,11 +22,13 @@ from keras_lora.inject.switching import (
     switch,
     whole_adapters,
 )
+from keras_lora.inject.tracing import in_trace
+from keras_lora.inject.turns import CHOOSING, context, in_turn, turn
 
 __all__ = [
+    "CHOOSING",
     "Plan",
     "PlannedLayer",
-    "activate",
     "active_names",
     "adapted",
     "adapter_names",
@@ -35,9 +37,14 @@ __all__ = [
     "check_adapted",
     "check_names",
     "check_no_dora",
+    "computing_scaled",
+    "computing_with",
+    "context",
     "drop",
     "forget_optimizer_states",
     "guard_keras_savers",
+    "in_trace",
+    "in_turn",
     "install",
     "known_models",
     "leaving",
@@ -53,6 +60,7 @@ __all__ = [
     "replace",
     "reset_optimizer",
     "switch",
+    "turn",
     "unload",
     "unload_lora",
     "whole_adapters",

@@ -13,6 +13,7 @@ from keras_lora.inject.plan import Plan, PlannedLayer, make_plan, warn_of_high_r
 from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.switching import activate, active_names, known_models, refreeze
 from keras_lora.inject.trial import check_plan
+from keras_lora.inject.turns import turn
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     LoRALayer,
@@ -86,19 +87,18 @@ def apply_lora(
     check_adapter_name(name)
     if not isinstance(config, LoRAConfig):
         raise invalid("config", "a LoRAConfig", config)
-    if not isinstance(model, keras.layers.Layer):
-        raise invalid("model", "a built Keras model", model)
-    tree = Tree.of(model)
-    plan = make_plan(tree, config, name)
-    if not inplace:
-        if tree.adapted:
-            raise invalid("inplace", "True for a model that has adapters", inplace)
-        model = plain_copy(tree)
-        tree = Tree.of(model)
+    with turn(model, "apply_lora") as tree:
         plan = make_plan(tree, config, name)
-    warn_of_high_ranks(plan)
-    install(tree, plan)
-    return model
+        if inplace:
+            changed = tree
+        elif tree.adapted:
+            raise invalid("inplace", "True for a model that has adapters", inplace)
+        else:
+            changed = Tree.of(plain_copy(tree))
+            plan = make_plan(changed, config, name)
+        warn_of_high_ranks(plan)
+        install(changed, plan)
+    return changed.root
 
 
 def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True) -> None:

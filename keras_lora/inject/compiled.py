@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, compress
+from operator import call
 from typing import Any
+from weakref import ref
 
 import keras
 
@@ -17,20 +21,52 @@ from keras_lora.distribution import strategy_scope
 from keras_lora.inject.optimizers import fresh_optimizer, switch_optimizer
 from keras_lora.walker import Tree, all_layers
 
-FUNCTIONS = ("train_function", "test_function", "predict_function", "generate_function")
+_KERAS_FUNCTIONS = ("train_function", "test_function", "predict_function")
+FUNCTIONS = (*_KERAS_FUNCTIONS, "generate_function")
 
 
 def models_around(tree: Tree, layers: Iterable[keras.layers.Layer]) -> list[keras.Model]:
     """Every live model that contains one of the layers of a tree, however deep.
 
     A layer does not know the models that contain it, and an outer model that has run `predict`
-    keeps a graph of the layer as it was. So all live objects are searched, by `type`, since
-    `isinstance` would touch the lazy proxies that some libraries leave around.
+    keeps a graph of the layer as it was.
     """
     wanted = {id(layer) for layer in layers}
-    found = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
-    models = [m for m in found if getattr(m, "_layers", None)]  # one may have failed in __init__
+    models = [m for m in _live_models() if getattr(m, "_layers", None)]
     return [m for m in models if any(id(v) in wanted for v in _layers_of(m, tree) if v is not m)]
+
+
+def _live_models() -> list[keras.Model]:
+    """Every model that Python's garbage collector knows.
+
+    All objects are listed, filtered and let go of within one call of C code, so that no other
+    thread runs meanwhile: a thread that is making a tuple would fail if something else referred to
+    the tuple. Types are compared by `id`, since `isinstance` may run Python code.
+    """
+    model_types = {id(model_class) for model_class in _with_subclasses(keras.Model)}
+    objects: list[Any] = []
+    models: list[keras.Model] = []
+    of_models = map(model_types.__contains__, map(id, map(type, objects)))
+    steps = (
+        map(objects.extend, map(call, (gc.get_objects,))),
+        map(models.extend, (compress(objects, of_models),)),
+        map(call, (objects.clear,)),
+    )
+    collecting = gc.isenabled()
+    gc.disable()  # a collection may run Python code
+    try:
+        deque(chain(*steps), maxlen=0)
+    finally:
+        if collecting:
+            gc.enable()
+    return models
+
+
+def _with_subclasses(model_class: type) -> Iterator[type]:
+    yield model_class
+    subclasses: list[type] = type.__subclasses__(model_class)
+    for subclass in subclasses:
+        yield from _with_subclasses(subclass)
 
 
 def _layers_of(model: keras.Model, tree: Tree) -> Sequence[keras.layers.Layer]:
@@ -72,11 +108,30 @@ def changing(
 
 
 def refresh(models: Sequence[keras.Model], functions: Sequence[str] = FUNCTIONS) -> None:
-    """Drop the compiled functions; Keras makes new ones when they are next needed."""
+    """Drop the compiled functions; they are made anew when they are next needed."""
     for model in models:
         for name in functions:
             if getattr(model, name, None) is not None:
-                setattr(model, name, None)
+                anew = _MadeAnew(model, name) if name in _KERAS_FUNCTIONS else None
+                setattr(model, name, anew)
+
+
+class _MadeAnew:
+    """In the place of a function that was dropped: the first call makes the function.
+
+    Keras makes `train_function` before the first step of `fit` alone, and a callback may drop the
+    function after it.
+    """
+
+    def __init__(self, model: keras.Model, name: str) -> None:
+        self._model = ref(model)
+        self._name = name
+
+    def __call__(self, *args: Any) -> Any:
+        model = self._model()
+        setattr(model, self._name, None)
+        getattr(model, f"make_{self._name}")()
+        return getattr(model, self._name)(*args)
 
 
 def stale_when_flags_change() -> Sequence[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import keras
 import numpy as np
@@ -24,6 +24,7 @@ from keras_lora.inject.switching import (
     check_adapted,
 )
 from keras_lora.inject.trial import check_readers
+from keras_lora.inject.turns import CHOOSING, context, turn
 from keras_lora.layers import LoRALayer, attach, detach, sites_of
 from keras_lora.walker import Tree
 
@@ -62,10 +63,16 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
 
     Reference: Hu et al. 2021, section 4.1, "No Additional Inference Latency".
     """
-    tree = Tree.of(model)
+    with turn(model, "merge_lora", () if inplace else CHOOSING) as tree:
+        if not inplace:
+            _mergeable(tree)
+            return _merged_copy(tree)
+        _merge(tree)
+    return model
+
+
+def _merge(tree: Tree) -> None:
     layers = _mergeable(tree)
-    if not inplace:
-        return _merged_copy(tree)
     dropped = sorted({*adapter_names(tree)} - {*active_names(tree)})
     if dropped:
         warn(f"Merging drops the adapters that are not active: {dropped}.")
@@ -73,7 +80,6 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
         for bank in tree.banks:
             bank.fold()
         _strip(tree)
-    return model
 
 
 def unload_lora(model: keras.Model) -> keras.Model:
@@ -99,7 +105,8 @@ def unload_lora(model: keras.Model) -> keras.Model:
     >>> len(kl.unload_lora(model).weights)
     2
     """
-    unload(Tree.of(model))
+    with turn(model, "unload_lora") as tree:
+        unload(tree)
     return model
 
 
@@ -116,7 +123,9 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     """Within the context the model is merged and plain; afterwards it is as it was, bit for bit.
 
     The kernels are kept aside meanwhile, so the context costs their size in memory. The
-    optimizer is kept too: save, evaluate or export inside, and train outside.
+    optimizer is kept too: save, evaluate or export inside, and train outside. No verb of this
+    package may adapt, switch or merge the model inside; other threads that call one wait for the
+    end of the context.
 
     Args:
         model: An adapted model.
@@ -138,32 +147,39 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     >>> [v.name for v in model.trainable_weights]
     ['lora_a', 'lora_b']
     """
-    tree = Tree.of(model)
-    layers = _mergeable(tree)
+    with turn(model, "merged", CHOOSING) as tree:
+        _mergeable(tree)
+        with context(tree, "merged"), _folded(tree):
+            yield model
+
+
+@contextlib.contextmanager
+def _folded(tree: Tree) -> Iterator[None]:
+    """Within the context every kernel is merged, and the layers are plain."""
+    layers, banks = tree.adapted, tree.banks
     models = around(tree, layers)
-    trainable = list(model.trainable_variables)
-    # A copy: on torch the array would share the memory of the variable.
-    kernels = [
-        (bank, np.array(ops.convert_to_numpy(bank.site.matrix), copy=True)) for bank in tree.banks
-    ]
-    for bank, _ in kernels:
-        bank.fold()
-    states = [detach(layer) for layer in layers]
-    thaw(tree)
-    allow_presets(tree)
-    name_none(tree)
-    refresh(models)
-    try:
-        yield model
-    finally:
-        for layer, state in zip(layers, states, strict=True):
-            attach(layer, state)
-        for bank, kernel in kernels:
-            bank.assign_base(kernel)
-        tree = Tree.of(model)  # anew: the model may have changed within the context
-        freeze(tree, trainable)
-        prepare_saving(tree)
+    trainable = list(tree.root.trainable_variables)
+    with contextlib.ExitStack() as stack:  # which goes on where one step fails
+        stack.callback(refresh, models)
+        stack.callback(_close, tree.root, trainable)
+        for bank in banks:
+            # A copy: on torch the array would share the memory of the variable.
+            kernel = np.array(ops.convert_to_numpy(bank.site.matrix), copy=True)
+            stack.callback(bank.assign_base, kernel)
+            bank.fold()
+        for layer in layers:
+            stack.callback(attach, layer, detach(layer))
+        thaw(tree)
+        allow_presets(tree)
+        name_none(tree)
         refresh(models)
+        yield
+
+
+def _close(model: keras.Model, trainable: Iterable[keras.Variable]) -> None:
+    tree = Tree.of(model)  # anew: the model may have changed within the context
+    freeze(tree, trainable)
+    prepare_saving(tree)
 
 
 def _merged_copy(tree: Tree) -> keras.Model:

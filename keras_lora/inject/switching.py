@@ -115,7 +115,7 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
         extra += _trained_beside(tree, names)
     entered = _in_order([n for n in names if n in x.adapters] for x in banks)
     switched = active_names(tree), entered
-    fit = _all_fit(banks, names)
+    fit = _all_fit(banks, names) and not any(bank.traced_by_name for bank in banks)
     if fit and not thawed and _same_flags(banks, trained, extra, trainable):
         _move(banks, owned, names, trainable)
         for known in known_models(tree):
@@ -125,6 +125,8 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
         with changing(tree, tree.adapted, switched, stale):
             _move(banks, owned, names, trainable)
             refreeze(tree, extra)
+        for bank in banks:
+            bank.traced_by_name = False
     if owned:
         prepare_saving(tree)
     _warn_of_frozen_again(tree, thawed)
@@ -151,6 +153,21 @@ def activate(tree: Tree, names: Sequence[str], trainable: bool | None = None) ->
     Trainable flags of slots change as asked; other flags and optimizers do not change.
     """
     _move(tree.banks, all_owned(tree.root.variables), names, trainable)
+
+
+def add_slots(tree: Tree, names: Sequence[str]) -> None:
+    """Add the slots that these adapters need, if any; the active adapters stay."""
+    if not _all_fit(tree.banks, names):
+        active = active_names(tree)
+        with changing(tree, tree.adapted):
+            activate(tree, names)
+            activate(tree, active)
+
+
+def away_from_base(tree: Tree, names: Sequence[str]) -> list[str]:
+    """The variables whose values `activate` would change, other than those of slots."""
+    owned = all_owned(tree.root.variables)
+    return [item.variable.path for item in owned if _owner(item, names) != item.owner]
 
 
 def known_models(tree: Tree) -> list[keras.Model]:

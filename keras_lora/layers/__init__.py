@@ -15,6 +15,7 @@ from keras_lora.layers.adaptable import (
 from keras_lora.layers.adapter import Adapter, LayerAdapter, adapter_shapes, factor_names
 from keras_lora.layers.bank import AdapterBank, layer_adapter
 from keras_lora.layers.checkpoint import STATE_PREFIX
+from keras_lora.layers.computation import computing
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.factors import Factor
 from keras_lora.layers.kinds import Kind, Site, family_of
@@ -66,6 +67,7 @@ __all__ = [
     "attach",
     "check_adaptable",
     "check_adapter_name",
+    "computing",
     "detach",
     "factor_names",
     "family_of",

@@ -20,7 +20,7 @@ from keras import ops
 from keras_lora.config import AdapterSpec
 from keras_lora.initializers import STARTS
 from keras_lora.layers.adapter import Adapter, LayerAdapter, adapter_shapes
-from keras_lora.layers.computation import Computation
+from keras_lora.layers.computation import Computation, chosen
 from keras_lora.layers.factors import Factor
 from keras_lora.layers.kinds import Site
 from keras_lora.layers.slot_adapters import SlotAdapters
@@ -42,7 +42,8 @@ class AdapterBank:
         seeds: The seed generator of dropout. Made when an adapter with dropout is first active;
             dropout is then part of the computation for good.
         squared_norms: `|W0|^2` of each output. Made when an adapter with DoRA is first active.
-        computation: Which adapters the site is computed with: those in the slots, or others.
+        traced_by_name: Whether a compiled function computes with adapters that a context chose by
+            name, so that the function is stale once other adapters are in the slots.
     """
 
     def __init__(self, site: Site) -> None:
@@ -50,9 +51,10 @@ class AdapterBank:
         self.slots: list[Slot] = []
         self.seeds: keras.random.SeedGenerator | None = None
         self.squared_norms: keras.Variable | None = None
-        self.computation: Computation = SlotAdapters(self)
+        self.traced_by_name = False
         self._adapters: dict[str, LayerAdapter] = {}
         self._active: tuple[str, ...] = ()
+        self._in_slots = SlotAdapters(self)
 
     @property
     def adapters(self) -> Mapping[str, LayerAdapter]:
@@ -61,8 +63,26 @@ class AdapterBank:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The names of the active adapters."""
-        return self._active
+        """The names of the active adapters; in a context of this thread, of those it chose."""
+        computation = self.computation
+        if not isinstance(computation, SlotAdapters):
+            return self._active
+        return tuple(n for i, n in enumerate(self._active) if i in computation.multipliers)
+
+    @property
+    def computation(self) -> Computation:
+        """Which adapters the site is computed with: those in the slots, or those of a context."""
+        return chosen(self, self._in_slots)
+
+    def choice(self, factors: Mapping[str, float]) -> SlotAdapters:
+        """The computation with these active adapters alone, each scaled by a factor."""
+        before = self.computation
+        assert isinstance(before, SlotAdapters)
+        pairs = [(i, factors.get(name)) for i, name in enumerate(self._active)]
+        multipliers = before.multipliers
+        return SlotAdapters(
+            self, {i: f * multipliers[i] for i, f in pairs if f is not None and i in multipliers}
+        )
 
     def add(self, name: str, spec: AdapterSpec, adapter: Adapter | None = None) -> LayerAdapter:
         """Make the factors of a new adapter. It is not active before `activate`."""
@@ -156,23 +176,9 @@ class AdapterBank:
         self.site.matrix.assign(value)
         self.measure()
 
-    @contextlib.contextmanager
-    def without_slots(self) -> Iterator[None]:
-        """Within the context the site is its base, bit for bit. Not for compiled functions."""
-        slots, self.slots = self.slots, []
-        try:
-            yield
-        finally:
-            self.slots = slots
-
-    @contextlib.contextmanager
-    def computing(self, computation: Computation) -> Iterator[None]:
-        """Within the context the site is computed with other adapters than those of its slots."""
-        before, self.computation = self.computation, computation
-        try:
-            yield
-        finally:
-            self.computation = before
+    def without_adapters(self) -> SlotAdapters:
+        """The computation that is the site's base, bit for bit."""
+        return SlotAdapters(self, {})
 
     @property
     def variables(self) -> list[keras.Variable]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
 
 from keras_lora.layers.kinds import Site
 from keras_lora.lowrank.equations import Tensor
@@ -41,3 +45,28 @@ class Computation(ABC):
     @abstractmethod
     def kernel_of(self, site: Site) -> Tensor:
         """The effective matrix `W`, in the dtype of `W0`."""
+
+
+# The computations that a thread has chosen, by bank. Other threads go on with their own.
+_CHOSEN: ContextVar[Mapping[Any, Computation]] = ContextVar(
+    "chosen_computations", default=MappingProxyType({})
+)
+
+
+def chosen(bank: Any, otherwise: Computation) -> Computation:
+    """The computation that `computing` chose for a bank in this thread."""
+    return _CHOSEN.get().get(bank, otherwise)
+
+
+@contextlib.contextmanager
+def computing(computations: Mapping[Any, Computation]) -> Iterator[None]:
+    """Within the context, in this thread alone, the matrices of these banks are computed so.
+
+    Nothing moves: a function that is traced within the context keeps the choice, and functions
+    that were traced before it do not see the choice.
+    """
+    token = _CHOSEN.set({**_CHOSEN.get(), **computations})
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)

@@ -28,8 +28,12 @@ def read(variable: keras.Variable) -> Tensor:
 
 def write(variable: keras.Variable, value: Any) -> None:
     """Give a variable a value of the variable's own shape and dtype."""
-    if keras.backend.backend() == "tensorflow":
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
         variable.value.assign(value, read_value=False)
+    elif backend == "torch":
+        # Other memory: a forward pass may have kept the old one for its gradient.
+        variable.value.data = ops.convert_to_tensor(value, variable.dtype)
     else:
         variable.assign(value)
 

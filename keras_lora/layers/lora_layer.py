@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -26,7 +26,7 @@ from keras_lora.layers.checkpoint import (
     assign_values,
     check_values,
 )
-from keras_lora.layers.computation import Computation
+from keras_lora.layers.computation import Computation, computing
 from keras_lora.layers.guarded import Adapting, Guarded
 from keras_lora.layers.kinds import KINDS, kinds_of, only
 from keras_lora.layers.rematerialized import Rematerialized
@@ -207,17 +207,13 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         """`W0 <- W`, the effective kernel."""
         self.bank.fold()
 
-    @contextlib.contextmanager
-    def without_slots(self) -> Iterator[None]:
-        """Within the context the layer is its base, bit for bit. Not for compiled functions."""
-        with contextlib.ExitStack() as stack:
-            for bank in self.banks.values():
-                stack.enter_context(bank.without_slots())
-            yield
+    def without_adapters(self) -> contextlib.AbstractContextManager[None]:
+        """Within the context, in this thread, the layer is its base, bit for bit."""
+        return computing({bank: bank.without_adapters() for bank in self.banks.values()})
 
     def computing(self, computation: Computation) -> contextlib.AbstractContextManager[None]:
         """Within the context the layer is computed with other adapters than those of its slots."""
-        return self.bank.computing(computation)
+        return computing({self.bank: computation})
 
     @property
     def kernel(self) -> Tensor:
@@ -259,7 +255,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
 
         So a checkpoint of the base loads into the adapted layer.
         """
-        with self.without_slots():  # the base class stores `self.kernel`
+        with self.without_adapters():  # the base class stores `self.kernel`
             super().save_own_variables(store)
         for key, value in adapter_values(self._lora).items():
             store[key] = value

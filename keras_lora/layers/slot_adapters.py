@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias, final
 
 import keras
@@ -38,15 +38,34 @@ class _Drawn(keras.random.SeedGenerator):
 
 @final
 class SlotAdapters(Computation):
-    """The adapters in the slots of a bank: those that `set_adapter` made active."""
+    """The adapters in the slots of a bank: those that `set_adapter` made active, or some of them.
 
-    def __init__(self, bank: _Slots, drawn: Sequence[_Seeds] | None = None) -> None:
+    Args:
+        bank: The bank.
+        multipliers: What multiplies the scale of each slot that takes part, by the slot's index;
+            None for all slots as they are.
+        drawn: The seeds of each slot's dropout, once they are drawn.
+    """
+
+    def __init__(
+        self,
+        bank: _Slots,
+        multipliers: Mapping[int, float] | None = None,
+        drawn: Sequence[_Seeds] | None = None,
+    ) -> None:
         self._bank = bank
+        self._multipliers = multipliers
         self._drawn = drawn
 
     @property
+    def multipliers(self) -> Mapping[int, float]:
+        """What multiplies the scale of each slot that takes part, by the slot's index."""
+        every = dict.fromkeys(range(len(self._bank.slots)), 1.0)
+        return every if self._multipliers is None else self._multipliers
+
+    @property
     def changes_output(self) -> bool:
-        return bool(self._bank.slots)
+        return bool(self.multipliers)
 
     def products(self, site: Site, x: Tensor) -> Products:
         return site.products(x)
@@ -56,15 +75,16 @@ class SlotAdapters(Computation):
         split, norms, terms = site.split(len(x.shape)), self._bank.squared_norms, []
         # Read only where a gain needs it: in mixed precision a read casts the matrix.
         matrix = None if norms is None else site.weight()
-        for slot, seed in zip(self._bank.slots, seeds, strict=True):
+        for index, factor in self.multipliers.items():
+            slot, seed = self._bank.slots[index], seeds[index]
             x_i = x if seed is None else dropped(x, slot.rate, seed)
-            a, b, gain = slot.update(split, matrix, norms, site.wide_dtype)
+            a, b, gain = slot.update(split, matrix, norms, site.wide_dtype, factor)
             terms.append(Term(x_i, ops.cast(a, dtype), ops.cast(b, dtype), gain))
         return terms
 
     def repeatable(self, training: bool | None) -> SlotAdapters:
         drawn = [None if seed is None else _Drawn(seed) for seed in self._seeds(training)]
-        return SlotAdapters(self._bank, drawn)
+        return SlotAdapters(self._bank, self._multipliers, drawn)
 
     def _seeds(self, training: bool | None) -> Sequence[_Seeds]:
         """The seeds of each slot's dropout; None where there is no dropout."""
@@ -77,11 +97,12 @@ class SlotAdapters(Computation):
 
     def kernel_of(self, site: Site) -> Tensor:
         """Summed in float32, or in the dtype of `W0` where that is wider, and rounded once."""
-        if not self._bank.slots:
+        if not self.multipliers:
             return site.matrix
         split, dtype, total = site.split(), site.wide_dtype, site.wide_matrix()
         norms = self._bank.squared_norms
-        updates = [slot.update(split, total, norms, dtype) for slot in self._bank.slots]
+        slots = [(self._bank.slots[index], factor) for index, factor in self.multipliers.items()]
+        updates = [slot.update(split, total, norms, dtype, factor) for slot, factor in slots]
         gains = [gain for _, _, gain in updates if gain is not None]
         if gains:
             total = split.times_gain(total, joint_gain(gains), split.kernel)

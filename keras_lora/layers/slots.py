@@ -110,10 +110,15 @@ class Slot:
         return pair if self.magnitude is None else (*pair, self.magnitude.values)
 
     def update(
-        self, split: EinsumSplit, w: Tensor, squared: keras.Variable | None, dtype: str
+        self,
+        split: EinsumSplit,
+        w: Tensor,
+        squared: keras.Variable | None,
+        dtype: str,
+        factor: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`A`, `g s B` with a magnitude, `g`; `g s B` is in `dtype`."""
-        b = self.scaled_b(dtype)
+        """`A`, `g s B` with a magnitude, `g`; `g s B` is in `dtype`. `factor` multiplies `s`."""
+        b = self.scaled_b(dtype) if factor == 1 else factor * self.scaled_b(dtype)
         if self.magnitude is None:
             return self.a, b, None
         assert squared is not None

@@ -142,7 +142,7 @@ def caught_assignments(model: keras.Model, recording: Recording) -> Iterator[Non
 
     with contextlib.ExitStack() as stack:
         for layer in lora_layers(model).values():
-            stack.enter_context(layer.without_slots())  # so that `kernel` is the variable
+            stack.enter_context(layer.without_adapters())  # so that `kernel` is the variable
         for variable in model.variables:
             vars(variable)["assign"] = catch(variable)
             stack.callback(vars(variable).pop, "assign")

@@ -25,9 +25,11 @@ from keras_lora.exchange.keras_hub.numbering import (
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
 from keras_lora.inject import (
+    CHOOSING,
     active_names,
     check_names,
     check_no_dora,
+    in_turn,
     install,
     plan_factors,
     plan_layers,
@@ -61,6 +63,7 @@ class ConvertedLayer:
     error: float
 
 
+@in_turn()
 def load_keras_hub_lora(
     model: keras.Model,
     path: PathLike,
@@ -125,6 +128,7 @@ def load_keras_hub_lora(
     return report
 
 
+@in_turn(CHOOSING)
 def save_keras_hub_lora(
     model: keras.Model,
     path: PathLike,

@@ -29,7 +29,7 @@ from keras_lora.exchange.peft_files import (
 )
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
-from keras_lora.inject import active_names, install, plan_factors, plan_layers
+from keras_lora.inject import active_names, in_turn, install, plan_factors, plan_layers
 from keras_lora.layers import DEFAULT_ADAPTER, Adapter, check_adapter_name
 from keras_lora.walker import Tree
 
@@ -41,6 +41,7 @@ _FIX = (
 )
 
 
+@in_turn()
 def load_peft_adapter(
     model: keras.Model,
     directory: PathLike,

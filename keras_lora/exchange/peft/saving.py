@@ -37,7 +37,7 @@ from keras_lora.exchange.peft_files import (
 )
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
-from keras_lora.inject import check_names
+from keras_lora.inject import CHOOSING, check_names, in_turn
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     LayerAdapter,
@@ -50,6 +50,7 @@ from keras_lora.layers import (
 from keras_lora.walker import Tree, backbone_of, walk
 
 
+@in_turn(CHOOSING)
 def save_peft_adapter(
     model: keras.Model,
     directory: PathLike,

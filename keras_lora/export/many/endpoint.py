@@ -125,7 +125,7 @@ class ServedAdapters:
         plain = [each.layer for each in self.layers if not isinstance(each.layer, LoRALayer)]
         with disable_adapter(self.tree.root), contextlib.ExitStack() as stack:
             for layer in self.tree.adapted:
-                stack.enter_context(layer.without_slots())
+                stack.enter_context(layer.without_adapters())
             for layer in plain:
                 stack.callback(detach, attach(layer))
             yield

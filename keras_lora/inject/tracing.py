@@ -1,0 +1,40 @@
+"""Whether a computation is being recorded, so that no value can move.
+
+In a `tf.function`, or under `jax.jit` and `jax.grad`, a variable has no value to park.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import keras
+from keras import ops
+
+from keras_lora.walker import Tree
+
+
+def in_trace(tree: Tree) -> bool:
+    """Whether this code runs in a function that is being traced or differentiated."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        return not hasattr(ops.zeros(()), "numpy")
+    if backend != "jax":
+        return False
+    # In `fit` with run_eagerly=True nothing is traced, yet the variables stand for tracers.
+    values = [slot.b.value for bank in tree.banks[:1] for slot in bank.slots[:1]]
+    tracer = importlib.import_module("jax").core.Tracer
+    return any(isinstance(value, tracer) for value in [ops.zeros(()), *values])
+
+
+def check_not_traced(tree: Tree, verb: str) -> None:
+    """
+    Raises:
+        ValueError: a computation is being recorded.
+    """
+    if in_trace(tree):
+        raise ValueError(
+            f"{verb}: expected a call outside compiled functions, since it moves values and "
+            f"changes {tree.root.name!r}. Received: a call in a function that is being traced "
+            "(tf.function, jax.jit, a train_step). Call it before or after; inside, "
+            "disable_adapter, scale_adapter and use_adapter choose what is computed."
+        )
