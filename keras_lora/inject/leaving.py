@@ -26,9 +26,9 @@ def leaving(tree: Tree, merged: bool = False) -> Iterator[None]:
 
     `merged` is whether the active values of heads and biases stay, as those of the base.
     """
-    models = {id(m): m for m in [tree.root, *known_models(tree)]}
+    others = [model for model in known_models(tree) if model is not tree.root]
     yield
-    trees = [Tree.of(model) for model in models.values()]
+    trees = [tree, *map(Tree.of, others)]
     for known in trees:
         names = {BASE, *adapter_names(known)}
         for variable in known.root.variables:
