@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
+from keras_lora.layers.computation import computing
 from keras_lora.layers.guarded import Adapting
 from keras_lora.layers.state import LoRAState
 
@@ -32,12 +32,10 @@ class Rematerialized(Adapting, keras.layers.Layer):
     ) -> Callable[..., Any]:
         """The call with these flags, which gives the same however often it is computed."""
         training, banks = flags.get("training"), self._lora.banks.values()
-        computations = [(bank, bank.computation.repeatable(training)) for bank in banks]
+        computations = {bank: bank.computation.repeatable(training) for bank in banks}
 
         def repeated(*args: Any, **kwargs: Any) -> Any:
-            with contextlib.ExitStack() as stack:
-                for bank, computation in computations:
-                    stack.enter_context(bank.computing(computation))
+            with computing(computations):
                 return call(*args, **flags, **kwargs)
 
         return repeated
