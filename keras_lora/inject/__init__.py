@@ -2,12 +2,12 @@
 
 from keras_lora.inject.apply import apply_lora, drop, install
 from keras_lora.inject.compiled import changing
-from keras_lora.inject.freezing import original_flag
+from keras_lora.inject.freezing import original_flag, thawed_by_others
 from keras_lora.inject.keras_savers import guard_keras_savers
 from keras_lora.inject.leaving import leaving
 from keras_lora.inject.merge import merge_lora, merged, unload, unload_lora
 from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
-from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers, plan_of
+from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers, plan_of, unique
 from keras_lora.inject.replacing import loses_dropout, misfits, replace
 from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.switching import (
@@ -20,6 +20,7 @@ from keras_lora.inject.switching import (
     check_no_dora,
     known_models,
     switch,
+    trained_by_none,
     whole_adapters,
 )
 
@@ -53,6 +54,9 @@ __all__ = [
     "replace",
     "reset_optimizer",
     "switch",
+    "thawed_by_others",
+    "trained_by_none",
+    "unique",
     "unload",
     "unload_lora",
     "whole_adapters",

@@ -11,8 +11,9 @@ from keras_lora.distribution import strategy_scope
 from keras_lora.inject.compiled import FUNCTIONS, changing, stale_when_flags_change
 from keras_lora.inject.freezing import freeze, thawed_by_others
 from keras_lora.inject.optimizers import switch_optimizer
+from keras_lora.inject.plan import unique
 from keras_lora.inject.saving import prepare_saving
-from keras_lora.layers import BASE, Adapter, AdapterBank, OwnedValues, all_owned
+from keras_lora.layers import BASE, Adapter, AdapterBank, LoRALayer, OwnedValues, all_owned
 from keras_lora.walker import Layer, Tree
 
 
@@ -208,6 +209,24 @@ def unowned_variables(
     known = {id(item.variable) for item in owned}
     known |= {id(v) for bank in banks for v in bank.variables}
     return [v for v in trained if id(v) not in known]
+
+
+def trained_by_none(tree: Tree) -> list[keras.Variable]:
+    """The variables that train though no adapter owns them, and what else their layers have.
+
+    Such as a head that was put on an adapted backbone, with its moving statistics. Not what an
+    adapter froze and somebody else thawed.
+    """
+    trained, owned = tree.root.trainable_variables, all_owned(tree.root.variables)
+    thawed = {id(v) for v in thawed_by_others(trained)}
+    trained = [v for v in trained if id(v) not in thawed]
+    found = unowned_variables(tree.banks, owned, trained)
+    ids, taken = {id(v) for v in found}, {id(item.variable) for item in owned}
+    for layer in tree.layers:
+        inner = tree.children[id(layer)] or isinstance(layer, LoRALayer)
+        if not inner and any(id(v) in ids for v in layer.weights):
+            found += [v for v in layer.weights if id(v) not in taken]
+    return unique(found)
 
 
 def _trained_beside(tree: Tree, names: Sequence[str]) -> list[keras.Variable]:
