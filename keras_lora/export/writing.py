@@ -36,4 +36,4 @@ def check_export(model: keras.Model, target: Path, overwrite: bool) -> None:
 def write_merged(model: keras.Model, endpoints: Sequence[Endpoint], path: Path) -> None:
     """Write a SavedModel of the endpoints; the model is merged until it is written."""
     with merged(model) if lora_layers(model) else contextlib.nullcontext():
-        write_endpoints(endpoints, path)
+        write_endpoints(model, endpoints, path)
