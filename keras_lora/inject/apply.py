@@ -9,6 +9,7 @@ from keras_lora.config import LoRAConfig
 from keras_lora.distribution import strategy_scope
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import changing
+from keras_lora.inject.keras_hub_exporters import merge_in_exporters
 from keras_lora.inject.plan import Plan, PlannedLayer, make_plan, warn_of_high_ranks
 from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.switching import activate, active_names, known_models, refreeze
@@ -118,6 +119,7 @@ def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True)
         if active:
             refreeze(tree, plan.adapter.trained if trainable else ())
         prepare_saving(tree)
+        merge_in_exporters()
         known_models(tree)
 
 
