@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_lora.checks import invalid
+from keras_lora.checks import given_path, invalid
 from keras_lora.export.checking import check_saved_model
 from keras_lora.export.classes import labelled
 from keras_lora.export.endpoints import Endpoint, serve
@@ -143,7 +143,7 @@ def export_saved_model(
         max_length=max_length,
         stop_token_ids=stop_token_ids,
     )
-    return write_saved_model(model, Path(path), serving, overwrite)
+    return write_saved_model(model, given_path(path), serving, overwrite)
 
 
 def write_saved_model(

@@ -1,4 +1,4 @@
-"""Keras's savers ask this package first, before they open a file.
+"""Keras's savers, and its loaders of legacy files, ask this package first.
 
 Keras opens a file and serializes then, so that an error from a layer destroys an older file. And a
 model that is made around an adapted one does not know of the adapters. So this module wraps the
@@ -20,6 +20,8 @@ from typing import Any
 import keras
 
 from keras_lora.inject.saving import check_saveable
+from keras_lora.layers import STATE_PREFIX
+from keras_lora.walker import Tree
 
 
 def guard_keras_savers() -> None:
@@ -29,6 +31,8 @@ def guard_keras_savers() -> None:
     _guard(saving_lib, "save_model", check_saveable)
     _guard(saving_lib, "_serialize_model_as_json", check_saveable)
     _guard(legacy, "save_model_to_hdf5", check_saveable)
+    _guard(legacy, "load_weights_from_hdf5_group", check_loadable, 2)
+    _guard(legacy, "load_weights_from_hdf5_group_by_name", check_loadable, 2)
 
 
 def saver_modules() -> tuple[ModuleType, ModuleType]:
@@ -37,12 +41,29 @@ def saver_modules() -> tuple[ModuleType, ModuleType]:
     return names["saving_lib"], names["legacy_h5_format"]
 
 
-def _guard(module: Any, name: str, check: Callable[[Any], None]) -> None:
+def check_loadable(group: Any, model: Any) -> None:
+    """Refuse the legacy file of a base for an adapted model.
+
+    Such a file has the weights of a layer in an order that depends on what trains.
+
+    Raises:
+        ValueError: the model has adapters, and the file has none.
+    """
+    adapted = isinstance(model, keras.layers.Layer) and Tree.of(model).adapted
+    if adapted and group.visit(lambda name: STATE_PREFIX in name or None) is None:
+        raise ValueError(
+            f"'{model.name}': expected a legacy .h5 file with its adapters. Received: one without "
+            "adapters. Load it into the base, and call apply_lora then."
+        )
+
+
+def _guard(module: Any, name: str, check: Callable[..., None], count: int = 1) -> None:
+    """Let a function call `check` with its first `count` arguments before all else."""
     function = getattr(module, name)
 
     @functools.wraps(function)
-    def guarded(model: Any, *args: Any, **kwargs: Any) -> Any:
-        check(model)
-        return function(model, *args, **kwargs)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        check(*args[:count])
+        return function(*args, **kwargs)
 
     setattr(module, name, guarded)

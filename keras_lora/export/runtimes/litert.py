@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_lora.checks import invalid
+from keras_lora.checks import given_path, invalid
 from keras_lora.export.endpoints import serve
 from keras_lora.export.reports import RuntimeReport
 from keras_lora.export.runtimes.conversion import (
@@ -82,7 +82,7 @@ def export_litert(
     Reference:
         LiteRT, https://ai.google.dev/edge/litert/models/signatures
     """
-    target = Path(path)
+    target = given_path(path)
     for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         _check_size(name, size)
     check_export(model, target, overwrite, lambda path: no_file(path, _MARK, 4))

@@ -17,6 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_lora.checks import given_path
 from keras_lora.export.endpoints import serve
 from keras_lora.export.reports import RuntimeReport
 from keras_lora.export.runtimes.conversion import (
@@ -82,7 +83,7 @@ def export_onnx(
     Reference:
         ONNX operators, https://onnx.ai/onnx/operators/
     """
-    target = Path(path)
+    target = given_path(path)
     check_export(model, target, overwrite, lambda path: no_file(path, _MARK, 0))
     endpoint = serve(model, input_signature)
     return write_converted(model, endpoint, target, ONNX, sample)
