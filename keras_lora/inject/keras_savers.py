@@ -3,7 +3,8 @@
 Keras opens a file and serializes then, so that an error from a layer destroys an older file. And a
 model that is made around an adapted one does not know of the adapters. So this module wraps the
 functions that all savers of Keras go through: `model.save` and `keras.saving.save_model` to files
-and directories of either format, `ModelCheckpoint`, pickles and copies.
+and directories of either format, `ModelCheckpoint`, pickles and copies; and the two that make a
+model, or JSON, from a config.
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `saving_lib`, `legacy_h5_format`: the modules with the functions behind
@@ -13,6 +14,8 @@ Private Keras API in this file, and why (`tests/test_private_api.py` watches eac
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -31,6 +34,9 @@ def guard_keras_savers() -> None:
     _guard(saving_lib, "save_model", check_saveable)
     _guard(saving_lib, "_serialize_model_as_json", check_saveable)
     _guard(legacy, "save_model_to_hdf5", check_saveable)
+    _guard(keras.Model, "to_json", check_saveable)
+    for module in (sys.modules[keras.models.clone_model.__module__], keras.models):
+        _guard(module, "clone_model", check_saveable)
     _guard(legacy, "load_weights_from_hdf5_group", check_loadable, 2)
     _guard(legacy, "load_weights_from_hdf5_group_by_name", check_loadable, 2)
 
@@ -60,10 +66,12 @@ def check_loadable(group: Any, model: Any) -> None:
 def _guard(module: Any, name: str, check: Callable[..., None], count: int = 1) -> None:
     """Let a function call `check` with its first `count` arguments before all else."""
     function = getattr(module, name)
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        check(*args[:count])
+        given = signature.bind(*args, **kwargs).arguments.values()
+        check(*list(given)[:count])
         return function(*args, **kwargs)
 
     setattr(module, name, guarded)
