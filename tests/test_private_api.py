@@ -205,3 +205,15 @@ def test_operations_are_the_rows_of_a_functional_summary() -> None:
     (text,) = lines
     names = [operation.name for operation in model._operations]
     assert [line.split()[1] for line in text.splitlines() if line.startswith("│")] == names
+
+
+def test_a_model_knows_the_strategy_that_it_was_made_in() -> None:
+    outside, strategy = functional(), tf.distribute.OneDeviceStrategy("CPU:0")
+    with strategy.scope():
+        assert functional()._distribute_strategy is strategy
+        assert outside._distribute_strategy is None
+
+
+def test_the_constructor_of_a_layer_binds_quantize() -> None:
+    """So `attach` takes it out, for the adapted class's own to be found."""
+    assert "quantize" in vars(keras.layers.Dense(3))

@@ -9,6 +9,7 @@ from keras_lora.config import LoRAConfig
 from keras_lora.distribution import strategy_scope
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import changing
+from keras_lora.inject.identity import check_variables
 from keras_lora.inject.keras_hub_exporters import merge_in_exporters
 from keras_lora.inject.plan import Plan, PlannedLayer, make_plan, warn_of_high_ranks
 from keras_lora.inject.saving import prepare_saving
@@ -104,12 +105,14 @@ def apply_lora(
 
 def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True) -> None:
     """Add an adapter as planned. It is active and trains alone, or waits for `set_adapter`."""
+    check_variables(tree)
     check_plan(tree, plan)
     before = active_names(tree)
     switched = (before, [plan.name]) if active else None
     with changing(tree, [layer.target.layer for layer in plan.layers], switched):
         try:
-            _add(plan)
+            with strategy_scope(tree):
+                _add(tree, plan)
             if active:
                 activate(tree, [plan.name], trainable)
         except BaseException:
@@ -123,12 +126,13 @@ def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True)
         known_models(tree)
 
 
-def _add(plan: Plan) -> None:
+def _add(tree: Tree, plan: Plan) -> None:
     for planned in plan.layers:
-        with strategy_scope(planned.target.layer):
-            _add_to_layer(plan, planned)
+        _add_to_layer(plan, planned)
+    # Inner layers last: a layer's weights contain those of the layers in it.
+    owners = {id(v): x for x in tree.layers for v in x.weights} if plan.owned else {}
     for variable in plan.owned:
-        item = add_owner(variable, plan.name)
+        item = add_owner(variable, owners[id(variable)], plan.name)
         if id(variable) in plan.values:
             item.assign(plan.name, plan.values[id(variable)])
 

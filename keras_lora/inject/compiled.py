@@ -57,7 +57,7 @@ def changing(
     `switched` are the names of the adapters that are active before and after.
     """
     models = around(tree, layers)
-    with strategy_scope(layers[0]):
+    with strategy_scope(tree):
         renewed = [fresh_optimizer(m) for m in models]
     before = [[id(v) for v in m.trainable_variables] for m in models]
     try:

@@ -1,4 +1,4 @@
-"""Keras's savers, and its loaders of legacy files, ask this package first.
+"""Keras's savers, its quantizer and its loaders of legacy files ask this package first.
 
 Keras opens a file and serializes then, so that an error from a layer destroys an older file. And a
 model that is made around an adapted one does not know of the adapters. So this module wraps the
@@ -22,13 +22,14 @@ from typing import Any
 
 import keras
 
+from keras_lora.inject.identity import check_quantizable
 from keras_lora.inject.saving import check_saveable
 from keras_lora.layers import STATE_PREFIX
 from keras_lora.walker import Tree
 
 
 def guard_keras_savers() -> None:
-    """Wrap Keras's savers; called once, when this package is imported."""
+    """Wrap Keras's savers and its quantizer; called once, when this package is imported."""
     saving_lib, legacy = saver_modules()
     # The first writes files and directories, the second also pickles and copies.
     _guard(saving_lib, "save_model", check_saveable)
@@ -39,6 +40,7 @@ def guard_keras_savers() -> None:
         _guard(module, "clone_model", check_saveable)
     _guard(legacy, "load_weights_from_hdf5_group", check_loadable, 2)
     _guard(legacy, "load_weights_from_hdf5_group_by_name", check_loadable, 2)
+    _guard(keras.Model, "quantize", check_quantizable)
 
 
 def saver_modules() -> tuple[ModuleType, ModuleType]:

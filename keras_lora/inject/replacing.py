@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from keras_lora.config import AdapterSpec
+from keras_lora.distribution import strategy_scope
 from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
 from keras_lora.inject.plan import Plan, PlannedLayer
 from keras_lora.inject.switching import active_names, known_models
-from keras_lora.layers import AdapterBank, add_owner, all_owned, layer_adapter
+from keras_lora.layers import AdapterBank, all_owned, layer_adapter
 from keras_lora.walker import Tree
 
 
@@ -27,12 +28,13 @@ def replace(tree: Tree, plan: Plan) -> None:
         names = [name for name in active if name in bank.adapters]
         if names != list(bank.active):
             bank.activate(names, bank.trains)
-    for variable in plan.owned:
-        add_owner(variable, plan.name).assign(plan.name, plan.values[id(variable)])
-    for model in known_models(tree):
-        forget_optimizer_states(model, plan.name)
-        if plan.name in active:
-            reset_optimizer(model)
+    for item in all_owned(plan.owned):
+        item.assign(plan.name, plan.values[id(item.variable)])
+    with strategy_scope(tree):
+        for model in known_models(tree):
+            forget_optimizer_states(model, plan.name)
+            if plan.name in active:
+                reset_optimizer(model)
 
 
 def misfits(tree: Tree, plan: Plan) -> list[str]:

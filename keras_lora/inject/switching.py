@@ -10,6 +10,7 @@ from keras_lora.checks import invalid, warn
 from keras_lora.distribution import strategy_scope
 from keras_lora.inject.compiled import FUNCTIONS, changing, stale_when_flags_change
 from keras_lora.inject.freezing import freeze, thawed_by_others
+from keras_lora.inject.identity import check_variables
 from keras_lora.inject.optimizers import switch_optimizer
 from keras_lora.inject.plan import unique
 from keras_lora.inject.saving import prepare_saving
@@ -30,13 +31,14 @@ def adapted(tree: Tree) -> dict[str, AdapterBank]:
 def check_adapted(tree: Tree) -> None:
     """
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or other variables than they were made for.
     """
     if not tree.adapted:
         raise ValueError(
             f"Expected a model with adapters. Received: {tree.root.name!r}, which has none. It was "
             "never adapted, or its adapters were merged or unloaded: call apply_lora first."
         )
+    check_variables(tree)
 
 
 def adapter_names(tree: Tree) -> list[str]:
@@ -117,15 +119,16 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
     entered = _in_order([n for n in names if n in x.adapters] for x in banks)
     switched = active_names(tree), entered
     fit = _all_fit(banks, names)
-    if fit and not thawed and _same_flags(banks, trained, extra, trainable):
-        _move(banks, owned, names, trainable)
-        for known in known_models(tree):
-            switch_optimizer(known, *switched)
-    else:
-        stale = stale_when_flags_change() if fit else FUNCTIONS
-        with changing(tree, tree.adapted, switched, stale):
+    with strategy_scope(tree):
+        if fit and not thawed and _same_flags(banks, trained, extra, trainable):
             _move(banks, owned, names, trainable)
-            refreeze(tree, extra)
+            for known in known_models(tree):
+                switch_optimizer(known, *switched)
+        else:
+            stale = stale_when_flags_change() if fit else FUNCTIONS
+            with changing(tree, tree.adapted, switched, stale):
+                _move(banks, owned, names, trainable)
+                refreeze(tree, extra)
     if owned:
         prepare_saving(tree)
     _warn_of_frozen_again(tree, thawed)
@@ -151,7 +154,8 @@ def activate(tree: Tree, names: Sequence[str], trainable: bool | None = None) ->
 
     Trainable flags of slots change as asked; other flags and optimizers do not change.
     """
-    _move(tree.banks, all_owned(tree.root.variables), names, trainable)
+    with strategy_scope(tree):
+        _move(tree.banks, all_owned(tree.root.variables), names, trainable)
 
 
 def known_models(tree: Tree) -> list[keras.Model]:
@@ -181,8 +185,7 @@ def _move(
     owners = [(item, _owner(item, names)) for item in owned]
     for bank in banks:
         trains = bank.trains if trainable is None else trainable
-        with strategy_scope(bank.site.layer):
-            bank.activate([n for n in names if n in bank.adapters], trains)
+        bank.activate([n for n in names if n in bank.adapters], trains)
     for item, owner in owners:
         item.switch(owner)
 

@@ -17,6 +17,7 @@ from keras_lora.layers.bank import AdapterBank, layer_adapter
 from keras_lora.layers.checkpoint import STATE_PREFIX
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.factors import Factor
+from keras_lora.layers.guarded import QUANTIZED
 from keras_lora.layers.kinds import Kind, Site, family_of
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
 from keras_lora.layers.lora_layer import DEFAULT_ADAPTER, LoRALayer, plain_class
@@ -45,6 +46,7 @@ from keras_lora.layers.registry import (
 __all__ = [
     "BASE",
     "DEFAULT_ADAPTER",
+    "QUANTIZED",
     "STATE_PREFIX",
     "WAS_TRAINABLE",
     "Adapter",

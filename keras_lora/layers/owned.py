@@ -19,10 +19,14 @@ BASE = ""  # the owner of the base's own value; no adapter has an empty name
 
 
 class OwnedValues:
-    """The values of one variable by owner; the one of `owner` is in the variable."""
+    """The values of one variable by owner; the one of `owner` is in the variable.
 
-    def __init__(self, variable: keras.Variable) -> None:
+    `layer` is the layer that the variable belongs to.
+    """
+
+    def __init__(self, variable: keras.Variable, layer: keras.layers.Layer) -> None:
         self.variable = variable
+        self.layer = layer
         self.owner = BASE
         self._values = {BASE: Factor.inside(variable)}
 
@@ -66,11 +70,11 @@ def all_owned(variables: Iterable[keras.Variable]) -> list[OwnedValues]:
     return [item for variable in variables if (item := owned(variable)) is not None]
 
 
-def add_owner(variable: keras.Variable, name: str) -> OwnedValues:
-    """Give an adapter a value of its own, which starts as the base's."""
+def add_owner(variable: keras.Variable, layer: keras.layers.Layer, name: str) -> OwnedValues:
+    """Give an adapter a value of its own of a layer's variable, which starts as the base's."""
     item = owned(variable)
     if item is None:
-        item = OwnedValues(variable)
+        item = OwnedValues(variable, layer)
         setattr(variable, _OWNED, item)
     item.assign(name, item.value(BASE))
     return item
