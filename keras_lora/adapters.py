@@ -25,6 +25,7 @@ from keras_lora.inject import (
     install,
     known_models,
     leaving,
+    no_training,
     plan_factors,
     switch,
     unload,
@@ -84,7 +85,8 @@ def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
     """Within the context no adapter is active: the model computes the outputs of its base.
 
     The outputs equal the base's up to rounding: the empty slots are still computed, so that
-    nothing is traced again. No trainable flag and no optimizer changes.
+    nothing is traced again. No trainable flag and no optimizer changes. `fit` of the model is
+    refused inside, since it would move the base's own heads and biases.
 
     Args:
         model: An adapted model.
@@ -109,7 +111,8 @@ def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
     names = active_names(tree)
     activate(tree, [])
     try:
-        yield model
+        with no_training(tree):
+            yield model
     finally:
         activate(Tree.of(model), names)  # anew: the model may have changed within the context
 

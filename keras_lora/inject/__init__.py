@@ -10,6 +10,7 @@ from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimize
 from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers, plan_of, unique
 from keras_lora.inject.replacing import loses_dropout, misfits, replace
 from keras_lora.inject.saving import prepare_saving
+from keras_lora.inject.standstill import no_training
 from keras_lora.inject.switching import (
     activate,
     active_names,
@@ -46,6 +47,7 @@ __all__ = [
     "merge_lora",
     "merged",
     "misfits",
+    "no_training",
     "original_flag",
     "plan_factors",
     "plan_layers",
