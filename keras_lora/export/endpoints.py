@@ -59,13 +59,10 @@ def write_endpoints(model: keras.Model, endpoints: Sequence[Endpoint], path: Pat
         ValueError: the endpoints use a table that belongs to no layer of the model.
     """
     archive = keras.export.ExportArchive()
-    functions = [
-        archive.add_endpoint(endpoint.name, endpoint.call, input_signature=[endpoint.signature])
-        for endpoint in endpoints
-    ]
+    traces = [_add(archive, endpoint) for endpoint in endpoints]
     given = [resource for endpoint in endpoints for resource in endpoint.resources]
     # The model is not tracked: that would store each variable twice (keras issue 23553).
-    for resource in {id(r): r for r in (*given, *used_resources(model, functions))}.values():
+    for resource in {id(r): r for r in (*given, *used_resources(model, traces))}.values():
         archive.track(resource)
     try:
         archive.write_out(path, verbose=False)
@@ -75,6 +72,18 @@ def write_endpoints(model: keras.Model, endpoints: Sequence[Endpoint], path: Pat
             f"Received: {model.name!r}, in which {str(error).splitlines()[0]} Keep it as an "
             "attribute of the layer that uses it."
         ) from error
+
+
+def _add(archive: keras.export.ExportArchive, endpoint: Endpoint) -> Any:
+    """Trace an endpoint once: with an `input_signature`, it is again for each name it is served by.
+
+    Returns:
+        The `ConcreteFunction`.
+    """
+    function = tf.function(endpoint.call, autograph=False)
+    trace = function.get_concrete_function(endpoint.signature)
+    archive.add_endpoint(endpoint.name, function)
+    return trace
 
 
 def servable(output: tf.Tensor) -> tf.Tensor:

@@ -13,18 +13,17 @@ from keras_lora.walker import Layer, all_layers
 _Resource = tf.saved_model.experimental.TrackableResource
 
 
-def used_resources(model: keras.Model, functions: Sequence[Any]) -> list[Any]:
-    """The resources of the model's layers that these functions use.
+def used_resources(model: keras.Model, traces: Sequence[Any]) -> list[Any]:
+    """The resources of the model's layers that these traces use.
 
     Of a task whose requests are tokens, the tables of the tokenizer stay out of the SavedModel.
 
     Args:
         model: The model.
-        functions: Instances of `tf.function` with an input signature.
+        traces: Instances of `ConcreteFunction`.
     """
-    traced = [function.get_concrete_function() for function in functions]
-    used = {id(tensor) for each in traced for tensor in each.captured_inputs}
-    used -= {id(variable.handle) for each in traced for variable in each.variables}
+    used = {id(tensor) for each in traces for tensor in each.captured_inputs}
+    used -= {id(variable.handle) for each in traces for variable in each.variables}
     if not used:
         return []
     found = {id(r): r for layer in all_layers(model) for r in _resources(layer)}
