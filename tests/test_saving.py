@@ -13,10 +13,21 @@ import keras
 import numpy as np
 import pytest
 from support import processes
-from support.models import Subclassed, composite, data, functional, randomize_adapters, state
+from support.forks import Fork
+from support.models import (
+    Subclassed,
+    composite,
+    data,
+    functional,
+    one_block,
+    randomize_adapters,
+    state,
+)
 
 import keras_lora as kl
 from keras_lora.inject.keras_savers import saver_modules
+
+pytest_plugins = ["support.forks"]
 
 # A warning of Keras before it refuses a file.
 refusing = pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
@@ -191,14 +202,12 @@ print(json.dumps({"epochs": history.epoch, "loss": history.history["loss"]}))
 
 
 @pytest.mark.slow
-@every_model
+@pytest.mark.parametrize("make", [functional, one_block])
 def test_backup_and_restore_resumes_a_killed_run_exactly(
-    make: Callable[[], keras.Model], tmp_path: Path
+    make: Callable[[], keras.Model], fork: Fork, tmp_path: Path
 ) -> None:
     def run(directory: str, kill_at: int) -> tuple[int, dict[str, list[float]]]:
-        process = processes.start(RESUMABLE, make.__name__, tmp_path / directory, kill_at)
-        output, _ = process.communicate(timeout=600)
-        code = process.returncode
+        code, output = fork(RESUMABLE, make.__name__, tmp_path / directory, kill_at)
         return code, (json.loads(output.splitlines()[-1]) if code == 0 else {})
 
     _, unbroken = run("unbroken", 99)

@@ -1,0 +1,48 @@
+"""Scripts in processes of their own, which find imported what takes seconds to import."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from support import processes
+
+# A child has none of the threads of its parent, which therefore imports alone.
+PARENT = """
+import json, multiprocessing, sys
+import keras_hub, keras_lora
+
+def run(script, arguments):
+    sys.argv[1:] = arguments
+    exec(script, globals())
+
+for line in sys.stdin:
+    child = multiprocessing.get_context("fork").Process(target=run, args=json.loads(line))
+    child.start()
+    child.join()
+    print("ended", child.exitcode, flush=True)
+"""
+
+Fork = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="session")
+def fork() -> Iterator[Fork]:
+    """A function that runs a script with its arguments: the exit status, and the output."""
+    parent = processes.start(PARENT)
+
+    def run(script: str, *arguments: object) -> tuple[int, str]:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        print(json.dumps([script, list(map(str, arguments))]), file=parent.stdin, flush=True)
+        output = ""
+        for line in parent.stdout:
+            if line.startswith("ended "):
+                return int(line.split()[1]), output
+            output += line
+        raise RuntimeError(output)
+
+    yield run
+    processes.finish(parent)
