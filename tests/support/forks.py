@@ -12,7 +12,7 @@ from support import processes
 # A child has none of the threads of its parent, which therefore imports alone.
 PARENT = """
 import json, multiprocessing, sys
-import keras_hub, keras_lora
+import IMPORTS
 
 def run(script, arguments):
     sys.argv[1:] = arguments
@@ -31,7 +31,17 @@ Fork = Callable[..., tuple[int, str]]
 @pytest.fixture(scope="session")
 def fork() -> Iterator[Fork]:
     """A function that runs a script with its arguments: the exit status, and the output."""
-    parent = processes.start(PARENT)
+    yield from _forks("keras_hub, keras_lora")
+
+
+@pytest.fixture(scope="session")
+def fork_without_keras() -> Iterator[Fork]:
+    """As `fork`, for scripts that cannot import Keras or this package."""
+    yield from _forks("tensorflow", "keras", "keras_lora")
+
+
+def _forks(imports: str, *block: str) -> Iterator[Fork]:
+    parent = processes.start(processes.blocking(*block) + PARENT.replace("IMPORTS", imports))
 
     def run(script: str, *arguments: object) -> tuple[int, str]:
         assert parent.stdin is not None
