@@ -114,7 +114,8 @@ def load_adapter(
     `set_adapter`, and nothing changes for the others.
 
     With `replace`, it takes the place of the adapter of that name. Its scale may differ, its rank
-    may not be higher, and it may have DoRA only where an adapter with DoRA was active before. Only
+    may not be higher (nor lower, where an optimizer trains that does not go by element; see
+    `set_adapter`), and it may have DoRA only where an adapter with DoRA was active before. Only
     values change: nothing is traced again, and a service changes its task between two requests. A
     layer that only the old adapter was on loses it.
 

@@ -6,7 +6,6 @@ from keras_lora.inject.freezing import original_flag, thawed_by_others
 from keras_lora.inject.keras_savers import guard_keras_savers
 from keras_lora.inject.leaving import leaving
 from keras_lora.inject.merge import merge_lora, merged, unload, unload_lora
-from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
 from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers, plan_of, unique
 from keras_lora.inject.replacing import loses_dropout, misfits, replace
 from keras_lora.inject.saving import prepare_saving
@@ -19,7 +18,6 @@ from keras_lora.inject.switching import (
     check_adapted,
     check_names,
     check_no_dora,
-    known_models,
     switch,
     trained_by_none,
     whole_adapters,
@@ -38,10 +36,8 @@ __all__ = [
     "check_names",
     "check_no_dora",
     "drop",
-    "forget_optimizer_states",
     "guard_keras_savers",
     "install",
-    "known_models",
     "leaving",
     "loses_dropout",
     "merge_lora",
@@ -54,7 +50,6 @@ __all__ = [
     "plan_of",
     "prepare_saving",
     "replace",
-    "reset_optimizer",
     "switch",
     "thawed_by_others",
     "trained_by_none",

@@ -13,7 +13,13 @@ from keras_lora.inject.identity import check_variables
 from keras_lora.inject.keras_hub_exporters import merge_in_exporters
 from keras_lora.inject.plan import Plan, PlannedLayer, make_plan, warn_of_high_ranks
 from keras_lora.inject.saving import prepare_saving
-from keras_lora.inject.switching import activate, active_names, known_models, refreeze
+from keras_lora.inject.switching import (
+    activate,
+    active_names,
+    allow_any_rank,
+    refreeze,
+    settle_ranks,
+)
 from keras_lora.inject.trial import check_plan
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
@@ -46,8 +52,9 @@ def apply_lora(
     `set_adapter` switches. Each adapter has its own values of the biases and layers that it trains.
 
     The compiled functions of every model with one of the layers are dropped and made anew when next
-    needed; a compiled optimizer is replaced by a fresh one of the same configuration. Functions
-    that you compiled yourself (`tf.function`) keep the old graph.
+    needed; a compiled optimizer is replaced by a fresh one of the same settings, which excludes the
+    same variables from weight decay. Functions that you compiled yourself (`tf.function`) keep the
+    old graph.
 
     Saving an adapted model: `save_weights` and `load_weights` (and with them
     `ModelCheckpoint(save_weights_only=True)` and `BackupAndRestore`) keep base, adapters and
@@ -108,11 +115,11 @@ def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True)
     check_variables(tree)
     check_plan(tree, plan)
     before = active_names(tree)
-    switched = (before, [plan.name]) if active else None
-    with changing(tree, [layer.target.layer for layer in plan.layers], switched):
+    with changing(tree, [layer.target.layer for layer in plan.layers]):
         try:
             with strategy_scope(tree):
                 _add(tree, plan)
+            settle_ranks(tree)
             if active:
                 activate(tree, [plan.name], trainable)
         except BaseException:
@@ -123,7 +130,6 @@ def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True)
             refreeze(tree, plan.adapter.trained if trainable else ())
         prepare_saving(tree)
         merge_in_exporters()
-        known_models(tree)
 
 
 def _add(tree: Tree, plan: Plan) -> None:
@@ -158,3 +164,5 @@ def drop(tree: Tree, name: str) -> None:
             detach(layer)
     for variable in tree.root.variables:
         remove_owner(variable, name)
+    if not tree.adapted:
+        allow_any_rank(tree)

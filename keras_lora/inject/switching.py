@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+from weakref import ref
 
 import keras
 
@@ -11,10 +14,18 @@ from keras_lora.distribution import strategy_scope
 from keras_lora.inject.compiled import FUNCTIONS, changing, stale_when_flags_change
 from keras_lora.inject.freezing import freeze, thawed_by_others
 from keras_lora.inject.identity import check_variables
-from keras_lora.inject.optimizers import switch_optimizer
+from keras_lora.inject.moments import moving_moments
 from keras_lora.inject.plan import unique
 from keras_lora.inject.saving import prepare_saving
-from keras_lora.layers import BASE, Adapter, AdapterBank, LoRALayer, OwnedValues, all_owned
+from keras_lora.layers import (
+    BASE,
+    Adapter,
+    AdapterBank,
+    LoRALayer,
+    OwnedValues,
+    all_owned,
+    goes_by_element,
+)
 from keras_lora.walker import Layer, Tree
 
 
@@ -116,17 +127,15 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
     extra = unowned_variables(banks, owned, trained)
     if trainable:
         extra += _trained_beside(tree, names)
-    entered = _in_order([n for n in names if n in x.adapters] for x in banks)
-    switched = active_names(tree), entered
+    settle_ranks(tree)
     fit = _all_fit(banks, names)
     with strategy_scope(tree):
         if fit and not thawed and _same_flags(banks, trained, extra, trainable):
-            _move(banks, owned, names, trainable)
-            for known in known_models(tree):
-                switch_optimizer(known, *switched)
+            with moving_moments(tree, known_models(tree)):
+                _move(banks, owned, names, trainable)
         else:
             stale = stale_when_flags_change() if fit else FUNCTIONS
-            with changing(tree, tree.adapted, switched, stale):
+            with changing(tree, tree.adapted, stale):
                 _move(banks, owned, names, trainable)
                 refreeze(tree, extra)
     if owned:
@@ -168,6 +177,37 @@ def known_models(tree: Tree) -> list[keras.Model]:
         layer._lora.models.update(tree.models)
         known.update({id(m): m for m in layer._lora.models})
     return list(known.values())
+
+
+def settle_ranks(tree: Tree) -> None:
+    """Let adapters be in slots of higher ranks only where all optimizers go by element.
+
+    A model may be compiled later, with another optimizer: `fit` asks again.
+    """
+    models = known_models(tree)
+    pads = all(goes_by_element(getattr(m, "optimizer", None)) for m in models)
+    for bank in tree.banks:
+        bank.pads = pads
+    for model in models:
+        if "make_train_function" not in vars(model):
+            model.make_train_function = partial(_make_train_function, ref(model))
+
+
+def allow_any_rank(tree: Tree) -> None:
+    """The inverse of `settle_ranks`, for a model without adapters."""
+    for model in tree.models:
+        vars(model).pop("make_train_function", None)
+
+
+def _make_train_function(model: ref[keras.Model], *args: Any, **kwargs: Any) -> None:
+    """`make_train_function` of a model, once each adapter is in a slot that it can train in."""
+    trained = model()
+    assert trained is not None
+    if not goes_by_element(trained.optimizer):
+        tree = Tree.of(trained)
+        if any(slot.is_padded for bank in tree.banks for slot in bank.slots):
+            switch(tree, active_names(tree), any(bank.trains for bank in tree.banks))
+    type(trained).make_train_function(trained, *args, **kwargs)
 
 
 def refreeze(tree: Tree, extra: Iterable[keras.Variable]) -> None:

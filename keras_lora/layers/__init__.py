@@ -30,6 +30,7 @@ from keras_lora.layers.owned import (
     owned,
     remove_owner,
 )
+from keras_lora.layers.padding import goes_by_element, parts_of
 from keras_lora.layers.registry import (
     attach,
     detach,
@@ -71,12 +72,14 @@ __all__ = [
     "detach",
     "factor_names",
     "family_of",
+    "goes_by_element",
     "is_registered",
     "layer_adapter",
     "lora_class_for",
     "output_gain",
     "output_norms",
     "owned",
+    "parts_of",
     "plain_class",
     "register_lora_class",
     "remember_flag",

@@ -39,6 +39,11 @@ class OwnedValues:
         """The values that are not in the variable."""
         return {name: value for name, value in self._values.items() if name != self.owner}
 
+    @property
+    def held(self) -> tuple[keras.Variable, Factor]:
+        """The variable, with the value in it."""
+        return self.variable, self._values[self.owner]
+
     def value(self, name: str) -> np.ndarray:
         return np.array(self._values[name])
 
@@ -47,6 +52,13 @@ class OwnedValues:
             self._values[name].assign(value)
         else:
             self._values[name] = Factor(value, dtype=str(self.variable.dtype))
+
+    def replace(self, name: str, value: Any) -> None:
+        """Give an owner the value of another adapter of its name, whose moments are not its own."""
+        factor = Factor(value, dtype=str(self.variable.dtype))
+        if name == self.owner:
+            factor.enter(self.variable)
+        self._values[name] = factor
 
     def switch(self, name: str) -> None:
         """Let the variable have the value of this owner."""
