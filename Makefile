@@ -68,10 +68,13 @@ clean:
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
+# Without `--no-compile`, two minutes go into compiling modules, of which few are ever imported.
+INSTALL := $(BIN)/pip install --quiet --no-compile --editable
+
 $(VENV)/.demo: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --editable ".[nlp]"
+	$(INSTALL) ".[nlp]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(INSTALL) ".[dev]"
 	touch $@

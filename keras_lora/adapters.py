@@ -19,9 +19,7 @@ from keras_lora.inject import (
     computing_with,
     context,
     drop,
-    forget_optimizer_states,
     in_trace,
-    known_models,
     leaving,
     switch,
     turn,
@@ -44,13 +42,25 @@ def set_adapter(
 
     - more adapters are active on a layer than ever before, or one has a higher rank, or is the
       first with dropout or DoRA: the layer then gets new variables;
+    - the rank differs at all, and the optimizer does not go by element (Adafactor, Lamb, Muon, and
+      classes that are not Keras's): zeros beside an adapter would change its training;
     - other variables of the base train (adapters with other `layers_to_save` or `bias`), or
-      `trainable` changes: `fit` (on JAX every function) is then traced again, and the optimizer is
-      made anew.
+      `trainable` changes: `fit` (on JAX every function) is then traced again.
 
-    The moments in the optimizers of this model and of models inside it move with the adapters: an
-    adapter that is trained, then another, then the first again, trains as without a break. A layer
-    that none of the named adapters is on keeps an empty slot, which adds zero and gets no gradient.
+    The moments in the optimizers of this model and of models inside it move with the adapters, and
+    so does the number of steps, on which schedules depend: an adapter that is trained, then others,
+    then the first again, trains as without a break, whatever ranks, heads and layers they have.
+    Adapters that are active together share one number of steps, that of the one that was trained
+    longest. The learning rate stays. What trains beside the adapters and belongs to none (a layer
+    made by hand) keeps moments for each of these adapters. `compile` starts anew, and so does an
+    adapter that was replaced. An optimizer class of your own must keep its moments as Keras's do,
+    in lists with an entry for each variable; otherwise a warning says when they are lost.
+
+    `fit` and `train_on_batch` see to the ranks. In a training loop of your own, with an optimizer
+    that does not go by element, `compile` the model with it before `set_adapter`.
+
+    A layer that none of the named adapters is on keeps an empty slot, which adds zero and gets no
+    gradient.
 
     Args:
         model: An adapted model.
@@ -81,7 +91,8 @@ def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
 
     The outputs equal the base's up to rounding: the empty slots are still computed, so that
     nothing is traced again. No trainable flag and no optimizer changes, and other threads that
-    call a verb for this model wait for the end of the context.
+    call a verb for this model wait for the end of the context. `fit` of the model is refused
+    inside, since it would move the base's own heads and biases.
 
     In a function that is being traced, such as a `train_step` that needs the outputs of the base
     beside those of the adapted model (DPO, a KL penalty), no value moves: what is traced within the
@@ -189,11 +200,8 @@ def _delete(tree: Tree, name: str) -> None:
     if len(left) < len(active_names(tree)):
         switch(tree, left, any(bank.trains for bank in tree.banks))
     emptied = [x for x in tree.adapted if all(set(b.adapters) <= {name} for b in x.banks.values())]
-    known = known_models(tree)
     with changing(tree, emptied) if emptied else contextlib.nullcontext(), leaving(tree):
         drop(tree, name)
-    for inner in known:
-        forget_optimizer_states(inner, name)
 
 
 def scale_adapter(

@@ -7,6 +7,7 @@ import math
 import numbers
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 
@@ -40,6 +41,22 @@ def invalid_file(
     """The project's one form of message for a bad file or directory of an adapter."""
     name = os.fspath(path)
     return AdapterFileError(f"Invalid {name!r}: expected {expected}. Received: {received}; {fix}.")
+
+
+def given_path(path: str | os.PathLike[str]) -> Path:
+    """A path as a user gave it; `~` is the home directory, as in a shell.
+
+    Raises:
+        ValueError: an empty path, which for Python is the working directory.
+
+    Example:
+
+    >>> given_path("~/adapters").is_absolute()
+    True
+    """
+    if not os.fspath(path):
+        raise invalid("path", "a path", path, "the working directory is '.'")
+    return Path(path).expanduser()
 
 
 def check_rank(rank: object) -> None:

@@ -10,13 +10,12 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 # Small models take longer to compile than to run: XLA compiles them without optimizations.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import gc
 import random
 
-import keras
 import numpy as np
 import pytest
 
-keras.utils.set_random_seed(7)
 # A failed assertion in `support` shows its values, as in a test.
 pytest.register_assert_rewrite("support")
 # `support` has no tests or doctests, and some of its modules import optional packages.
@@ -32,3 +31,15 @@ def _seeded() -> None:
     """
     random.seed(7)
     np.random.seed(7)
+
+
+def pytest_collection_finish() -> None:
+    """Seed, and let no collection of garbage visit what was imported, some 400,000 objects.
+
+    The process of `-n` that hands out the tests collects none, and imports no Keras: here alone.
+    """
+    import keras  # noqa: PLC0415
+
+    keras.utils.set_random_seed(7)
+    gc.collect()
+    gc.freeze()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
-import signal
+import shutil
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from support import mutations, processes, writers
+from support import mutations, processes
 from support.adapter_arrays import (
     CONFIG,
     DIFFERENT,
@@ -72,15 +70,16 @@ def test_left_over_temporary_files_go_and_others_stay(saved: Path) -> None:
     assert names(saved) == sorted([TENSORS_FILE, CONFIG_FILE, *others])
 
 
-WRITERS = "import sys; from support import without_package, writers\n"
+WRITERS = """
+import sys, warnings; warnings.simplefilter("ignore")
+from support import without_package, writers
+"""
 
 
 @pytest.mark.slow
 def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
     directory = tmp_path / "adapter"
-    quiet = "import warnings; warnings.simplefilter('ignore')\n"
-    script = f"{WRITERS}writers.die_at_every_step(sys.argv[1])"
-    output = processes.run(quiet + script, directory)
+    output = processes.run(f"{WRITERS}writers.die_at_every_step(sys.argv[1])", directory)
     lines = [line.split() for line in output.splitlines()]
     found: dict[str, list[str]] = {"old": [], "new": []}
     for name, status, now in lines:
@@ -96,31 +95,31 @@ def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new_one(tmp_pat
 @pytest.mark.slow
 @documented_warning
 def test_a_save_killed_at_any_moment_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
-    moments = random.Random(0)
-    found = []
-    for _ in range(50):
-        process = processes.start(f"{WRITERS}writers.write_until_killed(sys.argv[1])", tmp_path)
-        assert process.stdout
-        assert process.stdout.readline() == "started\n"
-        time.sleep(moments.uniform(0, 0.03))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        found.append(writers.read(str(tmp_path)))
-    assert set(found) - {None} == {"old", "new"}
-    assert None not in found[found.index("old") :]
-    write_adapter_files(tmp_path, {}, {}, overwrite=True)
-    assert names(tmp_path) == [TENSORS_FILE, CONFIG_FILE]
+    directory = tmp_path / "adapter"
+    script = f"{WRITERS}writers.die_at_random_moments(sys.argv[1], 50)"
+    output = processes.run(script, directory)
+    killed, found = zip(*map(str.split, output.splitlines()), strict=True)
+    assert killed == ("True",) * 50
+    assert set(found) - {"None"} == {"old", "new"}
+    assert "None" not in found[found.index("old") :]
+    write_adapter_files(directory, {}, {}, overwrite=True)
+    assert names(directory) == [TENSORS_FILE, CONFIG_FILE]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "adapter"
+    write_adapter_files(directory, CONFIG, arrays(), overwrite=False)
+    return directory
 
 
 @settings(max_examples=2000, derandomize=True, deadline=None, database=None)
 @given(mutation=mutations.mutations())
 def test_a_damaged_adapter_is_read_as_it_was_saved_or_refused(
-    mutation: mutations.Mutation,
+    whole: Path, mutation: mutations.Mutation
 ) -> None:
     with tempfile.TemporaryDirectory() as parent:
-        directory = Path(parent, "adapter")
-        write_adapter_files(directory, CONFIG, arrays(), overwrite=False)
+        directory = shutil.copytree(whole, Path(parent, "adapter"))
         mutation(directory)
         limit = 2 * size_of(directory) + SMALL
         with warnings.catch_warnings(record=True) as caught:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from keras_lora.files.adapter_files import read_adapter_files, write_adapter_files
 from keras_lora.files.atomic import leftovers, replaced, temporary_path, write_files
 
 
@@ -84,3 +88,22 @@ def test_temporary_files_are_recognised_by_the_names_they_are_for(tmp_path: Path
     write_files(tmp_path, {"a.json": b"{}"})
     assert (tmp_path / "a.json").read_bytes() == b"{}"
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="directories are not locked there")
+def test_writers_of_one_directory_wait_for_each_other(tmp_path: Path) -> None:
+    """Each descriptor has a lock of its own, so that threads stand for processes."""
+
+    def write(number: int) -> None:
+        for _ in range(10):
+            values = {"a": np.full(1000, number, "float32")}
+            write_adapter_files(tmp_path, {"number": number}, values, overwrite=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    files = read_adapter_files(tmp_path)
+    assert set(files.tensors["a"]) == {files.config["number"]}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "adapter_config.json",
+        "adapter.safetensors",
+    }

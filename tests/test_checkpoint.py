@@ -12,7 +12,6 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from support import processes
 from support.broken_runs import (
     BATCHES,
     CASES,
@@ -25,9 +24,12 @@ from support.broken_runs import (
     fit,
     trained,
 )
+from support.forks import Fork
 from support.models import functional
 
 import keras_lora as kl
+
+pytest_plugins = ["support.forks"]
 
 
 @pytest.mark.parametrize(("make", "optimizer", "freq", "after"), CASES)
@@ -191,15 +193,14 @@ print(json.dumps([v.numpy().tolist() for v in model.trainable_variables]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "freq"), [("composite", "epoch"), ("functional", "3")])
+@pytest.mark.parametrize(("make", "freq"), [("one_block", "epoch"), ("functional", "3")])
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(
-    make: str, freq: str, tmp_path: Path
+    make: str, freq: str, fork: Fork, tmp_path: Path
 ) -> None:
     def run(directory: Path, kill_at: int) -> list[Any] | None:
-        process = processes.start(RESUMABLE, make, directory, freq, kill_at)
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode in (0, -signal.SIGKILL), output
-        return json.loads(output.splitlines()[-1]) if process.returncode == 0 else None
+        status, output = fork(RESUMABLE, make, directory, freq, kill_at)
+        assert status in (0, -signal.SIGKILL), output
+        return json.loads(output.splitlines()[-1]) if status == 0 else None
 
     expected = run(tmp_path / "unbroken", 10**6)
     assert expected is not None

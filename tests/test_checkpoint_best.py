@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
-from support.broken_runs import BreakAfter, BrokenError, adapted, fit
+from support.broken_runs import BATCHES, EPOCHS, BreakAfter, BrokenError, adapted, fit
 from support.models import functional
 
 import keras_lora as kl
@@ -72,3 +73,29 @@ def test_a_monitor_that_is_not_there_saves_and_warns(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"monitor='nothing' is not among \['loss', 'mae', "):
         fit(adapted(functional), checkpoint, epochs=1)
     assert (tmp_path / "adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize(("value", "save_best_only"), [(float("nan"), False), (float("inf"), True)])
+def test_a_run_that_diverges_keeps_its_last_finite_files(
+    value: float, save_best_only: bool, tmp_path: Path
+) -> None:
+    class Diverge(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+            if epoch == 1:
+                variable = self.model.trainable_variables[0]
+                variable.assign(variable * value)
+
+    def run(*callbacks: keras.callbacks.Callback) -> keras.Model:
+        checkpoint = kl.AdapterCheckpoint(
+            tmp_path, monitor="loss", save_best_only=save_best_only, overwrite=True
+        )
+        model = adapted(functional)
+        fit(model, *callbacks, checkpoint)
+        return model
+
+    with pytest.warns(UserWarning, match="Training has reached NaN or infinity"):
+        run(Diverge())
+    assert all(np.isfinite(x).all() for x in kl.read_adapter_files(tmp_path).tensors.values())
+    model = run()  # goes on after the first epoch
+    assert all(np.isfinite(np.array(v)).all() for v in model.trainable_variables)
+    assert int(model.optimizer.iterations) == EPOCHS * BATCHES

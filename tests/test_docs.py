@@ -8,12 +8,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-from support import guide, processes
+from support import guide
+from support.forks import Fork
 from support.servers import Server
 
 import keras_lora_cli
 
-pytest_plugins = ["support.servers"]
+pytest_plugins = ["support.forks", "support.servers"]
 
 ROOT = Path(__file__).parent.parent
 SERVING = ROOT / "docs" / "serving.md"
@@ -28,18 +29,23 @@ def blocks(page: Path, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```", page.read_text(), flags=re.S | re.M)
 
 
-def run_python(page: Path, folder: Path) -> None:
+def run_python(page: Path, folder: Path, fork: Fork) -> None:
     script = "\n".join(blocks(page, "python"))
     if script:
-        processes.run(f"import os; os.chdir({str(folder)!r})\n{script}")
+        status, output = fork(f"import os; os.chdir({str(folder)!r})\n{script}")
+        assert status == 0, output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_and_console_blocks_run_in_order(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path,
+    fork: Fork,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run_python(page, tmp_path)
+    run_python(page, tmp_path, fork)
     monkeypatch.chdir(tmp_path)
     for block in blocks(page, "console"):
         for shown in re.split(r"^\$ ", block, flags=re.M)[1:]:
@@ -65,7 +71,9 @@ def test_the_serving_guide_is_true_from_fit_to_curl(
 
 
 @pytest.mark.slow
-def test_the_table_of_architectures_is_what_its_script_makes(tmp_path: Path) -> None:
-    processes.run((ROOT / "docs" / "architectures.py").read_text(), tmp_path / "page.md")
+def test_the_table_of_architectures_is_what_its_script_makes(fork: Fork, tmp_path: Path) -> None:
+    script = (ROOT / "docs" / "architectures.py").read_text()
+    status, output = fork(script, tmp_path / "page.md")
+    assert status == 0, output
     written = (ROOT / "docs" / "architectures.md").read_text()
     assert written == (tmp_path / "page.md").read_text(), "run `make architectures`"

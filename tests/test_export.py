@@ -12,14 +12,18 @@ import pytest
 import tensorflow as tf
 from support import processes
 from support.exports import EXPORTS, PythonInside, adapted, classifier, large, predict
+from support.forks import Fork
 from support.models import (
     Subclassed,
     composite,
     functional,
     state,
 )
+from support.tasks import bytes_of
 
 import keras_lora as kl
+
+pytest_plugins = ["support.forks"]
 
 SERVE = """
 import sys, numpy as np, tensorflow as tf
@@ -32,7 +36,7 @@ np.savez(sys.argv[3], **{name: value.numpy() for name, value in served(**feeds).
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(EXPORTS))
 def test_answers_equal_predict_in_the_c_library_and_without_keras(
-    name: str, tmp_path: Path
+    name: str, fork_without_keras: Fork, tmp_path: Path
 ) -> None:
     make, feed, outputs = EXPORTS[name]
     model = adapted(make)
@@ -52,7 +56,8 @@ def test_answers_equal_predict_in_the_c_library_and_without_keras(
         tmp_path / "c.npz",
         block=("keras", "keras_lora"),  # the script itself refuses an imported tensorflow
     )
-    processes.run(SERVE, *paths, tmp_path / "python.npz", block=("keras", "keras_lora"))
+    status, output = fork_without_keras(SERVE, *paths, tmp_path / "python.npz")
+    assert status == 0, output
     for file in ("c.npz", "python.npz"):
         served = dict(np.load(tmp_path / file))
         assert sorted(served) == sorted(outputs)
@@ -142,17 +147,28 @@ def test_the_check_sees_low_precision_in_signatures_of_others(tmp_path: Path) ->
     assert "no JSON form" in problem
 
 
-def test_an_existing_path_is_refused_or_replaced_whole(tmp_path: Path) -> None:
-    model, target = adapted(functional), tmp_path / "1"
-    target.mkdir()
-    (target / "precious").write_text("mine")
+def test_only_a_saved_model_is_overwritten(tmp_path: Path) -> None:
+    model, served = adapted(functional), tmp_path / "served"
+    target, precious = served / "1", served / "notes.txt"
+    target.mkdir(parents=True)
+    kl.export_saved_model(model, target, overwrite=True)  # an empty directory
     with pytest.raises(ValueError, match="overwrite=True"):
         kl.export_saved_model(model, target)
-    assert [p.name for p in target.iterdir()] == ["precious"]
+    (target / "assets" / "old").write_text("of an older version")
     kl.export_saved_model(model, target, overwrite=True)
-    assert (target / "saved_model.pb").exists()
-    assert not (target / "precious").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+    assert not (target / "assets" / "old").exists()
+    precious.write_text("mine")
+    (target / "thesis.txt").write_text("mine too")
+    before = bytes_of(served)
+    for path, message in (
+        (served, r"without saved_model.pb, with \['1', 'notes.txt'\]"),
+        (target, r"other files beside it, \['thesis.txt'\]"),
+        (precious, "notes.txt', a file"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}.*remove it, or write elsewhere"):
+            kl.export_saved_model(model, path, overwrite=True)
+    assert bytes_of(served) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["served"]
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

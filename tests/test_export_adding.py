@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from support import processes
+from support.forks import Fork
 from support.mixed_batches import (
     HEAD,
     adapted,
@@ -30,6 +30,8 @@ import keras_lora as kl
 from keras_lora.export.many import adding
 from keras_lora.export.many.endpoint import DESCRIPTION
 from keras_lora.files.adapter_files import write_adapter_files
+
+pytest_plugins = ["support.forks"]
 
 FEEDS = {"features": normal(5)}
 BASE_FILES = ["saved_model.pb", "variables/variables.data-00000-of-00001"]
@@ -248,10 +250,11 @@ kl.add_adapter_to_saved_model(sys.argv[1], sys.argv[2], "it")
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_nothing_that_a_server_takes_for_a_version(
-    exported: tuple[keras.Model, Path],
+    exported: tuple[keras.Model, Path], fork: Fork
 ) -> None:
     _, folder = exported
-    processes.run(KILLED, folder / "served/1", folder / "it")
+    status, output = fork(KILLED, folder / "served/1", folder / "it")
+    assert status == 0, output
     assert [name for name in listed(folder / "served") if name.isdecimal()] == ["1"]
     version = kl.add_adapter_to_saved_model(folder / "served/1", folder / "it", "it")
     assert version.name == "2"

@@ -275,13 +275,25 @@ def test_a_missing_package_names_its_extra(
 
 
 @each_export
-def test_an_existing_path_is_refused_or_replaced_whole(kind: str, tmp_path: Path) -> None:
+def test_only_a_file_of_its_kind_is_overwritten(kind: str, tmp_path: Path) -> None:
     export, _ = EXPORTS[kind]
-    model, file = adapted(functional), tmp_path / "model"
-    file.write_text("mine")
-    with pytest.raises(ValueError, match="overwrite=True"):
-        export(model, file)
-    assert file.read_text() == "mine"
+    model, file, folder = adapted(functional), tmp_path / "model", tmp_path / "folder"
+    folder.mkdir()
+    for path, content, message in (
+        (file, b"\x89HDF, and no graph", "a file of another kind"),
+        (folder, None, "a directory"),
+    ):
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match="overwrite=True"):
+            export(model, path)
+        with pytest.raises(ValueError, match=f"{message}.*remove it, or write elsewhere"):
+            export(model, path, overwrite=True)
+        assert not content or path.read_bytes() == content
+    file.write_bytes(b"")
     export(model, file, overwrite=True)
-    assert file.stat().st_size > 100
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    first = file.read_bytes()
+    export(kl.unload_lora(model), file, overwrite=True)
+    assert len(first) > 100
+    assert file.read_bytes() != first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "model"]

@@ -152,3 +152,32 @@ def test_a_second_model_around_the_encoder_is_free_too() -> None:
     assert not [v for v in first.variables if "_lora_owned" in vars(v)]
     kl.unload_lora(first)
     assert [[v.trainable for v in m.weights] for m in (first, second)] == flags
+
+
+@pytest.mark.parametrize("compiled_before", [True, False])
+def test_the_base_does_not_train_while_adapters_are_disabled(compiled_before: bool) -> None:
+    model = functional()
+    x, y = data(model)
+    base = [numpy_of(v) for v in model.weights]
+    outer = keras.Sequential([keras.Input((5,)), model])
+    kl.apply_lora(outer, kl.LoRAConfig(rank=2, targets=["up"], layers_to_save=["head"]))
+    for trained in (model, outer):
+        trained.compile("adam", "mse")
+        if compiled_before:
+            trained.fit(x, y, verbose=0)
+    adapted = numpy_of(model(x))
+    with kl.disable_adapter(model):
+        for trained in (model, outer):
+            with pytest.raises(ValueError, match=r"set_adapter\(model, None\)"):
+                trained.fit(x, y, verbose=0)
+            with pytest.raises(ValueError, match=r"set_adapter\(model, None\)"):
+                trained.train_on_batch(x, y)
+        loss = model.evaluate(x, y, verbose=0)
+    np.testing.assert_array_equal(numpy_of(model(x)), adapted)
+    assert np.isfinite(loss)
+    for trained in (model, outer):
+        trained.fit(x, y, verbose=0)
+    assert (numpy_of(model(x)) != adapted).any()
+    kl.unload_lora(outer)
+    for variable, value in zip(model.weights, base, strict=True):
+        np.testing.assert_array_equal(numpy_of(variable), value)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from support.models import composite, data, functional, randomize_adapters
@@ -100,3 +101,35 @@ def test_layers_that_are_made_by_hand_are_as_their_model_makes_them(tmp_path: Pa
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     np.testing.assert_array_equal(model.predict(x, verbose=0), loaded.predict(x, verbose=0))
+
+
+MAKERS: dict[str, Callable[[keras.Model], Any]] = {
+    "clone_model": keras.models.clone_model,
+    "clone_model by name": lambda model: keras.models.clone_model(model=model),
+    "to_json": lambda model: keras.models.model_from_json(model.to_json()),
+}
+
+
+def backbone() -> keras.Model:
+    return keras_hub.models.GPT2Backbone(
+        vocabulary_size=31, num_layers=1, num_heads=3, hidden_dim=24, intermediate_dim=37
+    )
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_clone_has_all_adapters_or_is_refused(maker: str) -> None:
+    model = kl.apply_lora(functional(), kl.LoRAConfig(rank=2))
+    kl.apply_lora(model, kl.LoRAConfig(rank=3, targets=["up"]), name="fr")
+    clone = MAKERS[maker](model)
+    found, expected = (
+        {path: {n: a.spec for n, a in layer.adapters.items()} for path, layer in layers.items()}
+        for layers in map(kl.lora_layers, (clone, model))
+    )
+    assert found == expected
+    for make in (composite, backbone):
+        model = make()
+        MAKERS[maker](model)
+        kl.apply_lora(model, kl.LoRAConfig(rank=2))
+        with pytest.raises(ValueError, match="JSON or clone could bring back"):
+            MAKERS[maker](model)
+        MAKERS[maker](kl.unload_lora(model))

@@ -18,7 +18,8 @@ FLOORS = [
     {"initializers"},
     {"config"},
     {"layers"},
-    {"distribution", "walker"},
+    {"walker"},
+    {"distribution"},
     {"inject"},
     {"adapters", "combining", "files", "summary"},
     {"exchange", "training"},
@@ -28,7 +29,7 @@ FLOORS = [
 ]
 CLI = "keras_lora_cli"
 SERVES_TENSORFLOW_ALONE = "export"
-PRIVATE_API = {"layers", "walker", "inject", "training", "export", "exchange"}
+PRIVATE_API = {"layers", "walker", "distribution", "inject", "training", "export", "exchange"}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -205,3 +205,44 @@ def test_operations_are_the_rows_of_a_functional_summary() -> None:
     (text,) = lines
     names = [operation.name for operation in model._operations]
     assert [line.split()[1] for line in text.splitlines() if line.startswith("│")] == names
+
+
+def test_a_model_knows_the_strategy_that_it_was_made_in() -> None:
+    outside, strategy = functional(), tf.distribute.OneDeviceStrategy("CPU:0")
+    with strategy.scope():
+        assert functional()._distribute_strategy is strategy
+        assert outside._distribute_strategy is None
+
+
+def test_the_constructor_of_a_layer_binds_quantize() -> None:
+    """So `attach` takes it out, for the adapted class's own to be found."""
+    assert "quantize" in vars(keras.layers.Dense(3))
+
+
+def test_optimizers() -> None:
+    variables = [keras.Variable(np.ones((3, 2), "float32"), name=n) for n in ("kept", "excluded")]
+    optimizer = keras.optimizers.AdamW(0.1, use_ema=True)
+    optimizer.exclude_from_weight_decay(variables[1:], ["bias"])
+    assert optimizer._exclude_from_weight_decay == {optimizer._var_key(variables[1])}
+    assert optimizer._exclude_from_weight_decay_pattern.pattern == "bias"
+    optimizer.build(variables)
+    assert all(v is w for v, w in zip(optimizer._trainable_variables, variables, strict=True))
+    assert optimizer.variables[0] is optimizer._iterations
+    assert optimizer._learning_rate is optimizer.learning_rate
+    averages = optimizer._model_variables_moving_average
+    assert [v.shape for v in averages] == [(3, 2)] * 2
+    chosen = keras.optimizers.OptimizerMap(optimizer)
+    assert keras.optimizers.MultiOptimizer(chosen)._optimizer_map is chosen
+
+
+def test_the_model_that_calls_a_layer() -> None:
+    asked = []
+
+    class Asking(keras.layers.Layer):
+        def call(self, inputs: Any) -> Any:
+            asked.append(self._get_call_context().entry_layer)
+            return inputs
+
+    model = keras.Sequential([keras.Input((3,)), Asking()])
+    model(np.ones((2, 3), "float32"))
+    assert asked[-1] is model

@@ -8,13 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py  # type: ignore[import-untyped]
 import keras
 import numpy as np
 import pytest
 from support import processes
-from support.models import Subclassed, composite, data, functional, randomize_adapters, state
+from support.forks import Fork
+from support.models import (
+    Subclassed,
+    composite,
+    data,
+    functional,
+    one_block,
+    randomize_adapters,
+    state,
+)
 
 import keras_lora as kl
+from keras_lora.inject.keras_savers import saver_modules
+
+pytest_plugins = ["support.forks"]
 
 # A warning of Keras before it refuses a file.
 refusing = pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
@@ -189,14 +202,12 @@ print(json.dumps({"epochs": history.epoch, "loss": history.history["loss"]}))
 
 
 @pytest.mark.slow
-@every_model
+@pytest.mark.parametrize("make", [functional, one_block])
 def test_backup_and_restore_resumes_a_killed_run_exactly(
-    make: Callable[[], keras.Model], tmp_path: Path
+    make: Callable[[], keras.Model], fork: Fork, tmp_path: Path
 ) -> None:
     def run(directory: str, kill_at: int) -> tuple[int, dict[str, list[float]]]:
-        process = processes.start(RESUMABLE, make.__name__, tmp_path / directory, kill_at)
-        output, _ = process.communicate(timeout=600)
-        code = process.returncode
+        code, output = fork(RESUMABLE, make.__name__, tmp_path / directory, kill_at)
         return code, (json.loads(output.splitlines()[-1]) if code == 0 else {})
 
     _, unbroken = run("unbroken", 99)
@@ -232,3 +243,49 @@ def test_a_failed_load_leaves_the_adapter_flags_alone(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Unable to"):
         model.load_weights(tmp_path / "m.weights.h5")
     assert state(model) == before
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 0.3])
+@pytest.mark.parametrize("name", ["m.weights.h5", "m.keras"])
+def test_the_factor_of_scale_adapter_is_saved(factor: float, name: str, tmp_path: Path) -> None:
+    model = kl.apply_lora(functional(), kl.LoRAConfig(rank=2, alpha=3))
+    randomize_adapters(model)
+    plain = predict(model)
+    with kl.scale_adapter(model, "default", factor):
+        expected = predict(model)
+        model.save(tmp_path / name) if name == "m.keras" else model.save_weights(tmp_path / name)
+    if name == "m.keras":
+        loaded = keras.models.load_model(tmp_path / name)
+    else:
+        loaded = kl.apply_lora(functional(), kl.LoRAConfig(rank=2, alpha=3))
+        loaded.load_weights(tmp_path / name)
+    np.testing.assert_array_equal(predict(loaded), expected)
+    assert abs(plain - expected).max() > 0.01
+
+
+def test_weights_without_a_factor_end_a_factor(tmp_path: Path) -> None:
+    model = kl.apply_lora(functional(), kl.LoRAConfig(rank=2, alpha=3))
+    randomize_adapters(model)
+    model.save_weights(tmp_path / "m.weights.h5")
+    expected = predict(model)
+    kl.scale_adapter(model, "default", 0.5)
+    model.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_array_equal(predict(model), expected)
+
+
+@refusing
+@every_model
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_legacy_file_of_a_base_is_refused(
+    make: Callable[[], keras.Model], by_name: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "base.h5"
+    with h5py.File(file, "w") as opened:
+        legacy = saver_modules()[1]
+        legacy.save_weights_to_hdf5_group(opened, make())
+    model = kl.apply_lora(make(), kl.LoRAConfig(rank=2))
+    before = state(model)
+    with pytest.raises(ValueError, match=r"one without adapters.*call apply_lora then"):
+        model.load_weights(file, by_name=by_name)
+    assert state(model) == before
+    kl.unload_lora(model).load_weights(file, by_name=by_name)

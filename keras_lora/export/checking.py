@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
+from keras_lora.checks import given_path
 from keras_lora.export.reports import GraphReport
 from keras_lora.files.adapter_files import PathLike
 
@@ -92,7 +93,7 @@ def check_saved_model(path: PathLike) -> GraphReport:
     Reference:
         TensorFlow Serving, `util/json_tensor.cc` and `model_servers/main.cc`.
     """
-    graph = read_graph(Path(path))
+    graph = read_graph(given_path(path))
     nodes = list(_nodes(graph))
     ops = {node.op for node in nodes} - _function_names(graph)
     text = sorted(filter(_is_text, ops))

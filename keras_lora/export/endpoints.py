@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_lora.export.resources import used_resources
 from keras_lora.export.signatures import input_specs, output_names
 
 
@@ -21,8 +22,8 @@ class Endpoint:
         name: The signature's name.
         call: A function of one structure of tensors; traced when the SavedModel is written.
         signature: The `tf.TensorSpec` of each tensor, in the structure that `call` takes.
-        resources: Objects that a server must fill before it answers, such as the vocabulary of a
-            tokenizer.
+        resources: Objects outside of the model's layers that a server must fill before it
+            answers, such as the vocabulary of a tokenizer.
     """
 
     name: str
@@ -51,15 +52,38 @@ def serve(
     return Endpoint("serve", call, input_specs(model, given))
 
 
-def write_endpoints(endpoints: Sequence[Endpoint], path: Path) -> None:
-    """Write a SavedModel; the signature of the first endpoint is `serving_default` too."""
+def write_endpoints(model: keras.Model, endpoints: Sequence[Endpoint], path: Path) -> None:
+    """Write a SavedModel; the signature of the first endpoint is `serving_default` too.
+
+    Raises:
+        ValueError: the endpoints use a table that belongs to no layer of the model.
+    """
     archive = keras.export.ExportArchive()
-    for endpoint in endpoints:
-        archive.add_endpoint(endpoint.name, endpoint.call, input_signature=[endpoint.signature])
+    traces = [_add(archive, endpoint) for endpoint in endpoints]
+    given = [resource for endpoint in endpoints for resource in endpoint.resources]
     # The model is not tracked: that would store each variable twice (keras issue 23553).
-    for resource in {id(r): r for e in endpoints for r in e.resources}.values():
+    for resource in {id(r): r for r in (*given, *used_resources(model, traces))}.values():
         archive.track(resource)
-    archive.write_out(path, verbose=False)
+    try:
+        archive.write_out(path, verbose=False)
+    except AssertionError as error:  # TensorFlow's, for a captured resource that nothing holds
+        raise ValueError(
+            "Expected tables and other resources that layers of the model have as attributes. "
+            f"Received: {model.name!r}, in which {str(error).splitlines()[0]} Keep it as an "
+            "attribute of the layer that uses it."
+        ) from error
+
+
+def _add(archive: keras.export.ExportArchive, endpoint: Endpoint) -> Any:
+    """Trace an endpoint once: with an `input_signature`, it is again for each name it is served by.
+
+    Returns:
+        The `ConcreteFunction`.
+    """
+    function = tf.function(endpoint.call, autograph=False)
+    trace = function.get_concrete_function(endpoint.signature)
+    archive.add_endpoint(endpoint.name, function)
+    return trace
 
 
 def servable(output: tf.Tensor) -> tf.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_lora.checks import invalid
+from keras_lora.checks import given_path, invalid
 from keras_lora.export.checking import check_saved_model
 from keras_lora.export.classes import labelled
 from keras_lora.export.endpoints import Endpoint, serve
@@ -19,7 +19,7 @@ from keras_lora.export.keras_hub.tasks import is_task
 from keras_lora.export.many.endpoint import ServedAdapters, write_mixed
 from keras_lora.export.reports import GraphReport
 from keras_lora.export.serving import AdapterIds, Serving
-from keras_lora.export.writing import check_export, write_merged
+from keras_lora.export.writing import check_export, no_saved_model, write_merged
 from keras_lora.files.adapter_files import PathLike
 from keras_lora.files.atomic import replaced
 
@@ -90,18 +90,19 @@ def export_saved_model(
             prompts that are already padded, each batch to its own length.
         stop_token_ids: The tokens that end an answer: `"auto"` for the end token of the
             tokenizer, None for no such token.
-        overwrite: Replace `path` if it exists.
+        overwrite: Replace `path` if it is a SavedModel, or an empty directory.
 
     Returns:
         A report on the graph.
 
     Raises:
         ImportError: TensorFlow is not installed.
-        ValueError: the backend is not TensorFlow, the model is not built, the path exists, an
-            argument does not fit the model, or a server cannot run the graph (it has XLA or
-            Python operations). With `adapters`: a name is unknown, a value cannot differ from row
-            to row (in layers other than `Dense` and `EinsumDense`), or the first axis of a layer's
-            input is not the batch, as in experts that route tokens; all of these are listed.
+        ValueError: the backend is not TensorFlow, the model is not built, the path exists (with
+            `overwrite`: and is not a SavedModel alone), an argument does not fit the model, or a
+            server cannot run the graph (it has XLA or Python operations). With `adapters`: a name
+            is unknown, a value cannot differ from row to row (in layers other than `Dense` and
+            `EinsumDense`), or the first axis of a layer's input is not the batch, as in experts
+            that route tokens; all of these are listed.
             Nothing is written.
 
     Example:
@@ -142,14 +143,14 @@ def export_saved_model(
         max_length=max_length,
         stop_token_ids=stop_token_ids,
     )
-    return write_saved_model(model, Path(path), serving, overwrite)
+    return write_saved_model(model, given_path(path), serving, overwrite)
 
 
 def write_saved_model(
     model: keras.Model, target: Path, serving: Serving, overwrite: bool
 ) -> GraphReport:
     """`export_saved_model`, with its options as one object."""
-    check_export(model, target, overwrite)
+    check_export(model, target, overwrite, no_saved_model)
     served = None if serving.adapters is None else ServedAdapters.of(model, serving.adapters)
     endpoints = _endpoints(model, serving)
     with replaced(target) as written:

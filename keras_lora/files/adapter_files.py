@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from safetensors.numpy import save
 
-from keras_lora.checks import invalid_file, warn
-from keras_lora.files.atomic import leftovers, write_files
+from keras_lora.checks import given_path, invalid_file, warn
+from keras_lora.files.atomic import leftovers, locked, write_files
 from keras_lora.files.reading import (
     CODES,
     CONFIG_LIMIT,
@@ -68,8 +68,7 @@ def write_adapter_files(
 ) -> None:
     """Write an adapter such that a process killed at any moment leaves the old one or the new one.
 
-    Only one process at a time may write to a directory: it takes the temporary files of any other
-    process for leftovers of a killed one, and removes them.
+    Processes that write to one directory wait for each other: the last one counts.
 
     Args:
         directory: The directory to write; made, with its parents, if it does not exist. Other
@@ -93,7 +92,7 @@ def write_adapter_files(
     >>> read_adapter_files(directory).tensors
     {'a': array([0., 0., 0.])}
     """
-    root = Path(directory)
+    root = given_path(directory)
     plain = json.loads(_canonical(config, root / CONFIG_FILE))
     contents = {
         CONFIG_FILE: json.dumps(plain, indent=2).encode() + b"\n",
@@ -101,11 +100,12 @@ def write_adapter_files(
     }
     check_size(root / CONFIG_FILE, len(contents[CONFIG_FILE]), CONFIG_LIMIT)
     with explained(root):
-        _check_target(root, overwrite)
         root.mkdir(parents=True, exist_ok=True)
-        for file in leftovers(root, _FILES):
-            file.unlink()
-        write_files(root, contents)
+        with locked(root):
+            _check_target(root, overwrite)
+            for file in leftovers(root, _FILES):
+                file.unlink()
+            write_files(root, contents)
 
 
 def read_adapter_files(directory: PathLike, *, finite: bool = True) -> AdapterFiles:
@@ -122,9 +122,8 @@ def read_adapter_files(directory: PathLike, *, finite: bool = True) -> AdapterFi
         `adapter.safetensors`, the config inside counts and a `UserWarning` says so.
 
     Raises:
-        AdapterFileError: a file is missing, unreadable, a link that leads out of the directory,
-            malformed, of an unknown format, or changed since it was written; a key, a dtype or a
-            value is not allowed.
+        AdapterFileError: a file is missing, unreadable, malformed, of an unknown format, or changed
+            since it was written; a key, a dtype or a value is not allowed.
 
     Example:
 
@@ -136,7 +135,7 @@ def read_adapter_files(directory: PathLike, *, finite: bool = True) -> AdapterFi
 
     Reference: the safetensors format, https://huggingface.co/docs/safetensors.
     """
-    file = Path(directory) / TENSORS_FILE
+    file = given_path(directory) / TENSORS_FILE
     with opened(file) as stream:
         header = read_header(file, stream)
         entries = read_entries(file, stream)
@@ -171,7 +170,7 @@ def read_adapter_config(directory: PathLike) -> dict[str, Any]:
     >>> read_adapter_config(directory)
     {'rank': 4}
     """
-    file = Path(directory) / TENSORS_FILE
+    file = given_path(directory) / TENSORS_FILE
     with opened(file) as stream:
         header = read_header(file, stream)
     return _compared_config(file, _metadata(file, header)["config"])

@@ -10,9 +10,30 @@ import contextlib
 import os
 import re
 import secrets
+import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Within the context other processes, and threads, wait that want to lock this directory.
+
+    The lock of a process that is killed ends with the process. On Windows there is none.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def temporary_path(root: Path, name: str) -> Path:

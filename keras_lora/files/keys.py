@@ -8,8 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora.checks import warn
 from keras_lora.config import AdapterSpec
-from keras_lora.inject import adapted
+from keras_lora.inject import adapted, thawed_by_others, trained_by_none
 from keras_lora.layers import AdapterBank, OwnedValues, all_owned, factor_names
 from keras_lora.walker import Tree
 
@@ -35,6 +40,24 @@ def stable_banks(tree: Tree) -> dict[str, AdapterBank]:
     """
     stable = tree.stable_paths
     return {stable.get(path, path): bank for path, bank in adapted(tree).items()}
+
+
+def values_beside(tree: Tree, name: str) -> list[tuple[keras.Variable, np.ndarray]]:
+    """The variables of the base that are saved with an adapter, and their values for it.
+
+    They are those that it owns, and those that train and that no adapter owns: without them the
+    model would compute something else. A warning names a frozen base that trains again.
+    """
+    thawed = thawed_by_others(tree.root.trainable_variables)
+    if thawed:
+        warn(
+            f"{len(thawed)} frozen variables of the base train again, such as "
+            f"{thawed[0].path!r}, and belong in no adapter's files. Freeze them: "
+            f"set_adapter(model, {name!r})."
+        )
+    owned = [(item.variable, item.value(name)) for item in owned_by(tree, name)]
+    free = [(v, np.array(ops.convert_to_numpy(v))) for v in trained_by_none(tree)]
+    return owned + free
 
 
 def owned_by(tree: Tree, name: str) -> list[OwnedValues]:

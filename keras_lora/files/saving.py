@@ -23,6 +23,7 @@ from keras_lora.files.keys import (
     factor_keys,
     owned_by,
     stable_banks,
+    values_beside,
 )
 from keras_lora.files.matching import Loaded
 from keras_lora.inject import (
@@ -35,7 +36,9 @@ from keras_lora.inject import (
     misfits,
     plan_factors,
     plan_of,
+    trained_by_none,
     turn,
+    unique,
     whole_adapters,
 )
 from keras_lora.inject import replace as replace_adapter
@@ -55,6 +58,9 @@ def save_adapter(
     dtype: str = "float32",
 ) -> None:
     """Write one adapter: its factors, and its values of biases and `layers_to_save`.
+
+    What trains in `model` and belongs to no adapter, such as a head that was put on an adapted
+    backbone, is written too, and belongs to the adapter in the model that loads it.
 
     `adapter.safetensors` has everything; `adapter_config.json` repeats the config for people. A
     process that is killed at any moment leaves the old adapter or the new one.
@@ -85,7 +91,10 @@ def save_adapter(
         (name,) = check_names(tree, [name])
         if dtype not in _DTYPES:
             raise invalid("dtype", f"one of {sorted(_DTYPES)}", dtype)
-        tensors, description = adapter_tensors(tree, name), _description(tree, name)
+        keys = tree.variable_keys
+        beside = {keys[id(variable)]: value for variable, value in values_beside(tree, name)}
+        tensors = adapter_tensors(tree, name) | beside
+        description = _description(tree, name, list(beside))
     with np.errstate(over="ignore"):  # an overflow is refused below, with its key
         tensors = {key: value.astype(_DTYPES[dtype]) for key, value in tensors.items()}
     write_adapter_files(directory, description, tensors, overwrite=overwrite)
@@ -105,7 +114,8 @@ def load_adapter(
     `set_adapter`, and nothing changes for the others.
 
     With `replace`, it takes the place of the adapter of that name. Its scale may differ, its rank
-    may not be higher, and it may have DoRA only where an adapter with DoRA was active before. Only
+    may not be higher (nor lower, where an optimizer trains that does not go by element; see
+    `set_adapter`), and it may have DoRA only where an adapter with DoRA was active before. Only
     values change: nothing is traced again, and a service changes its task between two requests. A
     layer that only the old adapter was on loses it.
 
@@ -162,21 +172,23 @@ def adapter_tensors(tree: Tree, name: str) -> dict[str, np.ndarray]:
     return tensors | {keys[id(item.variable)]: item.value(name) for item in owned_by(tree, name)}
 
 
-def _description(tree: Tree, name: str) -> dict[str, Any]:
-    """What `adapter_config.json` says."""
+def _description(tree: Tree, name: str, beside: Sequence[str]) -> dict[str, Any]:
+    """What `adapter_config.json` says; `beside` has the keys of variables of the base."""
     layers = {p: x.adapters[name] for p, x in stable_banks(tree).items() if name in x.adapters}
     specs = {path: dataclasses.asdict(adapter.acting_spec) for path, adapter in layers.items()}
     common = next(iter(specs.values()))
     keys, whole = tree.variable_keys, whole_adapters(tree, [name]).get(name)
     model = tree.root
+    free = [v for v in trained_by_none(tree) if v.trainable]
+    trained = unique([*(whole.trained if whole else ()), *free])
     return {
         "keras_lora_version": __version__,
         "keras_version": keras.__version__,
         "config": _plain_config(whole, list(layers)),
         "spec": common,
         "layer_specs": {path: spec for path, spec in specs.items() if spec != common},
-        "variables": [keys[id(item.variable)] for item in owned_by(tree, name)],
-        "trained": [keys[id(v)] for v in (whole.trained if whole else ()) if id(v) in keys],
+        "variables": beside,
+        "trained": [keys[id(v)] for v in trained if id(v) in keys],
         "base": {
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
             "name": model.name,

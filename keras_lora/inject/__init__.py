@@ -3,14 +3,14 @@
 from keras_lora.inject.apply import apply_lora, drop, install
 from keras_lora.inject.choosing import computing_scaled, computing_with
 from keras_lora.inject.compiled import changing
-from keras_lora.inject.freezing import original_flag
+from keras_lora.inject.freezing import original_flag, thawed_by_others
 from keras_lora.inject.keras_savers import guard_keras_savers
 from keras_lora.inject.leaving import leaving
 from keras_lora.inject.merge import merge_lora, merged, unload, unload_lora
-from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
-from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers, plan_of
+from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers, plan_of, unique
 from keras_lora.inject.replacing import loses_dropout, misfits, replace
 from keras_lora.inject.saving import prepare_saving
+from keras_lora.inject.standstill import no_training
 from keras_lora.inject.switching import (
     active_names,
     adapted,
@@ -18,8 +18,8 @@ from keras_lora.inject.switching import (
     check_adapted,
     check_names,
     check_no_dora,
-    known_models,
     switch,
+    trained_by_none,
     whole_adapters,
 )
 from keras_lora.inject.tracing import in_trace
@@ -41,26 +41,27 @@ __all__ = [
     "computing_with",
     "context",
     "drop",
-    "forget_optimizer_states",
     "guard_keras_savers",
     "in_trace",
     "in_turn",
     "install",
-    "known_models",
     "leaving",
     "loses_dropout",
     "merge_lora",
     "merged",
     "misfits",
+    "no_training",
     "original_flag",
     "plan_factors",
     "plan_layers",
     "plan_of",
     "prepare_saving",
     "replace",
-    "reset_optimizer",
     "switch",
+    "thawed_by_others",
+    "trained_by_none",
     "turn",
+    "unique",
     "unload",
     "unload_lora",
     "whole_adapters",

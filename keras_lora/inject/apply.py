@@ -9,9 +9,17 @@ from keras_lora.config import LoRAConfig
 from keras_lora.distribution import strategy_scope
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import changing
+from keras_lora.inject.identity import check_variables
+from keras_lora.inject.keras_hub_exporters import merge_in_exporters
 from keras_lora.inject.plan import Plan, PlannedLayer, make_plan, warn_of_high_ranks
 from keras_lora.inject.saving import prepare_saving
-from keras_lora.inject.switching import activate, active_names, known_models, refreeze
+from keras_lora.inject.switching import (
+    activate,
+    active_names,
+    allow_any_rank,
+    refreeze,
+    settle_ranks,
+)
 from keras_lora.inject.trial import check_plan
 from keras_lora.inject.turns import turn
 from keras_lora.layers import (
@@ -45,8 +53,9 @@ def apply_lora(
     `set_adapter` switches. Each adapter has its own values of the biases and layers that it trains.
 
     The compiled functions of every model with one of the layers are dropped and made anew when next
-    needed; a compiled optimizer is replaced by a fresh one of the same configuration. Functions
-    that you compiled yourself (`tf.function`) keep the old graph.
+    needed; a compiled optimizer is replaced by a fresh one of the same settings, which excludes the
+    same variables from weight decay. Functions that you compiled yourself (`tf.function`) keep the
+    old graph.
 
     Saving an adapted model: `save_weights` and `load_weights` (and with them
     `ModelCheckpoint(save_weights_only=True)` and `BackupAndRestore`) keep base, adapters and
@@ -103,12 +112,14 @@ def apply_lora(
 
 def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True) -> None:
     """Add an adapter as planned. It is active and trains alone, or waits for `set_adapter`."""
+    check_variables(tree)
     check_plan(tree, plan)
     before = active_names(tree)
-    switched = (before, [plan.name]) if active else None
-    with changing(tree, [layer.target.layer for layer in plan.layers], switched):
+    with changing(tree, [layer.target.layer for layer in plan.layers]):
         try:
-            _add(plan)
+            with strategy_scope(tree):
+                _add(tree, plan)
+            settle_ranks(tree)
             if active:
                 activate(tree, [plan.name], trainable)
         except BaseException:
@@ -118,15 +129,16 @@ def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True)
         if active:
             refreeze(tree, plan.adapter.trained if trainable else ())
         prepare_saving(tree)
-        known_models(tree)
+        merge_in_exporters()
 
 
-def _add(plan: Plan) -> None:
+def _add(tree: Tree, plan: Plan) -> None:
     for planned in plan.layers:
-        with strategy_scope(planned.target.layer):
-            _add_to_layer(plan, planned)
+        _add_to_layer(plan, planned)
+    # Inner layers last: a layer's weights contain those of the layers in it.
+    owners = {id(v): x for x in tree.layers for v in x.weights} if plan.owned else {}
     for variable in plan.owned:
-        item = add_owner(variable, plan.name)
+        item = add_owner(variable, owners[id(variable)], plan.name)
         if id(variable) in plan.values:
             item.assign(plan.name, plan.values[id(variable)])
 
@@ -152,3 +164,5 @@ def drop(tree: Tree, name: str) -> None:
             detach(layer)
     for variable in tree.root.variables:
         remove_owner(variable, name)
+    if not tree.adapted:
+        allow_any_rank(tree)

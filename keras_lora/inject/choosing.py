@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from keras_lora.checks import invalid
+from keras_lora.inject.standstill import no_training
 from keras_lora.inject.switching import activate, active_names, add_slots, away_from_base
 from keras_lora.inject.tracing import in_trace
 from keras_lora.layers import computing
@@ -32,7 +33,8 @@ def computing_with(tree: Tree, names: Sequence[str]) -> Iterator[None]:
     add_slots(tree, names)
     activate(tree, names)
     try:
-        yield
+        with no_training(tree):
+            yield
     finally:
         activate(tree, before)
 

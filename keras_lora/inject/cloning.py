@@ -12,7 +12,8 @@ from keras import ops
 
 from keras_lora.checks import warn
 from keras_lora.inject.freezing import original_flag
-from keras_lora.layers import STATE_PREFIX, LoRALayer, plain_class
+from keras_lora.inject.optimizers import carry_exclusions
+from keras_lora.layers import STATE_PREFIX, LoRALayer, parts_of, plain_class
 from keras_lora.walker import Layer, Tree
 
 
@@ -38,7 +39,7 @@ def plain_copy(tree: Tree) -> Any:
         variable.assign(ops.copy(original.value))
     for original, layer in pairs + list(zip(originals, copies, strict=True)):
         layer.trainable = original_flag(original)
-    _compile_like(copy, model)
+    _compile_like(copy, model, list(zip(originals, copies, strict=True)))
     return copy
 
 
@@ -113,7 +114,9 @@ def _as_plain(layers: Sequence[LoRALayer]) -> Iterator[None]:
             layer.__class__ = lora_class
 
 
-def _compile_like(copy: keras.Model, model: keras.Model) -> None:
+def _compile_like(
+    copy: keras.Model, model: keras.Model, pairs: Sequence[tuple[keras.Variable, keras.Variable]]
+) -> None:
     if not getattr(model, "compiled", False) or copy.compiled:
         return  # a KerasHub task compiles itself, and its settings cannot be read back
     try:
@@ -123,3 +126,8 @@ def _compile_like(copy: keras.Model, model: keras.Model) -> None:
             f"The copy was not compiled, since the compile settings could not be read back "
             f"({error}). Compile it."
         )
+        return
+    replaced = {id(original): variable for original, variable in pairs}
+    parts = zip(parts_of(model.optimizer), parts_of(copy.optimizer), strict=True)
+    for old, new in parts if model.optimizer is not None else ():
+        carry_exclusions(old, new, [original for original, _ in pairs], replaced)

@@ -18,7 +18,7 @@ from weakref import ref
 import keras
 
 from keras_lora.distribution import strategy_scope
-from keras_lora.inject.optimizers import fresh_optimizer, switch_optimizer
+from keras_lora.inject.moments import OptimizerMove
 from keras_lora.walker import Tree, all_layers
 
 _KERAS_FUNCTIONS = ("train_function", "test_function", "predict_function")
@@ -84,27 +84,21 @@ def around(tree: Tree, layers: Sequence[keras.layers.Layer]) -> list[Any]:
 def changing(
     tree: Tree,
     layers: Sequence[keras.layers.Layer],
-    switched: tuple[Sequence[str], Sequence[str]] | None = None,
     functions: Sequence[str] = FUNCTIONS,
 ) -> Iterator[None]:
     """Around a change of layers: drop the compiled functions, and renew each optimizer whose
-    trainable variables change.
-
-    `switched` are the names of the adapters that are active before and after.
+    trainable variables change. Moments move with the adapters.
     """
     models = around(tree, layers)
-    with strategy_scope(layers[0]):
-        renewed = [fresh_optimizer(m) for m in models]
-    before = [[id(v) for v in m.trainable_variables] for m in models]
+    with strategy_scope(tree):
+        moves = [OptimizerMove(tree, model) for model in models]
     try:
         yield
     finally:
         refresh(models, functions)
-    for m, optimizer, trained in zip(models, renewed, before, strict=True):
-        if optimizer is not None and trained != [id(v) for v in m.trainable_variables]:
-            m.optimizer = optimizer
-        elif optimizer is not None and switched is not None:
-            switch_optimizer(m, *switched)
+        with strategy_scope(tree):
+            for move in moves:
+                move.finish()
 
 
 def refresh(models: Sequence[keras.Model], functions: Sequence[str] = FUNCTIONS) -> None:

@@ -14,7 +14,7 @@ import keras
 from keras_lora.inject.freezing import thaw
 from keras_lora.inject.saving import allow_presets, prepare_saving
 from keras_lora.inject.showing import name_none
-from keras_lora.inject.switching import adapter_names, known_models
+from keras_lora.inject.switching import adapter_names, allow_any_rank, known_models
 from keras_lora.layers import BASE, owned, remove_owner
 from keras_lora.walker import Tree
 
@@ -58,6 +58,7 @@ def _release(trees: list[Tree]) -> None:
         if not tree.adapted:
             thaw(tree, held)
             allow_presets(tree)
+            allow_any_rank(tree)
             name_none(tree)
     for tree in adapted:
         prepare_saving(tree)

@@ -6,15 +6,21 @@ import dataclasses
 from collections.abc import Sequence
 
 from keras_lora.config import AdapterSpec
-from keras_lora.inject.optimizers import forget_optimizer_states, reset_optimizer
+from keras_lora.distribution import strategy_scope
+from keras_lora.inject.moments import moving_moments
 from keras_lora.inject.plan import Plan, PlannedLayer
 from keras_lora.inject.switching import active_names, known_models
-from keras_lora.layers import AdapterBank, add_owner, all_owned, layer_adapter
+from keras_lora.layers import AdapterBank, all_owned, layer_adapter
 from keras_lora.walker import Tree
 
 
 def replace(tree: Tree, plan: Plan) -> None:
     """Put an adapter in the place of the one of its name; `misfits` must have found nothing."""
+    with strategy_scope(tree), moving_moments(tree, known_models(tree)):
+        _replace(tree, plan)
+
+
+def _replace(tree: Tree, plan: Plan) -> None:
     banks, active = tree.banks_by_path, active_names(tree)
     for planned in plan.layers:
         bank = banks[planned.target.path]
@@ -27,12 +33,8 @@ def replace(tree: Tree, plan: Plan) -> None:
         names = [name for name in active if name in bank.adapters]
         if names != list(bank.active):
             bank.activate(names, bank.trains)
-    for variable in plan.owned:
-        add_owner(variable, plan.name).assign(plan.name, plan.values[id(variable)])
-    for model in known_models(tree):
-        forget_optimizer_states(model, plan.name)
-        if plan.name in active:
-            reset_optimizer(model)
+    for item in all_owned(plan.owned):
+        item.replace(plan.name, plan.values[id(item.variable)])
 
 
 def misfits(tree: Tree, plan: Plan) -> list[str]:
@@ -65,7 +67,9 @@ def _misfit(
         return None
     if spec.use_dora and any(slot.magnitude is None for slot in bank.slots):
         return f"{path}: DoRA among slots without a magnitude"
-    return f"{path}: rank {spec.rank} among slots of rank {[slot.rank for slot in bank.slots]}"
+    ranks = [slot.rank for slot in bank.slots]
+    own = "" if bank.pads else ", and the optimizer does not go by element"
+    return f"{path}: rank {spec.rank} among slots of rank {ranks}{own}"
 
 
 def _as_computed(bank: AdapterBank, spec: AdapterSpec) -> AdapterSpec:

@@ -61,10 +61,11 @@ def check_saveable(model: Any) -> None:
 
 _PRESETS = "save_to_preset"
 _UNSAVEABLE = (
-    "'{model}' has adapters that no `.keras` file or preset could bring back: its config does not "
-    "list the adapted layers. To save a plain model: merge_lora(model, inplace=False).save(path). "
-    "To go on training later: model.save_weights(path), and then apply_lora with the same config "
-    "and load_weights (in callbacks: save_weights_only=True)."
+    "'{model}' has adapters that no `.keras` file, preset, JSON or clone could bring back: its "
+    "config does not list the adapted layers. To save a plain model: "
+    "merge_lora(model, inplace=False).save(path). To go on training later: "
+    "model.save_weights(path), and then apply_lora with the same config and load_weights (in "
+    "callbacks: save_weights_only=True)."
 )
 
 

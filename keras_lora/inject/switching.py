@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+from weakref import ref
 
 import keras
 
@@ -10,9 +13,19 @@ from keras_lora.checks import invalid, warn
 from keras_lora.distribution import strategy_scope
 from keras_lora.inject.compiled import FUNCTIONS, changing, stale_when_flags_change
 from keras_lora.inject.freezing import freeze, thawed_by_others
-from keras_lora.inject.optimizers import switch_optimizer
+from keras_lora.inject.identity import check_variables
+from keras_lora.inject.moments import moving_moments
+from keras_lora.inject.plan import unique
 from keras_lora.inject.saving import prepare_saving
-from keras_lora.layers import BASE, Adapter, AdapterBank, OwnedValues, all_owned
+from keras_lora.layers import (
+    BASE,
+    Adapter,
+    AdapterBank,
+    LoRALayer,
+    OwnedValues,
+    all_owned,
+    goes_by_element,
+)
 from keras_lora.walker import Layer, Tree
 
 
@@ -29,13 +42,14 @@ def adapted(tree: Tree) -> dict[str, AdapterBank]:
 def check_adapted(tree: Tree) -> None:
     """
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or other variables than they were made for.
     """
     if not tree.adapted:
         raise ValueError(
             f"Expected a model with adapters. Received: {tree.root.name!r}, which has none. It was "
             "never adapted, or its adapters were merged or unloaded: call apply_lora first."
         )
+    check_variables(tree)
 
 
 def adapter_names(tree: Tree) -> list[str]:
@@ -113,20 +127,19 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
     extra = unowned_variables(banks, owned, trained)
     if trainable:
         extra += _trained_beside(tree, names)
-    entered = _in_order([n for n in names if n in x.adapters] for x in banks)
-    switched = active_names(tree), entered
+    settle_ranks(tree)
     fit = _all_fit(banks, names) and not any(bank.traced_by_name for bank in banks)
-    if fit and not thawed and _same_flags(banks, trained, extra, trainable):
-        _move(banks, owned, names, trainable)
-        for known in known_models(tree):
-            switch_optimizer(known, *switched)
-    else:
-        stale = stale_when_flags_change() if fit else FUNCTIONS
-        with changing(tree, tree.adapted, switched, stale):
-            _move(banks, owned, names, trainable)
-            refreeze(tree, extra)
-        for bank in banks:
-            bank.traced_by_name = False
+    with strategy_scope(tree):
+        if fit and not thawed and _same_flags(banks, trained, extra, trainable):
+            with moving_moments(tree, known_models(tree)):
+                _move(banks, owned, names, trainable)
+        else:
+            stale = stale_when_flags_change() if fit else FUNCTIONS
+            with changing(tree, tree.adapted, stale):
+                _move(banks, owned, names, trainable)
+                refreeze(tree, extra)
+            for bank in banks:
+                bank.traced_by_name = False
     if owned:
         prepare_saving(tree)
     _warn_of_frozen_again(tree, thawed)
@@ -152,7 +165,8 @@ def activate(tree: Tree, names: Sequence[str], trainable: bool | None = None) ->
 
     Trainable flags of slots change as asked; other flags and optimizers do not change.
     """
-    _move(tree.banks, all_owned(tree.root.variables), names, trainable)
+    with strategy_scope(tree):
+        _move(tree.banks, all_owned(tree.root.variables), names, trainable)
 
 
 def add_slots(tree: Tree, names: Sequence[str]) -> None:
@@ -182,6 +196,37 @@ def known_models(tree: Tree) -> list[keras.Model]:
     return list(known.values())
 
 
+def settle_ranks(tree: Tree) -> None:
+    """Let adapters be in slots of higher ranks only where all optimizers go by element.
+
+    A model may be compiled later, with another optimizer: `fit` asks again.
+    """
+    models = known_models(tree)
+    pads = all(goes_by_element(getattr(m, "optimizer", None)) for m in models)
+    for bank in tree.banks:
+        bank.pads = pads
+    for model in models:
+        if "make_train_function" not in vars(model):
+            model.make_train_function = partial(_make_train_function, ref(model))
+
+
+def allow_any_rank(tree: Tree) -> None:
+    """The inverse of `settle_ranks`, for a model without adapters."""
+    for model in tree.models:
+        vars(model).pop("make_train_function", None)
+
+
+def _make_train_function(model: ref[keras.Model], *args: Any, **kwargs: Any) -> None:
+    """`make_train_function` of a model, once each adapter is in a slot that it can train in."""
+    trained = model()
+    assert trained is not None
+    if not goes_by_element(trained.optimizer):
+        tree = Tree.of(trained)
+        if any(slot.is_padded for bank in tree.banks for slot in bank.slots):
+            switch(tree, active_names(tree), any(bank.trains for bank in tree.banks))
+    type(trained).make_train_function(trained, *args, **kwargs)
+
+
 def refreeze(tree: Tree, extra: Iterable[keras.Variable]) -> None:
     """Freeze everything except the slots that train and these variables."""
     slots = [v for x in tree.banks for slot in x.slots for v in slot.factors]
@@ -197,8 +242,7 @@ def _move(
     owners = [(item, _owner(item, names)) for item in owned]
     for bank in banks:
         trains = bank.trains if trainable is None else trainable
-        with strategy_scope(bank.site.layer):
-            bank.activate([n for n in names if n in bank.adapters], trains)
+        bank.activate([n for n in names if n in bank.adapters], trains)
     for item, owner in owners:
         item.switch(owner)
 
@@ -225,6 +269,24 @@ def unowned_variables(
     known = {id(item.variable) for item in owned}
     known |= {id(v) for bank in banks for v in bank.variables}
     return [v for v in trained if id(v) not in known]
+
+
+def trained_by_none(tree: Tree) -> list[keras.Variable]:
+    """The variables that train though no adapter owns them, and what else their layers have.
+
+    Such as a head that was put on an adapted backbone, with its moving statistics. Not what an
+    adapter froze and somebody else thawed.
+    """
+    trained, owned = tree.root.trainable_variables, all_owned(tree.root.variables)
+    thawed = {id(v) for v in thawed_by_others(trained)}
+    trained = [v for v in trained if id(v) not in thawed]
+    found = unowned_variables(tree.banks, owned, trained)
+    ids, taken = {id(v) for v in found}, {id(item.variable) for item in owned}
+    for layer in tree.layers:
+        inner = tree.children[id(layer)] or isinstance(layer, LoRALayer)
+        if not inner and any(id(v) in ids for v in layer.weights):
+            found += [v for v in layer.weights if id(v) not in taken]
+    return unique(found)
 
 
 def _trained_beside(tree: Tree, names: Sequence[str]) -> list[keras.Variable]:

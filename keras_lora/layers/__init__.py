@@ -18,6 +18,7 @@ from keras_lora.layers.checkpoint import STATE_PREFIX
 from keras_lora.layers.computation import computing
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.factors import Factor
+from keras_lora.layers.guarded import QUANTIZED
 from keras_lora.layers.kinds import Kind, Site, family_of
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
 from keras_lora.layers.lora_layer import DEFAULT_ADAPTER, LoRALayer, plain_class
@@ -30,6 +31,7 @@ from keras_lora.layers.owned import (
     owned,
     remove_owner,
 )
+from keras_lora.layers.padding import goes_by_element, parts_of
 from keras_lora.layers.registry import (
     attach,
     detach,
@@ -46,6 +48,7 @@ from keras_lora.layers.registry import (
 __all__ = [
     "BASE",
     "DEFAULT_ADAPTER",
+    "QUANTIZED",
     "STATE_PREFIX",
     "WAS_TRAINABLE",
     "Adapter",
@@ -71,12 +74,14 @@ __all__ = [
     "detach",
     "factor_names",
     "family_of",
+    "goes_by_element",
     "is_registered",
     "layer_adapter",
     "lora_class_for",
     "output_gain",
     "output_norms",
     "owned",
+    "parts_of",
     "plain_class",
     "register_lora_class",
     "remember_flag",

@@ -42,6 +42,8 @@ class AdapterBank:
         seeds: The seed generator of dropout. Made when an adapter with dropout is first active;
             dropout is then part of the computation for good.
         squared_norms: `|W0|^2` of each output. Made when an adapter with DoRA is first active.
+        pads: Whether an adapter may be in a slot of a higher rank. Not where an optimizer trains
+            it that does not go by element.
         traced_by_name: Whether a compiled function computes with adapters that a context chose by
             name, so that the function is stale once other adapters are in the slots.
     """
@@ -51,6 +53,7 @@ class AdapterBank:
         self.slots: list[Slot] = []
         self.seeds: keras.random.SeedGenerator | None = None
         self.squared_norms: keras.Variable | None = None
+        self.pads = True
         self.traced_by_name = False
         self._adapters: dict[str, LayerAdapter] = {}
         self._active: tuple[str, ...] = ()
@@ -132,7 +135,7 @@ class AdapterBank:
         enough = len(specs) <= len(self.slots)
         masked = self.has_dropout or not self._need_dropout(specs)
         pairs = zip(specs, self.slots, strict=False)
-        return enough and masked and all(slot.takes(spec) for spec, slot in pairs)
+        return enough and masked and all(slot.takes(spec, self.pads) for spec, slot in pairs)
 
     def activate(self, names: Sequence[str], trainable: bool = True) -> None:
         """Make exactly these adapters active, training or not; add slots where they do not fit."""
@@ -236,12 +239,14 @@ class AdapterBank:
         specs, old = [adapter.spec for adapter in adapters], self.slots
         if self.fits(specs):
             return {}
-        needed = [i for i, s in enumerate(specs) if i >= len(old) or not old[i].takes(s)]
-        shapes = {i: self.shapes(_grown(specs[i], old[i : i + 1])) for i in needed}
+        needed = [i for i, s in enumerate(specs) if i >= len(old) or not old[i].takes(s, self.pads)]
+        shapes = {i: self.shapes(_grown(specs[i], old[i : i + 1], self.pads)) for i in needed}
+        _, rank_axis = self.site.split().rank_axes
         made: list[keras.Variable] = []
         try:
             with self._unlocked():
-                slots = {i: Slot.make(self._adder(made), i, adapters[i], shapes[i]) for i in needed}
+                new = self._adder(made)
+                slots = {i: Slot.make(new, i, adapters[i], shapes[i], rank_axis) for i in needed}
                 self._add_shared(specs, made)
         except BaseException:
             self._untrack(made)
@@ -289,11 +294,11 @@ class AdapterBank:
                 tracker.lock()
 
 
-def _grown(spec: AdapterSpec, old: Sequence[Slot]) -> AdapterSpec:
+def _grown(spec: AdapterSpec, old: Sequence[Slot], pads: bool) -> AdapterSpec:
     """The spec of a slot that takes this spec, and all that the old slot at its index took."""
     return dataclasses.replace(
         spec,
-        rank=max([spec.rank, *(slot.rank for slot in old)]),
+        rank=max([spec.rank, *(slot.rank for slot in old if pads)]),
         use_dora=spec.use_dora or any(slot.magnitude is not None for slot in old),
     )
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.bank import AdapterBank
 from keras_lora.layers.owned import OwnedValues
 from keras_lora.layers.state import LoRAState
 
 STATE_PREFIX = "lora_"
 _SCALING = "scaling."
-_SCALE_KEY = re.compile(rf"{STATE_PREFIX}([^.:]+:)?{re.escape(_SCALING)}")
+_UNSCALED = "unscaled."  # the scale without the factor of `scale_adapter`, where there is one
 _BASE_PREFIX = f"{STATE_PREFIX}base."
+# A model from a `.keras` file does not know its base's own values, and factors come and go.
+_OPTIONAL = re.compile(rf"{re.escape(_BASE_PREFIX)}|{STATE_PREFIX}([^.:]+:)?{re.escape(_UNSCALED)}")
 BASE_ONLY = (
     "The weights file contains no adapters: the base's weights were loaded and the adapters of the "
     "model were left as they are. If the file is of a merged model, its adapters now count "
@@ -33,6 +37,9 @@ def adapter_values(state: LoRAState) -> dict[str, np.ndarray]:
             for which, factor in adapter.named_factors.items():
                 values[_key(bank, f"{which}.{name}")] = np.array(factor)
             values[_key(bank, f"{_SCALING}{name}")] = np.array(adapter.scaling, "float32")
+            if adapter.scale_factor != 1:
+                key = _key(bank, f"{_UNSCALED}{name}")
+                values[key] = np.array(adapter.spec.scaling, "float32")
         if bank.seeds is not None:
             # Without them a resumed run would draw other dropout masks than an uninterrupted one.
             values[_key(bank, "seeds")] = ops.convert_to_numpy(bank.seeds.state)
@@ -40,7 +47,7 @@ def adapter_values(state: LoRAState) -> dict[str, np.ndarray]:
 
 
 def assign_values(state: LoRAState, saved: Mapping[str, Any]) -> None:
-    """The inverse of `adapter_values`, except that scales are not assigned."""
+    """The inverse of `adapter_values`; a scale becomes the factor of `scale_adapter`."""
     put: dict[str, Callable[[Any], None]] = {}
     for bank in state.banks.values():
         for name, adapter in bank.adapters.items():
@@ -51,6 +58,9 @@ def assign_values(state: LoRAState, saved: Mapping[str, Any]) -> None:
     put |= {key: partial(item.assign, name) for key, item, name in _owned_values(state)}
     for key in put.keys() & saved.keys():
         put[key](saved[key])
+    for _, adapter, scaling, _ in _saved_scales(state, saved):
+        own = adapter.spec.scaling
+        adapter.scale_factor = 1.0 if _close(scaling, own) else scaling / own
     for slot in [slot for bank in state.banks.values() for slot in bank.slots]:
         slot.refresh()
 
@@ -67,7 +77,12 @@ def check_values(state: LoRAState, saved: Mapping[str, Any], path: str) -> None:
     Raises:
         ValueError: keys, shapes or scales differ.
     """
-    wrong = _misfits(adapter_values(state), saved)
+    wrong = _misfits(adapter_values(state), saved) + [
+        f"{_SCALING}{name} is {scaling}, expected {adapter.spec.scaling}"
+        for name, adapter, scaling, unscaled in _saved_scales(state, saved)
+        if not any(_close(x, adapter.spec.scaling) for x in (scaling, unscaled))
+        and not _close(scaling, adapter.scaling)
+    ]
     if wrong:
         state.refusal = (
             f"Layer '{path}': the file's adapters are not this layer's: "
@@ -78,18 +93,31 @@ def check_values(state: LoRAState, saved: Mapping[str, Any], path: str) -> None:
 
 
 def _misfits(live: Mapping[str, np.ndarray], saved: Mapping[str, Any]) -> list[str]:
-    # A model from a `.keras` file does not know its base's own values.
-    missing = {key for key in live.keys() - saved.keys() if not key.startswith(_BASE_PREFIX)}
-    extra = {key for key in saved.keys() - live.keys() if not key.startswith(_BASE_PREFIX)}
+    missing = {key for key in live.keys() - saved.keys() if not _OPTIONAL.match(key)}
+    extra = {key for key in saved.keys() - live.keys() if not _OPTIONAL.match(key)}
     wrong = [f"{key} is missing" for key in missing]
     wrong += [f"{key} is not expected" for key in extra]
     for key in live.keys() & saved.keys():
         received, expected = tuple(saved[key].shape), tuple(live[key].shape)
         if received != expected:
             wrong.append(f"{key} has shape {received}, expected {expected}")
-        elif _SCALE_KEY.match(key) and abs(saved[key][()] - live[key]) > 1e-6:
-            wrong.append(f"{key} is {saved[key][()]}, expected {live[key]}")
     return wrong
+
+
+def _saved_scales(
+    state: LoRAState, saved: Mapping[str, Any]
+) -> Iterator[tuple[str, LayerAdapter, float, float]]:
+    """Each adapter of which a file has the scale; this scale, with and without its factor."""
+    for bank in state.banks.values():
+        for name, adapter in bank.adapters.items():
+            scaling = saved.get(_key(bank, f"{_SCALING}{name}"))
+            unscaled = saved.get(_key(bank, f"{_UNSCALED}{name}"), scaling)
+            if scaling is not None and unscaled is not None and scaling.shape == ():
+                yield name, adapter, float(scaling[()]), float(unscaled[()])
+
+
+def _close(first: float, second: float) -> bool:
+    return math.isclose(first, second, rel_tol=1e-6, abs_tol=1e-6)
 
 
 def _owned_values(state: LoRAState) -> list[tuple[str, OwnedValues, str]]:

@@ -7,6 +7,7 @@ itself: Keras's `Variable.assign` also converts, casts and reads the variable ba
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -14,6 +15,7 @@ import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
 import numpy as np
 from keras import ops
 
+from keras_lora.checks import warn
 from keras_lora.lowrank.equations import Shape, Tensor
 
 
@@ -35,7 +37,33 @@ def write(variable: keras.Variable, value: Any) -> None:
         # Other memory: a forward pass may have kept the old one for its gradient.
         variable.value.data = ops.convert_to_tensor(value, variable.dtype)
     else:
-        variable.assign(value)
+        type(variable).assign(variable, value)  # also where `protected`
+
+
+def protected(variable: keras.Variable) -> keras.Variable:
+    """Let the variable keep its value when others than this package assign another one.
+
+    The scale of a slot follows from the adapter in the slot. `set_weights` with weights from when
+    another adapter was active, or a callback that changes all weights, would let the model compute
+    with a scale that is the adapter's in no file.
+    """
+    vars(variable)["assign"] = partial(_assign_same, variable)
+    return variable
+
+
+def _assign_same(variable: keras.Variable, value: Any) -> Any:
+    try:
+        same = np.array_equal(np.asarray(value, variable.dtype), read(variable))
+    except Exception:  # within a trace, or while a step of JAX has the value
+        same = True
+    if same:
+        return type(variable).assign(variable, value)
+    warn(
+        "Expected the scale, dropout rate and DoRA switch of a slot to follow from the adapter in "
+        "the slot. Received: other values, which are left out. Assign weights while the adapters "
+        "are active that were active when the weights were taken; to scale, use scale_adapter."
+    )
+    return variable.value
 
 
 class Factor:

@@ -19,10 +19,14 @@ BASE = ""  # the owner of the base's own value; no adapter has an empty name
 
 
 class OwnedValues:
-    """The values of one variable by owner; the one of `owner` is in the variable."""
+    """The values of one variable by owner; the one of `owner` is in the variable.
 
-    def __init__(self, variable: keras.Variable) -> None:
+    `layer` is the layer that the variable belongs to.
+    """
+
+    def __init__(self, variable: keras.Variable, layer: keras.layers.Layer) -> None:
         self.variable = variable
+        self.layer = layer
         self.owner = BASE
         self._values = {BASE: Factor.inside(variable)}
 
@@ -35,6 +39,11 @@ class OwnedValues:
         """The values that are not in the variable."""
         return {name: value for name, value in self._values.items() if name != self.owner}
 
+    @property
+    def held(self) -> tuple[keras.Variable, Factor]:
+        """The variable, with the value in it."""
+        return self.variable, self._values[self.owner]
+
     def value(self, name: str) -> np.ndarray:
         return np.array(self._values[name])
 
@@ -43,6 +52,13 @@ class OwnedValues:
             self._values[name].assign(value)
         else:
             self._values[name] = Factor(value, dtype=str(self.variable.dtype))
+
+    def replace(self, name: str, value: Any) -> None:
+        """Give an owner the value of another adapter of its name, whose moments are not its own."""
+        factor = Factor(value, dtype=str(self.variable.dtype))
+        if name == self.owner:
+            factor.enter(self.variable)
+        self._values[name] = factor
 
     def switch(self, name: str) -> None:
         """Let the variable have the value of this owner."""
@@ -66,11 +82,11 @@ def all_owned(variables: Iterable[keras.Variable]) -> list[OwnedValues]:
     return [item for variable in variables if (item := owned(variable)) is not None]
 
 
-def add_owner(variable: keras.Variable, name: str) -> OwnedValues:
-    """Give an adapter a value of its own, which starts as the base's."""
+def add_owner(variable: keras.Variable, layer: keras.layers.Layer, name: str) -> OwnedValues:
+    """Give an adapter a value of its own of a layer's variable, which starts as the base's."""
     item = owned(variable)
     if item is None:
-        item = OwnedValues(variable)
+        item = OwnedValues(variable, layer)
         setattr(variable, _OWNED, item)
     item.assign(name, item.value(BASE))
     return item

@@ -115,6 +115,8 @@ def attach(layer: keras.layers.Layer, state: LoRAState | None = None) -> LoRALay
     layer_class: Any = type(layer)
     lora_class: Any = lora_class_for(layer_class)
     layer._lora = state or LoRAState.of(layer, layer_class, kinds_of(lora_class))
+    # Keras's constructor bound the plain class's method, in the place of the adapted class's.
+    layer._lora.quantize = vars(layer).pop("quantize", None)
     _become(layer, lora_class)
     for bank in layer.banks.values():
         bank.track()
@@ -128,6 +130,8 @@ def detach(layer: LoRALayer) -> LoRAState:
         bank.untrack()
     del layer._lora
     _become(layer, state.base_class)
+    if state.quantize is not None:
+        layer.__dict__["quantize"] = state.quantize
     return state
 
 

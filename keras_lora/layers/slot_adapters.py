@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_lora.layers.computation import Computation
 from keras_lora.layers.kinds import Site
+from keras_lora.layers.padding import check_ranks
 from keras_lora.layers.slots import Slot, dropped
 from keras_lora.lowrank.equations import Tensor, joint_gain
 from keras_lora.lowrank.products import Products, Term
@@ -71,6 +72,8 @@ class SlotAdapters(Computation):
         return site.products(x)
 
     def terms(self, site: Site, x: Tensor, training: bool | None) -> Sequence[Term]:
+        if training:
+            check_ranks(site.layer, self._bank.slots)
         seeds, dtype = self._seeds(training), site.layer.compute_dtype
         split, norms, terms = site.split(len(x.shape)), self._bank.squared_norms, []
         # Read only where a gain needs it: in mixed precision a read casts the matrix.

@@ -2,15 +2,18 @@
 
 Compiled functions read the variables of slots alone. To switch adapters is to move values into the
 slots: nothing is traced again, and however many adapters a layer has, it computes with the active
-ones alone. An adapter of a lower rank than its slot is padded with zeros. They
-stay zero in training, since the gradient of each padded factor is a product with the other one.
+ones alone. An adapter of a lower rank than its slot is padded with zeros. The scale of the padding
+is zero too: no value there acts, whoever writes it, and training by an optimizer that goes by
+element leaves the zeros, since they get no gradient.
 Likewise a slot with a magnitude takes an adapter without DoRA: its gain is 1 then.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -18,16 +21,17 @@ from keras import ops
 
 from keras_lora.config import AdapterSpec
 from keras_lora.layers.adapter import LayerAdapter
-from keras_lora.layers.factors import read, write
+from keras_lora.layers.factors import Factor, protected, read, write
 from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor
 
 NewVariable = Callable[..., keras.Variable]
 
 
-def _set(variable: keras.Variable, number: float) -> None:
+def _set(variable: keras.Variable, value: Any) -> None:
     # Most adapters have the same scale, and a read takes half as long as a write.
-    if float(read(variable)) != np.dtype(variable.dtype).type(number):
-        write(variable, number)
+    value = np.asarray(value, variable.dtype)
+    if not np.array_equal(read(variable), value):
+        write(variable, value)
 
 
 @dataclass(eq=False)
@@ -44,7 +48,7 @@ class Magnitude:
         active = keras.initializers.Constant(adapter.spec.use_dora)
         return cls(
             new(f"lora_magnitude{suffix}", shape, start, True),
-            new(f"lora_dora{suffix}", (), active, False),
+            protected(new(f"lora_dora{suffix}", (), active, False)),
         )
 
     def gain(
@@ -61,7 +65,8 @@ class Magnitude:
 class Slot:
     """Variables of one adapter's shape: `A`, `B`, the scale `s`, the dropout rate; for DoRA `m`.
 
-    `adapter` is the adapter whose values are in them, or None.
+    The scale has an entry for each column of `A`, which is zero where the slot is padded. `adapter`
+    is the adapter whose values are in the variables, or None.
     """
 
     a: keras.Variable
@@ -74,21 +79,27 @@ class Slot:
 
     @classmethod
     def make(
-        cls, new: NewVariable, index: int, adapter: LayerAdapter, shapes: Sequence[Shape]
+        cls,
+        new: NewVariable,
+        index: int,
+        adapter: LayerAdapter,
+        shapes: Sequence[Shape],
+        rank_axis: int,
     ) -> Slot:
         """Make variables of these shapes with `new(name, shape, initializer, trainable)`.
 
         They start with the adapter's values, but the adapter is not in the slot before `start`. A
-        third shape is that of the magnitude.
+        third shape is that of the magnitude; `rank_axis` is where the rank is among the axes of B.
         """
         suffix, (a, b, *m) = f"_{index}" if index else "", shapes
-        scaling = keras.initializers.Constant(adapter.scaling)
+        columns = tuple(size if axis == rank_axis else 1 for axis, size in enumerate(b))
+        scales = _scales(adapter, columns)
         rate = keras.initializers.Constant(adapter.spec.dropout)
         return cls(
             new(f"lora_a{suffix}", a, adapter.a.initializer(a), True),
             new(f"lora_b{suffix}", b, adapter.b.initializer(b), True),
-            new(f"lora_scaling{suffix}", (), scaling, False),
-            new(f"lora_dropout{suffix}", (), rate, False),
+            protected(new(f"lora_scaling{suffix}", columns, _constant(scales), False)),
+            protected(new(f"lora_dropout{suffix}", (), rate, False)),
             a[-1],
             Magnitude.make(new, suffix, adapter, m[0]) if m else None,
         )
@@ -99,15 +110,25 @@ class Slot:
         for factor, variable in zip(adapter.factors, self.factors, strict=False):
             factor.start(variable)
 
-    def takes(self, spec: AdapterSpec) -> bool:
-        """Whether an adapter of this spec can be in this slot."""
-        return spec.rank <= self.rank and (self.magnitude is not None or not spec.use_dora)
+    def takes(self, spec: AdapterSpec, pads: bool) -> bool:
+        """Whether an adapter of this spec can be in this slot, padded if `pads`."""
+        fits = spec.rank == self.rank or (pads and spec.rank < self.rank)
+        return fits and (self.magnitude is not None or not spec.use_dora)
+
+    @property
+    def is_padded(self) -> bool:
+        return self.adapter is not None and self.adapter.spec.rank < self.rank
 
     @property
     def factors(self) -> tuple[keras.Variable, ...]:
         """The variables that train."""
         pair = self.a, self.b
         return pair if self.magnitude is None else (*pair, self.magnitude.values)
+
+    @property
+    def held(self) -> list[tuple[keras.Variable, Factor]]:
+        """The variables that train with the factors of the adapter in them."""
+        return list(zip(self.factors, self.adapter.factors, strict=False)) if self.adapter else []
 
     def update(
         self,
@@ -148,7 +169,7 @@ class Slot:
         if self.adapter is None:
             self.clear()
             return
-        _set(self.scaling, self.adapter.scaling)
+        _set(self.scaling, _scales(self.adapter, tuple(self.scaling.shape)))
         if has_dropout:
             _set(self.rate, self.adapter.spec.dropout)
         if self.magnitude is not None:
@@ -165,6 +186,17 @@ class Slot:
         """Set all variables to zero: the slot adds nothing and gets no gradient."""
         for variable in self.variables:
             _zero(variable)
+
+
+def _scales(adapter: LayerAdapter, shape: Shape) -> np.ndarray:
+    """The adapter's scale for its own columns, and zero for the padding."""
+    scales = np.zeros(math.prod(shape))
+    scales[: adapter.spec.rank] = adapter.scaling
+    return scales.reshape(shape)
+
+
+def _constant(value: np.ndarray) -> Callable[..., Tensor]:
+    return lambda shape, dtype: ops.reshape(ops.convert_to_tensor(value, dtype), shape)
 
 
 def _zero(variable: keras.Variable) -> None:

@@ -29,6 +29,7 @@ class LoRAState:
         pending_active: Likewise: the names of the adapters that will be active.
         train_bias: Whether the bias trains once the layer is built.
         refusal: Why the last weights file was refused.
+        quantize: The plain layer's own `quantize`, which an adapted layer must not have.
     """
 
     base_class: type
@@ -39,6 +40,7 @@ class LoRAState:
     pending_active: tuple[str, ...] = ()
     train_bias: bool = False
     refusal: str | None = None
+    quantize: Any = None
 
     @classmethod
     def of(

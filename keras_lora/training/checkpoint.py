@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import keras
+from keras import ops
 
-from keras_lora.checks import AdapterFileError, invalid, warn
+from keras_lora.checks import AdapterFileError, given_path, invalid, warn
 from keras_lora.files.adapter_files import TENSORS_FILE, PathLike
 from keras_lora.files.saving import save_adapter
 from keras_lora.inject import active_names, check_names
@@ -45,6 +46,9 @@ class AdapterCheckpoint(keras.callbacks.Callback):
     uninterrupted run if the data of an epoch come in the same order again: `shuffle=False`, or a
     dataset whose order does not depend on the epochs before. If the run has ended, only its weights
     are loaded, with a warning, unless `fit` is now asked for more epochs.
+
+    Where what trains becomes NaN or infinite, a warning says so, and the files of the last save
+    stay.
 
     Not part of the state: other callbacks (the patience of `EarlyStopping`), and variables that
     change though they are frozen. One directory belongs to one call of `fit`.
@@ -93,7 +97,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         overwrite: bool = False,
     ) -> None:
         super().__init__()
-        self.directory = Path(directory)
+        self.directory = given_path(directory)
         self.name = name
         self.monitor = monitor
         self.verbose = verbose
@@ -106,6 +110,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self._epoch: int | None = None
         self._unsaved_batches = 0
         self._last_batch = -1
+        self._diverged = False
         self._skipped = 0  # batches of this epoch that an earlier process has trained
         self._resumed: RunState | None = None
         self._check_arguments()
@@ -154,7 +159,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
         start_fit_at(self.model, None)
-        if self._epoch is not None:
+        if self._epoch is not None and not self._has_diverged():
             self._write_state(self._epoch + 1, 0, ended=self.params["epochs"])
 
     @property
@@ -222,11 +227,26 @@ class AdapterCheckpoint(keras.callbacks.Callback):
     def _save(self, logs: Mapping[str, Any] | None, epoch: int, batches: int) -> None:
         """Save the adapter first: otherwise a kill between the two would lose this adapter."""
         self._unsaved_batches = 0
+        if self._has_diverged():
+            return
         if not self.save_best_only or self._improved(logs or {}):
             save_adapter(self.model, self.directory, self.name, overwrite=True)
             if self.verbose:
                 print(f"\nSaved {self.directory} after {epoch} epochs, {batches} batches")
         self._write_state(epoch, batches)
+
+    def _has_diverged(self) -> bool:
+        """Whether what trains is no longer finite; then the files of the last save stay."""
+        trained = self.model.trainable_variables
+        broken = [v.path for v in trained if not bool(ops.all(ops.isfinite(v)))]
+        if broken and not self._diverged:
+            warn(
+                f"Training has reached NaN or infinity, first seen in {broken[0]!r}: "
+                f"{str(self.directory)!r} keeps what was saved before. Make the model anew with a "
+                "lower learning rate or clipped gradients: `fit` then goes on from there."
+            )
+        self._diverged = self._diverged or bool(broken)
+        return bool(broken)
 
     def _write_state(self, epoch: int, batches: int, ended: int | None = None) -> None:
         state = RunState.of(self.model, epoch, batches, self.best, ended)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import keras_lora as kl
-from support.models import composite, data, functional, subclassed
+from support.models import composite, data, functional, one_block, subclassed
 
 BATCHES, EPOCHS = 7, 3
 CONFIG = kl.LoRAConfig(rank=2, dropout=0.2, layers_to_save=["head"], bias="lora_only")
@@ -100,7 +100,7 @@ CASES: list[Any] = [
         (functional, "adam", None, 3, 2),
         (functional, "scheduled", scheduled, 2, 12),
         (composite, "accumulating", accumulating, 3, 8),
-        (composite, "averaging", averaging, "epoch", 15),
+        (one_block, "averaging", averaging, "epoch", 15),
         (subclassed, "scaled", scaled, 7, 16),
         (subclassed, "adam", None, 1, 14),
     ]

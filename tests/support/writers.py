@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,6 @@ def read(directory: str) -> str | None:
     return name
 
 
-def write_until_killed(directory: str) -> None:
-    assert not {"keras", "tensorflow"} & set(sys.modules)
-    print("started", flush=True)
-    for name in itertools.cycle(ADAPTERS):
-        write(name, directory)
-
-
 def die_at_step(step: int) -> None:
     left = iter(range(step))
 
@@ -71,3 +66,20 @@ def die_at_every_step(directory: str) -> None:
             print(name, "killed" if status == signal.SIGKILL else status, read(directory))
             if status == 0:
                 break
+
+
+def die_at_random_moments(directory: str, times: int) -> None:
+    """Save the one and the other in children, each killed within the time that four saves take."""
+    assert not {"keras", "tensorflow"} & set(sys.modules)
+    began = time.perf_counter()
+    for name in ADAPTERS:
+        write(name, f"{directory}.timed")
+    moments, limit = random.Random(0), 2 * (time.perf_counter() - began)
+    for _ in range(times):
+        child = os.fork()
+        if child == 0:
+            for name in itertools.cycle(ADAPTERS):
+                write(name, directory)
+        time.sleep(moments.uniform(0, limit))
+        os.kill(child, signal.SIGKILL)
+        print(os.waitpid(child, 0)[1] == signal.SIGKILL, read(directory))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from keras_lora.checks import check_rank, invalid
+from keras_lora.checks import check_rank, invalid, warn
 from keras_lora.config import AdapterSpec
 from keras_lora.exchange.keras_hub.h5 import read_keras_hub_lora, write_keras_hub_arrays
 from keras_lora.exchange.keras_hub.numbering import (
@@ -24,6 +24,7 @@ from keras_lora.exchange.keras_hub.numbering import (
 )
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
+from keras_lora.files.keys import values_beside
 from keras_lora.inject import (
     CHOOSING,
     active_names,
@@ -138,6 +139,8 @@ def save_keras_hub_lora(
 ) -> int:
     """Write an adapter for KerasHub's `backbone.load_lora_weights`: see `write_keras_hub_lora`.
 
+    Such a file has factors alone: a warning names the heads and biases that trained beside them.
+
     Args:
         model: An adapted backbone, or a model that has one inside.
         path: A file name that ends in `.lora.h5`. A file of that name is replaced.
@@ -168,6 +171,7 @@ def save_keras_hub_lora(
     tree = Tree.of(model)
     (name,) = check_names(tree, [name])
     check_no_dora(tree, [name], "Save it with save_adapter or save_peft_adapter")
+    _warn_of_values(tree, name)
     factors = {
         layer_path: (adapter.scaling * np.array(adapter.a, "float64"), np.array(adapter.b))
         for layer_path, layer in tree.adapted_by_path.items()
@@ -175,6 +179,15 @@ def save_keras_hub_lora(
         if adapter is not None
     }
     return write_keras_hub_lora(path, model, factors, target_layer_names=target_layer_names)
+
+
+def _warn_of_values(tree: Tree, name: str) -> None:
+    left_out = [tree.variable_keys[id(variable)] for variable, _ in values_beside(tree, name)]
+    if left_out:
+        warn(
+            f"A `.lora.h5` file has factors alone. What trained beside {name!r} is left out: "
+            f"{left_out}. Save it with save_adapter or save_peft_adapter too."
+        )
 
 
 def _file_ranks(model: keras.Model, path: PathLike) -> dict[str, int]:

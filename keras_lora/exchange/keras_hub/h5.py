@@ -23,7 +23,7 @@ from typing import Any
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 
-from keras_lora.checks import AdapterFileError, invalid_file
+from keras_lora.checks import AdapterFileError, given_path, invalid_file
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
 from keras_lora.files.atomic import replaced
@@ -108,7 +108,7 @@ def checked_name(path: PathLike) -> Path:
         expected = f"a name that ends in {SUFFIX}"
         fix = "rename the file, since KerasHub demands this ending"
         raise invalid_file(path, expected, "another name", fix)
-    return Path(path)
+    return given_path(path)
 
 
 def _read_groups(file: Any, source: Path, size: int) -> dict[int, Pair]:

@@ -37,12 +37,12 @@ from keras_lora.exchange.peft_files import (
 )
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
+from keras_lora.files.keys import values_beside
 from keras_lora.inject import CHOOSING, check_names, in_turn
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     LayerAdapter,
     LoRALayer,
-    all_owned,
     family_of,
     output_norms,
     site_of,
@@ -174,7 +174,7 @@ def _hugging_face_values(
     problems = Problems()
     adapters = {path: layer.adapters[name] for path, layer in layers.items()}
     modules = _modules(layers, name, weights, exchanged_kernels(model, weights), problems)
-    saved = gather(_own_values(model, name), slices, problems)
+    saved = gather(values_beside(Tree.of(model), name), slices, problems)
     modules = _with_magnitudes(model, adapters, modules, weights, problems)
     problems.raise_any(lambda received: _not_in_base(weights.model_type, received))
     return modules, saved
@@ -183,8 +183,8 @@ def _hugging_face_values(
 def _not_in_base(model_type: str, received: str) -> ValueError:
     return ValueError(
         "Expected an adapter whose layers and trained values all are in the Hugging Face model "
-        f"{model_type!r}. Received: {received}. Leave these layers out of the config, or name the "
-        "modules of heads with heads={...}."
+        f"{model_type!r}. Received: {received}. Leave these layers out of the config, name the "
+        "modules of heads with heads={...}, or save the adapter of the backbone alone."
     )
 
 
@@ -243,12 +243,6 @@ def _magnitude(layer: keras.layers.Layer, adapter: LayerAdapter | None) -> Array
     if adapter is None or adapter.magnitude is None:
         return output_norms(site_of(layer), adapter)
     return np.array(adapter.magnitude)
-
-
-def _own_values(model: keras.Model, name: str) -> list[tuple[keras.Variable, Array]]:
-    """The values of heads and biases that belong to an adapter."""
-    owned = [item for item in all_owned(model.variables) if name in item.names]
-    return [(item.variable, item.value(name)) for item in owned]
 
 
 def _trained_apart(saved: Collection[str], modules: Collection[str]) -> tuple[str, list[str]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from keras_lora.checks import check_alpha, check_rank
 from keras_lora.config import BIASES, AdapterSpec
+from keras_lora.exchange.peft_files.expressions import compiled
 from keras_lora.exchange.problems import Problems
 
 # The fields that are read, with the defaults of PEFT 0.21. Each field of PEFT is in one of these
@@ -176,7 +176,7 @@ def is_targeted(config: Mapping[str, Any], name: str) -> bool:
 
 def _named(names: str | Sequence[str], name: str) -> bool:
     if isinstance(names, str):
-        return bool(_compiled(names).fullmatch(name))
+        return bool(compiled(names).fullmatch(name))
     return name in names or any(name.endswith(f".{n}") for n in names)
 
 
@@ -185,7 +185,7 @@ def _in_layers(config: Mapping[str, Any], name: str) -> bool:
     if layers is None or layers == []:
         return True
     wanted = {str(i) for i in (layers if isinstance(layers, list) else [layers])}
-    found = (_compiled(e).match(name) for e in _layer_expressions(config))
+    found = (compiled(e).match(name) for e in _layer_expressions(config))
     match = next((m for m in found if m), None)
     return match is not None and (match["idx"].lstrip("0") or "0") in wanted
 
@@ -235,7 +235,7 @@ def _pattern(
     expressions: dict[str, re.Pattern[str]] = {}
     for key in values:
         with problems.caught(*_ERRORS, part=f"{pattern}[{key!r}]"):
-            expressions[key] = _compiled(rf"(.*\.)?({key})$")
+            expressions[key] = compiled(rf"(.*\.)?({key})$")
     return Pattern(values, config[name], expressions)
 
 
@@ -251,11 +251,4 @@ def _check_selection(config: Mapping[str, Any], problems: Problems) -> None:
     expressions = [config[n] for n in fields[:2] if isinstance(config[n], str)]
     for expression in [] if wrong else [*expressions, *_layer_expressions(config)]:
         with problems.caught(*_ERRORS, part=repr(expression)):
-            _compiled(expression)
-
-
-def _compiled(expression: str) -> re.Pattern[str]:
-    with warnings.catch_warnings():
-        # Python warns of syntax whose meaning may change in a later version.
-        warnings.simplefilter("ignore")
-        return re.compile(expression)
+            compiled(expression)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_lora.checks import AdapterFileError, invalid_file, warn
+from keras_lora.checks import AdapterFileError, given_path, invalid_file, warn
 from keras_lora.exchange.peft_files.config import (
     Settings,
     is_targeted,
@@ -108,7 +108,7 @@ def read_peft_adapter(directory: PathLike) -> PeftAdapter:
     >>> read.scaling, read.a.shape
     (4.0, (2, 7))
     """
-    root = Path(directory)
+    root = given_path(directory)
     _check_other_files(root)
     problems, error = Problems(), partial(peft_error, root)
     config = _read_config(root, problems)
@@ -161,7 +161,7 @@ def _read_config(root: Path, problems: Problems) -> dict[str, Any]:
     """The config; an empty one, and the reason in `problems`, where it cannot be read."""
     file = root / CONFIG_FILE
     with problems.caught(AdapterFileError):
-        with opened(file, links=True) as stream:
+        with opened(file) as stream:
             check_size(file, os.fstat(stream.fileno()).st_size, CONFIG_LIMIT)
             config = parsed_json(stream.readall(), file)
         if not config:
@@ -184,7 +184,7 @@ def _read_tensors(root: Path, problems: Problems) -> _Tensors:
 
 
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with opened(file, links=True) as stream:
+    with opened(file) as stream:
         # Refuses a key that is written twice, of which `read_entries` would give one entry.
         parsed_json(read_header(file, stream), file)
         entries = read_entries(file, stream)

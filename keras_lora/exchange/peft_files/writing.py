@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from keras_lora.checks import invalid_file
+from keras_lora.checks import given_path, invalid_file
 from keras_lora.exchange.peft_files.card import CARD_FILE, default_card
 from keras_lora.exchange.peft_files.config import DEFAULTS, parse_config, unknown_fields
 from keras_lora.exchange.peft_files.naming import target_modules, value_and_pattern
@@ -27,7 +27,7 @@ from keras_lora.exchange.peft_files.tensors import (
 )
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import CONFIG_FILE, TENSORS_FILE, PathLike
-from keras_lora.files.atomic import leftovers, new_files, temporary_path
+from keras_lora.files.atomic import leftovers, locked, new_files, temporary_path
 from keras_lora.files.reading import (
     CODES,
     CONFIG_LIMIT,
@@ -88,7 +88,7 @@ def write_peft_adapter(
     >>> sorted(p.name for p in Path(directory).iterdir())
     ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    root = Path(directory)
+    root = given_path(directory)
     tensors = _cast(root, file_tensors(modules, saved or {}), dtype)
     fields = _fields(root, modules, config or {}, all_modules)
     _check(root, fields, tensors, modules, saved or {})
@@ -99,13 +99,14 @@ def write_peft_adapter(
     }
     check_size(root / CONFIG_FILE, len(contents[CONFIG_FILE]), CONFIG_LIMIT)
     with explained(root):
-        _check_target(root, overwrite)
-        if model_card is None and (root / CARD_FILE).exists():
-            del contents[CARD_FILE]
         root.mkdir(parents=True, exist_ok=True)
-        for file in leftovers(root, (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)):
-            file.unlink()
-        _replace(root, contents)
+        with locked(root):
+            _check_target(root, overwrite)
+            if model_card is None and (root / CARD_FILE).exists():
+                del contents[CARD_FILE]
+            for file in leftovers(root, (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)):
+                file.unlink()
+            _replace(root, contents)
 
 
 def _cast(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_lora.checks import invalid, invalid_file
+from keras_lora.checks import given_path, invalid, invalid_file
 from keras_lora.config import AdapterSpec
 from keras_lora.export.many.endpoint import DESCRIPTION, FORMAT_VERSION
 from keras_lora.export.many.served_layers import MAGNITUDE
@@ -74,9 +74,9 @@ def add_adapter_to_saved_model(
     Reference:
         TensorFlow Serving Configuration, https://www.tensorflow.org/tfx/serving/serving_config
     """
-    source = Path(path)
+    source = given_path(path)
     description = _description(source)
-    goal = _next_version(source) if target is None else Path(target)
+    goal = _next_version(source) if target is None else given_path(target)
     if goal.exists():
         raise invalid("target", "a path that does not exist", str(goal), "choose another")
     tensors = [AdapterTensor(key, tuple(shape)) for key, shape in description["pieces"]]
@@ -139,7 +139,7 @@ def _values(directory: PathLike, tensors: Sequence[AdapterTensor], base: str) ->
 
 
 def _read(directory: PathLike) -> AdapterFiles:
-    root = Path(directory)
+    root = given_path(directory)
     if (root / _PEFT_FILE).exists() and not (root / TENSORS_FILE).exists():
         fix = "convert it, with the model: load_peft_adapter, then save_adapter"
         raise invalid_file(directory, "an adapter of keras_lora", "one of PEFT", fix)

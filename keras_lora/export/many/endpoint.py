@@ -224,7 +224,7 @@ def write_mixed(
             served.try_out(served.for_mixed_batches(endpoint, stored, ids))
         write_stacks(served.stacks().stored(), folder)
         mixed = [served.for_mixed_batches(endpoint, stored, ids) for endpoint in endpoints]
-        write_endpoints(mixed, path)
+        write_endpoints(served.tree.root, mixed, path)
     served.check()
     (path / DESCRIPTION).parent.mkdir()
     (path / DESCRIPTION).write_text(description)

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_lora.checks import invalid
+from keras_lora.checks import given_path, invalid
 from keras_lora.export.endpoints import serve
 from keras_lora.export.reports import RuntimeReport
 from keras_lora.export.runtimes.conversion import (
@@ -20,11 +20,12 @@ from keras_lora.export.runtimes.conversion import (
     package,
     write_converted,
 )
-from keras_lora.export.writing import check_export
+from keras_lora.export.writing import check_export, no_file
 from keras_lora.files.adapter_files import PathLike
 
 _EXTRA = "litert"
 _SIGNATURE = "serving_default"
+_MARK = b"TFL3"  # at byte 4 of every file
 
 
 def export_litert(
@@ -58,7 +59,7 @@ def export_litert(
         input_signature: As for `export_saved_model`.
         sample: A batch of inputs as `predict` takes it, on which the answers are compared. By
             default two random batches, with sizes 7 and 5 on free axes.
-        overwrite: Replace `path` if it exists.
+        overwrite: Replace `path` if it exists and is such a file.
 
     Returns:
         The names and shapes, and the largest difference of the answers.
@@ -81,10 +82,10 @@ def export_litert(
     Reference:
         LiteRT, https://ai.google.dev/edge/litert/models/signatures
     """
-    target = Path(path)
+    target = given_path(path)
     for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         _check_size(name, size)
-    check_export(model, target, overwrite)
+    check_export(model, target, overwrite, lambda path: no_file(path, _MARK, 4))
     endpoint = serve(model, input_signature)
     signature = keras.tree.map_structure(
         lambda spec: _sized(spec, batch_size, sequence_length), endpoint.signature

@@ -17,6 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_lora.checks import given_path
 from keras_lora.export.endpoints import serve
 from keras_lora.export.reports import RuntimeReport
 from keras_lora.export.runtimes.conversion import (
@@ -27,11 +28,12 @@ from keras_lora.export.runtimes.conversion import (
     package,
     write_converted,
 )
-from keras_lora.export.writing import check_export
+from keras_lora.export.writing import check_export, no_file
 from keras_lora.files.adapter_files import PathLike
 
 _EXTRA = "onnx"
 _OPSET = 18  # the newest that tf2onnx writes
+_MARK = b"\x08"  # a file begins with its first field, the number of ONNX's version
 
 
 def export_onnx(
@@ -58,7 +60,7 @@ def export_onnx(
         input_signature: As for `export_saved_model`.
         sample: A batch of inputs as `predict` takes it, on which the answers are compared. By
             default two random batches, with sizes 7 and 5 on free axes.
-        overwrite: Replace `path` if it exists.
+        overwrite: Replace `path` if it exists and is such a file.
 
     Returns:
         The names and shapes, and the largest difference of the answers.
@@ -81,8 +83,8 @@ def export_onnx(
     Reference:
         ONNX operators, https://onnx.ai/onnx/operators/
     """
-    target = Path(path)
-    check_export(model, target, overwrite)
+    target = given_path(path)
+    check_export(model, target, overwrite, lambda path: no_file(path, _MARK, 0))
     endpoint = serve(model, input_signature)
     return write_converted(model, endpoint, target, ONNX, sample)
 

@@ -1,0 +1,44 @@
+"""KerasHub's exporters to transformers write the merged model.
+
+They read the weights of layers in several ways: of an adapted GPT-2 they would write the effective
+kernels, of a Gemma those of the base, without a word. A task that is made around an adapted
+backbone does not know of the adapters, so the methods of the classes are wrapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from keras_lora.inject.merge import merged
+from keras_lora.inject.switching import active_names
+from keras_lora.walker import Tree
+
+EXPORT = "export_to_transformers"
+
+
+def merge_in_exporters() -> None:
+    """Wrap KerasHub's exporters, if it is imported; without it, no model is one of its own."""
+    keras_hub = sys.modules.get("keras_hub")
+    if keras_hub is not None:
+        for name in ("Backbone", "CausalLM"):
+            _wrap(getattr(keras_hub.models, name))
+
+
+@functools.cache  # once for each class
+def _wrap(model_class: type) -> None:
+    if EXPORT in vars(model_class):  # not in older versions of KerasHub
+        setattr(model_class, EXPORT, _merging(getattr(model_class, EXPORT)))
+
+
+def _merging(export: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(export)
+    def exported(model: Any, *args: Any, **kwargs: Any) -> Any:
+        active = active_names(Tree.of(model))
+        with merged(model) if active else contextlib.nullcontext():
+            return export(model, *args, **kwargs)
+
+    return exported
