@@ -207,6 +207,9 @@ def _make_train_function(model: ref[keras.Model], *args: Any, **kwargs: Any) -> 
         tree = Tree.of(trained)
         if any(slot.is_padded for bank in tree.banks for slot in bank.slots):
             switch(tree, active_names(tree), any(bank.trains for bank in tree.banks))
+            if not trained.optimizer.built:  # JAX builds it before this function
+                with strategy_scope(tree):
+                    trained.optimizer.build(trained.trainable_variables)
     type(trained).make_train_function(trained, *args, **kwargs)
 
 
