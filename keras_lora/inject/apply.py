@@ -31,7 +31,7 @@ from keras_lora.layers import (
     layer_adapter,
     remove_owner,
 )
-from keras_lora.walker import Tree
+from keras_lora.walker import Tree, warn_of_heads
 
 
 def apply_lora(
@@ -95,8 +95,6 @@ def apply_lora(
     check_adapter_name(name)
     if not isinstance(config, LoRAConfig):
         raise invalid("config", "a LoRAConfig", config)
-    if not isinstance(model, keras.layers.Layer):
-        raise invalid("model", "a built Keras model", model)
     tree = Tree.of(model)
     plan = make_plan(tree, config, name)
     if not inplace:
@@ -106,6 +104,7 @@ def apply_lora(
         tree = Tree.of(model)
         plan = make_plan(tree, config, name)
     warn_of_high_ranks(plan)
+    warn_of_heads(tree, config.targets, [layer.target for layer in plan.layers])
     install(tree, plan)
     return model
 

@@ -43,6 +43,18 @@ class Guarded(Adapting):
             "enabled. Add another adapter with apply_lora(model, config, name=...)."
         )
 
+    def set_weights(self, weights: Any) -> None:
+        """As in Keras, with a refusal that names `assign_base`."""
+        layer: Any = self
+        expected, received = len(layer.weights), len(weights)
+        if expected != received:
+            raise ValueError(
+                f"{_described(self)}: expected {expected} arrays, those of the adapters in it "
+                f"too. Received: {received}. To give the base other values write "
+                "layer.assign_base(kernel) and layer.bias.assign(bias)."
+            )
+        keras.layers.Layer.set_weights(layer, weights)
+
     def quantize(self, *_: Any, **__: Any) -> None:
         """Refuse: a quantized `W0` is another variable, and the adapters would be skipped."""
         raise ValueError(f"{_described(self)}: {QUANTIZED}")

@@ -229,6 +229,7 @@ def dropped(x: Tensor, rate: Tensor, seeds: keras.random.SeedGenerator) -> Tenso
 
     `keras.random.dropout` takes the rate as a constant.
     """
+    x = ops.convert_to_tensor(x, sparse=False)
     keep = 1 - ops.cast(rate, "float32")
     mask = keras.random.uniform(ops.shape(x), dtype="float32", seed=seeds) < keep
     return ops.where(mask, x / ops.cast(keep, x.dtype), ops.zeros((), x.dtype))
