@@ -16,11 +16,8 @@ from keras_lora.adapters import (
 from keras_lora.checks import AdapterFileError
 from keras_lora.combining import combine_adapters
 from keras_lora.config import AdapterSpec, LoRAConfig
-from keras_lora.exchange.keras_hub.adapter import (
-    ConvertedLayer,
-    load_keras_hub_lora,
-    save_keras_hub_lora,
-)
+from keras_lora.exchange.keras_hub.adapter import load_keras_hub_lora, save_keras_hub_lora
+from keras_lora.exchange.keras_hub.converted import ConvertedLayer
 from keras_lora.exchange.peft.loading import load_peft_adapter
 from keras_lora.exchange.peft.saving import save_peft_adapter
 from keras_lora.export import on_first_use

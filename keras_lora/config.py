@@ -17,6 +17,18 @@ from keras_lora.lowrank.equations import scaling
 PRESETS = ("attention", "all-linear", "all")
 BIASES = ("none", "lora_only", "all")
 
+# What other libraries call the fields.
+_OTHER_NAMES = {
+    "r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "modules_to_save": "layers_to_save",
+    "init_lora_weights": "init",
+}
+
 Targets = str | Sequence[str] | Callable[[Any], bool]
 
 
@@ -118,6 +130,19 @@ class LoRAConfig:
     init: str = "kaiming_uniform"
     bias: Literal["none", "lora_only", "all"] = "none"
     layers_to_save: Sequence[str] = ()
+
+    def __new__(cls, *args: Any, **fields: Any) -> LoRAConfig:
+        """Refuse, with the names to write, fields that the class does not have."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = [name for name in fields if name not in known]
+        if args or unknown:
+            named = [f"{_OTHER_NAMES[name]}=" for name in unknown if name in _OTHER_NAMES]
+            raise TypeError(
+                f"Expected fields of LoRAConfig by name: {known}. Received: "
+                f"{[*args, *(f'{name}={fields[name]!r}' for name in unknown)]}; "
+                f"{'write ' + ', '.join(named) if named else 'try LoRAConfig(rank=8)'}."
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.spec()

@@ -143,3 +143,22 @@ def test_a_wrong_file_is_refused(text: str) -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         kl.LoRAConfig().rank = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 8}, r"Received: \['r=8'\]; write rank=\."),
+        ({"r": 8, "lora_alpha": 4, "target_modules": ["q_proj"]}, "write rank=, alpha=, targets="),
+        ({"modules_to_save": ["head"], "lora_dropout": 0.1}, "write layers_to_save=, dropout="),
+        ({"rnk": 8}, r"Received: \['rnk=8'\]; try LoRAConfig\(rank=8\)"),
+    ],
+)
+def test_names_of_other_libraries_are_translated(fields: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        kl.LoRAConfig(**fields)
+
+
+def test_fields_are_given_by_name() -> None:
+    with pytest.raises(TypeError, match=r"by name: \['rank', 'alpha'.*Received: \[8\]; try"):
+        kl.LoRAConfig(8)  # type: ignore[call-arg]

@@ -179,3 +179,10 @@ def test_a_model_whose_constructor_failed_is_no_obstacle() -> None:
         Broken()
     assert kl.lora_layers(kl.apply_lora(functional(), CONFIG))
     assert kept
+
+
+def test_setting_the_weights_of_the_base_alone_names_how() -> None:
+    layer = kl.apply_lora(functional(), kl.LoRAConfig(rank=2)).get_layer("up")
+    with pytest.raises(ValueError, match=r"layer\.assign_base\(kernel\)"):
+        layer.set_weights([np.zeros((5, 7)), np.zeros(7)])
+    layer.set_weights(layer.get_weights())

@@ -133,7 +133,7 @@ def test_weights_of_the_base_load_into_the_adapted_model_with_a_warning(
         ({"alpha": 5.0}, "scaling.default is 1.5, expected 2.5"),
         ({"use_rslora": True}, "scaling.default"),
         ({"name": "other"}, "a.default is not expected.*a.other is missing"),
-        ({"dropout": 0.5}, "seeds is missing"),
+        ({"dropout": 0.5}, "has_dropout.default is 0.0, expected 1.0"),
     ],
 )
 def test_weights_of_another_adapter_are_refused(

@@ -176,3 +176,21 @@ def test_the_gradient_of_a_frozen_kernel_is_not_in_the_training_graph(
     formed = {o.type for o in operations if o.outputs and tuple(o.outputs[0].shape) in forms}
     assert "ReadVariableOp" in formed
     assert formed <= VIEWS
+
+
+def test_sparse_inputs_with_dropout() -> None:
+    inputs = keras.Input((5,), sparse=True)
+    hidden = keras.layers.Dense(7, name="up")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2)(hidden))
+    kl.apply_lora(model, kl.LoRAConfig(rank=2, dropout=0.5))
+    dense = np.eye(5, dtype="float32")[:3]
+    sparse = tf.sparse.from_dense(dense)
+    answers = []
+    for x in (sparse, dense):
+        keras.utils.set_random_seed(3)
+        (layer,) = kl.lora_layers(model).values()
+        assert layer.bank.seeds is not None
+        layer.bank.seeds.state.assign([1, 0])
+        layer.slots[0].b.assign(np.ones((2, 7)))
+        answers.append(np.array(model(x, training=True)))
+    np.testing.assert_allclose(answers[0], answers[1], rtol=1e-6, atol=1e-6)

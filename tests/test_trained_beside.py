@@ -113,8 +113,8 @@ def test_other_formats_name_the_head(tmp_path: Path) -> None:
     model = keras.Model(backbone.input, top(backbone(backbone.input)))
     with pytest.raises(ValueError, match=r"top/kernel.*heads=\{...\}.*backbone alone"):
         kl.save_peft_adapter(model, tmp_path / "refused")
-    kl.save_peft_adapter(model, tmp_path / "named", heads={"top": "classifier"})
-    kl.save_peft_adapter(backbone, tmp_path / "alone")
+    kl.save_peft_adapter(model, tmp_path / "named", heads={"top": "classifier"}, prefix="")
+    kl.save_peft_adapter(backbone, tmp_path / "alone", prefix="")
     with pytest.warns(UserWarning, match=r"left out: \['top/kernel', 'top/bias'\].*save_adapter"):
         kl.save_keras_hub_lora(model, tmp_path / "x.lora.h5")
     kl.save_keras_hub_lora(backbone, tmp_path / "alone.lora.h5")

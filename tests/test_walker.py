@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import keras
@@ -124,13 +125,11 @@ def head_models() -> dict[str, tuple[keras.Model, list[str]]]:
     x = keras.layers.Dense(11, name="a")(encoder(inputs))
     two = [keras.layers.Dense(3, name="h1")(x), keras.layers.Dense(2, name="h2")(x)]
     softmax = keras.layers.Softmax()(keras.ops.reshape(two[0], (-1, 3, 1)))
-    residual = keras.layers.Dense(11, name="b")(x) + x
     timed = keras.Input((3, 5))
     stack = keras.Sequential([keras.Input((5,)), *(keras.layers.Dense(4, name=n) for n in "pqr")])
     return {
         "two outputs": (keras.Model(inputs, two), ["a", "enc/up"]),
         "through operations": (keras.Model(inputs, softmax), ["a", "enc/up"]),
-        "a sum is no head": (keras.Model(inputs, residual), ["a", "b", "enc/up"]),
         "wrapped": (
             keras.Model(
                 timed,
@@ -152,9 +151,82 @@ def test_the_output_head_is_left_out(name: str) -> None:
     assert paths(model) == expected
 
 
+class Headed(keras.Model):
+    """A subclassed model with these layers, in this order."""
+
+    def __init__(self, **layers: keras.layers.Layer) -> None:
+        super().__init__(name="headed")
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.order = list(layers)
+
+    def call(self, inputs: Any) -> Any:
+        for name in self.order:
+            inputs = getattr(self, name)(inputs)
+        return inputs
+
+
+def headed(*names: str, norm: bool = False) -> keras.Model:
+    layers = {name: keras.layers.Dense(5, name=name) for name in names}
+    model = Headed(**layers, **({"norm": keras.layers.LayerNormalization()} if norm else {}))
+    model(keras.ops.zeros((1, 5)))
+    return model
+
+
+def joined(join: Any) -> keras.Model:
+    inputs = keras.Input((5,))
+    x = keras.layers.Dense(7, activation="gelu", name="a")(inputs)
+    return keras.Model(inputs, join(inputs, *(keras.layers.Dense(5, name=n)(x) for n in "hi")))
+
+
+UNCLEAR: dict[str, tuple[Any, list[str], list[str]]] = {
+    "concatenated": (
+        lambda: joined(lambda _, h, i: keras.layers.Concatenate()([h, i])),
+        ["h", "i"],
+        ["a", "h", "i"],
+    ),
+    "masked": (lambda: joined(lambda x, h, _: h * keras.ops.sign(x)), ["h"], ["a", "h"]),
+    "a sum": (lambda: joined(lambda x, h, i: keras.ops.tanh(h + i)), ["h", "i"], ["a", "h", "i"]),
+    "one output of two": (lambda: joined(lambda x, h, i: [h, i + x]), ["i"], ["a", "i"]),
+    "head first": (lambda: headed("head", "up"), ["head"], ["head"]),
+    "logits first": (lambda: headed("lm_logits", "up", "down"), ["lm_logits"], ["lm_logits", "up"]),
+    "a norm last": (lambda: headed("up", "down", norm=True), ["down", "up"], ["down", "up"]),
+}
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_a_warning_names_layers_that_may_be_heads(name: str) -> None:
+    make, possible, selected = UNCLEAR[name]
+    with pytest.warns(UserWarning, match="may make the model's outputs") as caught:
+        assert paths(make()) == selected
+    (message,) = [str(w.message) for w in caught]
+    assert sorted(re.findall(r"'([^']+)'", message.split(", which may")[0])) == [
+        "all-linear",
+        *possible,
+    ]
+    fix = re.findall(r"(exclude|layers_to_save)=(\[[^]]*\])", message)
+    assert [argument for argument, _ in fix] == ["exclude", "layers_to_save"]
+    for argument in ("exclude", "layers_to_save"):  # nothing is unclear to one who names them
+        config = kl.LoRAConfig.from_dict({"rank": 2, argument: possible})
+        if len(possible) < len(selected):
+            kl.apply_lora(make(), config)
+
+
+@pytest.mark.parametrize("make", [functional, composite, subclassed, lambda: headed("up", "head")])
+def test_no_warning_where_the_head_is_clear(make: Any) -> None:
+    kl.find_targets(make())
+
+
+def test_a_head_beside_layers_that_cannot_be_adapted_is_better_trained_whole() -> None:
+    layers = [keras.layers.Conv2D(3, 2, name="conv"), keras.layers.GlobalMaxPooling2D()]
+    model = keras.Sequential([keras.Input((5, 5, 2)), *layers, keras.layers.Dense(2, name="top")])
+    with pytest.raises(ValueError, match=r"\['top'\], and the other layers.*'conv' \(.*Conv2D\)"):
+        kl.find_targets(model)
+
+
 def test_a_model_that_is_only_a_head_says_how_to_adapt_it() -> None:
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3, name="only")])
-    with pytest.raises(ValueError, match=r"no other layer can be adapted.*targets=\['only'\]"):
+    with pytest.raises(ValueError, match=r"no other matrix. Name it: targets=\['only'\]"):
         kl.find_targets(model)
     assert paths(model, ["only"]) == ["only"]
 

@@ -32,7 +32,7 @@ from keras_lora.layers import (
     layer_adapter,
     remove_owner,
 )
-from keras_lora.walker import Tree
+from keras_lora.walker import Tree, warn_of_heads
 
 
 def apply_lora(
@@ -106,6 +106,7 @@ def apply_lora(
             changed = Tree.of(plain_copy(tree))
             plan = make_plan(changed, config, name)
         warn_of_high_ranks(plan)
+        warn_of_heads(changed, config.targets, [layer.target for layer in plan.layers])
         install(changed, plan)
     return changed.root
 

@@ -6,6 +6,9 @@ functions that all savers of Keras go through: `model.save` and `keras.saving.sa
 and directories of either format, `ModelCheckpoint`, pickles and copies; and the two that make a
 model, or JSON, from a config.
 
+A weights file says which adapters act, and has the optimizer's moments for them. So all of it is
+checked first, and the same adapters are activated before it is loaded.
+
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `saving_lib`, `legacy_h5_format`: the modules with the functions behind
         `keras.saving.save_model`, which is the public name of only one of the ways in.
@@ -17,15 +20,19 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import keras
 
 from keras_lora.inject.identity import check_quantizable
-from keras_lora.inject.saving import check_saveable
+from keras_lora.inject.saving import check_in_slots, check_saveable
+from keras_lora.inject.switching import active_names, in_order, switch
 from keras_lora.layers import STATE_PREFIX
 from keras_lora.walker import Tree
+
+_LOAD = "load_weights_only"
 
 
 def guard_keras_savers() -> None:
@@ -41,6 +48,10 @@ def guard_keras_savers() -> None:
     _guard(legacy, "load_weights_from_hdf5_group", check_loadable, 2)
     _guard(legacy, "load_weights_from_hdf5_group_by_name", check_loadable, 2)
     _guard(keras.Model, "quantize", check_quantizable)
+    # These take the variables of a model alone: the legacy format, and `OrbaxCheckpoint`.
+    _guard(legacy, "save_model_to_hdf5", check_in_slots)
+    _guard(keras.Model, "get_state_tree", check_in_slots)
+    setattr(saving_lib, _LOAD, _checking(getattr(saving_lib, _LOAD)))
 
 
 def saver_modules() -> tuple[ModuleType, ModuleType]:
@@ -77,3 +88,45 @@ def _guard(module: Any, name: str, check: Callable[..., None], count: int = 1) -
         return function(*args, **kwargs)
 
     setattr(module, name, guarded)
+
+
+def _checking(load: Callable[..., None]) -> Callable[..., None]:
+    """`load_weights_only`, which activates the adapters that act in the file, if all of it fits."""
+
+    @functools.wraps(load)
+    def checking(
+        model: Any, filepath: Any, skip_mismatch: bool = False, objects_to_skip: Any = None
+    ) -> None:
+        tree = Tree.of(model)
+        # To skip what does not fit is to leave the rest as it is.
+        if tree.adapted and not skip_mismatch:
+            optimizer = getattr(model, "optimizer", None)
+            plain = [x for x in tree.layers if not tree.children[id(x)] and x not in tree.adapted]
+            skipped = [*(objects_to_skip or ()), *plain, optimizer]
+            _activate(tree, partial(load, model, filepath, objects_to_skip=skipped))
+            if optimizer is not None and optimizer.built and not model.optimizer.built:
+                model.optimizer.build(model.trainable_variables)
+        load(model, filepath, skip_mismatch, objects_to_skip)
+
+    return checking
+
+
+def _activate(tree: Tree, check: Callable[[], None]) -> None:
+    """Activate the adapters that act in a file, where it says so.
+
+    Raises:
+        ValueError: the file has other adapters than the model.
+    """
+    layers = tree.adapted
+    for layer in layers:
+        layer._lora.checked = []
+    try:
+        check()
+        found = [active for layer in layers for active in layer._lora.checked or ()]
+    finally:
+        for layer in layers:
+            layer._lora.checked = None
+    names, trains = in_order(names for names, _ in found), any(trains for _, trains in found)
+    before = active_names(tree), any(bank.trains for bank in tree.banks)
+    if found and (names, trains) != before:
+        switch(tree, names, trains)

@@ -59,6 +59,23 @@ def check_saveable(model: Any) -> None:
         _refuse(model.name)
 
 
+def check_in_slots(model: Any) -> None:
+    """Refuse a way to take a model's state that takes its variables alone.
+
+    Raises:
+        ValueError: adapters are not in variables, since they wait.
+    """
+    tree = Tree.of(model)
+    waiting = {name for bank in tree.banks for name in bank.adapters.keys() - set(bank.active)}
+    owned = {name for item in all_owned(tree.root.variables) for name in item.parked} - {BASE}
+    if waiting | owned:
+        raise ValueError(
+            f"Expected a way to save that keeps the adapters that wait, {sorted(waiting | owned)}, "
+            "which are in no variable of the model. Use model.save_weights (in callbacks: "
+            "ModelCheckpoint with save_weights_only=True), or save_adapter for each."
+        )
+
+
 _PRESETS = "save_to_preset"
 _UNSAVEABLE = (
     "'{model}' has adapters that no `.keras` file, preset, JSON or clone could bring back: its "

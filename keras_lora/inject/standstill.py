@@ -33,5 +33,6 @@ def _refuse(*_: Any) -> NoReturn:
     raise ValueError(
         "Expected no training within `with disable_adapter(model)` or `use_adapter`: it would move "
         "the base's own heads and biases, or adapters by the moments of others. Received: a step "
-        "of training. Leave the context first, and choose what trains with set_adapter."
+        "of training. Leave the context first. To train what belongs to no adapter, without "
+        "adapters: set_adapter(model, None)."
     )

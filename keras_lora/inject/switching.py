@@ -59,10 +59,10 @@ def adapter_names(tree: Tree) -> list[str]:
 
 def active_names(tree: Tree) -> list[str]:
     """The names of the active adapters, in an order that each layer agrees with."""
-    return _in_order([bank.active for bank in tree.banks])
+    return in_order([bank.active for bank in tree.banks])
 
 
-def _in_order(orders: Iterable[Sequence[str]]) -> list[str]:
+def in_order(orders: Iterable[Sequence[str]]) -> list[str]:
     """One order of all names that agrees with each of these, which are parts of one order."""
     left, names = [list(order) for order in dict.fromkeys(map(tuple, orders)) if order], []
     while left:
@@ -224,6 +224,9 @@ def _make_train_function(model: ref[keras.Model], *args: Any, **kwargs: Any) -> 
         tree = Tree.of(trained)
         if any(slot.is_padded for bank in tree.banks for slot in bank.slots):
             switch(tree, active_names(tree), any(bank.trains for bank in tree.banks))
+            if not trained.optimizer.built:  # JAX builds it before this function
+                with strategy_scope(tree):
+                    trained.optimizer.build(trained.trainable_variables)
     type(trained).make_train_function(trained, *args, **kwargs)
 
 

@@ -20,10 +20,12 @@ class Adapter:
     Attributes:
         config: The config that `apply_lora` was given; None if it was made another way.
         trained: The variables of the base that train with it: selected biases, `layers_to_save`.
+        peft_prefix: The beginning of the names in the files of PEFT that it came from.
     """
 
     config: LoRAConfig | None
     trained: list[keras.Variable] = field(default_factory=list)
+    peft_prefix: str | None = None
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from keras_lora.layers.computation import Computation, chosen
 from keras_lora.layers.factors import Factor
 from keras_lora.layers.kinds import Site
 from keras_lora.layers.slot_adapters import SlotAdapters
-from keras_lora.layers.slots import Slot
+from keras_lora.layers.slots import Room, Slot
 from keras_lora.lowrank.equations import Shape, Tensor
 
 
@@ -143,9 +143,8 @@ class AdapterBank:
         made = self._made_slots(adapters)
         for slot in self.slots:
             slot.park()
+        self._take(made)
         for index, slot in made.items():
-            self._untrack([v for old in self.slots[index : index + 1] for v in old.variables])
-            self.slots[index : index + 1] = [slot]
             slot.start(adapters[index])
         for slot, adapter in zip(self.slots, adapters, strict=False):
             if slot.adapter is None:
@@ -154,6 +153,19 @@ class AdapterBank:
             slot.clear()
         self._active = tuple(names)
         self.train(trainable)
+
+    @property
+    def room(self) -> Room:
+        """What the slots have room for; `make_room` makes slots alike in another layer."""
+        ranks = [slot.rank for slot in self.slots]
+        use_dora = [slot.magnitude is not None for slot in self.slots]
+        return Room(ranks, use_dora, self.has_dropout, self.trains)
+
+    def make_room(self, room: Room) -> None:
+        """Make empty slots before any adapter is active."""
+        empty = [layer_adapter(x, [np.zeros(s) for s in self.shapes(x)]) for x in room.specs]
+        self._take(self._made_slots(empty))
+        self.activate([], room.trainable)
 
     @property
     def trains(self) -> bool:
@@ -191,15 +203,10 @@ class AdapterBank:
 
     def track(self) -> None:
         """Add the variables of the slots to the layer's; the inverse of `untrack`."""
-        trains = self.trains
-        with self._unlocked():
-            for variable in [v for slot in self.slots for v in slot.factors]:
-                variable.trainable = True  # otherwise Keras lists it as non-trainable
-            for variable in self._slot_variables():
-                self.site.layer._track_variable(variable)
-            if self.seeds is not None:
+        self._track(self._slot_variables())
+        if self.seeds is not None:
+            with self._unlocked():
                 self.site.layer._tracker.add_to_store("seed_generators", self.seeds)
-        self.train(trains)
 
     def untrack(self) -> None:
         self._untrack(self._slot_variables())
@@ -252,6 +259,24 @@ class AdapterBank:
             self._untrack(made)
             raise
         return slots
+
+    def _take(self, made: Mapping[int, Slot]) -> None:
+        """Put new slots in the place of old ones or behind them."""
+        for index, slot in made.items():
+            self._untrack([v for old in self.slots[index : index + 1] for v in old.variables])
+            self.slots[index : index + 1] = [slot]
+        if made:
+            # In the order of the slots, whatever their history: optimizers go by the order.
+            self._untrack(self._slot_variables())
+            self._track(self._slot_variables())
+
+    def _track(self, variables: Sequence[keras.Variable]) -> None:
+        trains = self.trains
+        self.train(True)  # otherwise Keras lists the factors as non-trainable
+        with self._unlocked():
+            for variable in variables:
+                self.site.layer._track_variable(variable)
+        self.train(trains)
 
     def _adder(self, made: list[keras.Variable]) -> Any:
         """Adds a variable to the layer, and to the list."""

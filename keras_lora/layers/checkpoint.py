@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,14 +15,24 @@ from keras import ops
 from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.bank import AdapterBank
 from keras_lora.layers.owned import OwnedValues
-from keras_lora.layers.state import LoRAState
+from keras_lora.layers.state import Active, LoRAState
 
 STATE_PREFIX = "lora_"
 _SCALING = "scaling."
 _UNSCALED = "unscaled."  # the scale without the factor of `scale_adapter`, where there is one
 _BASE_PREFIX = f"{STATE_PREFIX}base."
-# A model from a `.keras` file does not know its base's own values, and factors come and go.
-_OPTIONAL = re.compile(rf"{re.escape(_BASE_PREFIX)}|{STATE_PREFIX}([^.:]+:)?{re.escape(_UNSCALED)}")
+_HAS_DROPOUT = "has_dropout."
+_SEEDS = "seeds"
+_ACTIVE = "active"
+_ANY_MATRIX = rf"{STATE_PREFIX}([^.:]+:)?"
+_DROPOUT_KEY = re.compile(rf"{_ANY_MATRIX}{re.escape(_HAS_DROPOUT)}")
+# A model from a `.keras` file does not know its base's own values, and factors come and go. Seeds
+# follow from what was ever active. Files of earlier versions do not say which adapters act or have
+# dropout.
+_OPTIONAL = re.compile(
+    rf"{re.escape(_BASE_PREFIX)}|{_ANY_MATRIX}(({_SEEDS}|{_ACTIVE})$|"
+    rf"{re.escape(_UNSCALED)}|{re.escape(_HAS_DROPOUT)})"
+)
 BASE_ONLY = (
     "The weights file contains no adapters: the base's weights were loaded and the adapters of the "
     "model were left as they are. If the file is of a merged model, its adapters now count "
@@ -40,10 +51,26 @@ def adapter_values(state: LoRAState) -> dict[str, np.ndarray]:
             if adapter.scale_factor != 1:
                 key = _key(bank, f"{_UNSCALED}{name}")
                 values[key] = np.array(adapter.spec.scaling, "float32")
+            has_dropout = np.array(adapter.spec.dropout > 0, "float32")
+            values[_key(bank, f"{_HAS_DROPOUT}{name}")] = has_dropout
         if bank.seeds is not None:
             # Without them a resumed run would draw other dropout masks than an uninterrupted one.
-            values[_key(bank, "seeds")] = ops.convert_to_numpy(bank.seeds.state)
+            values[_key(bank, _SEEDS)] = ops.convert_to_numpy(bank.seeds.state)
     return values | {key: item.value(name) for key, item, name in _owned_values(state)}
+
+
+def active_values(state: LoRAState) -> dict[str, np.ndarray]:
+    """Which adapters act, and whether they train, as text in bytes, by key."""
+    return {
+        _key(bank, _ACTIVE): np.frombuffer(json.dumps([bank.active, bank.trains]).encode(), "uint8")
+        for bank in state.banks.values()
+    }
+
+
+def saved_active(state: LoRAState, saved: Mapping[str, Any]) -> list[Active]:
+    """The inverse of `active_values`, for each bank; nothing in files of earlier versions."""
+    keys = [_key(bank, _ACTIVE) for bank in state.banks.values()]
+    return [tuple(json.loads(bytes(np.array(saved[key])))) for key in keys if key in saved]
 
 
 def assign_values(state: LoRAState, saved: Mapping[str, Any]) -> None:
@@ -54,7 +81,7 @@ def assign_values(state: LoRAState, saved: Mapping[str, Any]) -> None:
             for which, factor in adapter.named_factors.items():
                 put[_key(bank, f"{which}.{name}")] = factor.assign
         if bank.seeds is not None:
-            put[_key(bank, "seeds")] = bank.seeds.state.assign
+            put[_key(bank, _SEEDS)] = bank.seeds.state.assign
     put |= {key: partial(item.assign, name) for key, item, name in _owned_values(state)}
     for key in put.keys() & saved.keys():
         put[key](saved[key])
@@ -101,6 +128,8 @@ def _misfits(live: Mapping[str, np.ndarray], saved: Mapping[str, Any]) -> list[s
         received, expected = tuple(saved[key].shape), tuple(live[key].shape)
         if received != expected:
             wrong.append(f"{key} has shape {received}, expected {expected}")
+        elif _DROPOUT_KEY.match(key) and saved[key][()] != live[key]:
+            wrong.append(f"{key} is {saved[key][()]}, expected {live[key]}")
     return wrong
 
 

@@ -1,4 +1,8 @@
-"""What Keras may ask of an adapted layer that would undo its adapters: refused, or bounded."""
+"""What Keras may ask of an adapted layer that would undo its adapters: refused, or bounded.
+
+Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
+    `_trackable_children`: all that `tf.train.Checkpoint` asks of a layer.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +43,31 @@ class Guarded(Adapting):
             "enabled. Add another adapter with apply_lora(model, config, name=...)."
         )
 
+    def set_weights(self, weights: Any) -> None:
+        """As in Keras, with a refusal that names `assign_base`."""
+        layer: Any = self
+        expected, received = len(layer.weights), len(weights)
+        if expected != received:
+            raise ValueError(
+                f"{_described(self)}: expected {expected} arrays, those of the adapters in it "
+                f"too. Received: {received}. To give the base other values write "
+                "layer.assign_base(kernel) and layer.bias.assign(bias)."
+            )
+        keras.layers.Layer.set_weights(layer, weights)
+
     def quantize(self, *_: Any, **__: Any) -> None:
         """Refuse: a quantized `W0` is another variable, and the adapters would be skipped."""
         raise ValueError(f"{_described(self)}: {QUANTIZED}")
+
+    def _trackable_children(self, save_type: str = "checkpoint", **options: Any) -> Any:
+        """Refuse a `tf.train.Checkpoint`, which would have neither `A` nor `B`."""
+        if save_type == "checkpoint":
+            raise ValueError(
+                f"{_described(self)}, and a tf.train.Checkpoint would contain none of them. Use "
+                "model.save_weights and load_weights, or keras_lora.AdapterCheckpoint."
+            )
+        base: Any = super()
+        return base._trackable_children(save_type, **options)
 
 
 QUANTIZED = (

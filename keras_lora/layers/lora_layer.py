@@ -22,15 +22,17 @@ from keras_lora.layers.bank import AdapterBank
 from keras_lora.layers.checkpoint import (
     BASE_ONLY,
     STATE_PREFIX,
+    active_values,
     adapter_values,
     assign_values,
     check_values,
+    saved_active,
 )
 from keras_lora.layers.computation import Computation, computing
 from keras_lora.layers.guarded import Adapting, Guarded
 from keras_lora.layers.kinds import KINDS, kinds_of, only
 from keras_lora.layers.rematerialized import Rematerialized
-from keras_lora.layers.slots import Slot
+from keras_lora.layers.slots import Room, Slot
 from keras_lora.layers.state import LoRAState
 from keras_lora.lowrank.equations import Tensor
 from keras_lora.lowrank.products import Products, adapted_sum
@@ -64,6 +66,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         adapters: `{name: AdapterSpec fields}` instead of the six above, for several adapters.
         active: Names of the active adapters; all of them by default.
         train_bias: Train the bias beside the adapters.
+        room: What the slots have room for, where that is more than `active`: from `get_config`.
         **kwargs: As the base layer takes them.
 
     Raises:
@@ -104,6 +107,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         adapters: Mapping[str, Mapping[str, Any]] | None = None,
         active: Sequence[str] | None = None,
         train_bias: bool = False,
+        room: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if adapters is None:
@@ -132,6 +136,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         check_adaptable(self)
         self._lora = LoRAState.of(self, _adapted_class(type(self)), kinds)
         self._lora.pending, self._lora.pending_active = specs, chosen
+        self._lora.pending_room = None if room is None else Room(**room)
         self._lora.train_bias = train_bias
 
     def __repr__(self) -> str:
@@ -146,7 +151,9 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         for bank in self.banks.values():
             for name, spec in self._lora.pending.items():
                 bank.add(name, spec)
-            bank.activate(self._lora.pending_active)
+            if (room := self._lora.pending_room) is not None:
+                bank.make_room(room)
+            bank.activate(self._lora.pending_active, room is None or room.trainable)
         self._lora.pending = {}
 
     @property
@@ -243,11 +250,13 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         banks = list(self.banks.values())
         built = {name: adapter.acting_spec for name, adapter in banks[0].adapters.items()}
         specs = self._lora.pending | built
+        room = banks[0].room if self.built else self._lora.pending_room
         return {
             **super().get_config(),
             "adapters": {name: dataclasses.asdict(spec) for name, spec in specs.items()},
             "active": list(banks[0].active if self.built else self._lora.pending_active),
             "train_bias": self._trains_bias(),
+            "room": dataclasses.asdict(room) if room else None,
         }
 
     def save_own_variables(self, store: Any) -> None:
@@ -257,7 +266,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         """
         with self.without_adapters():  # the base class stores `self.kernel`
             super().save_own_variables(store)
-        for key, value in adapter_values(self._lora).items():
+        for key, value in (adapter_values(self._lora) | active_values(self._lora)).items():
             store[key] = value
 
     def load_own_variables(self, store: Any) -> None:
@@ -270,6 +279,9 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         saved = {key: store[key] for key in keys if key.startswith(STATE_PREFIX)}
         if saved:
             check_values(self._lora, saved, self.path)
+        if self._lora.checked is not None:
+            self._lora.checked += saved_active(self._lora, saved)
+            return
         untrained = [(bank, bank.untrained_magnitudes()) for bank in self.banks.values()]
         super().load_own_variables({key: store[key] for key in keys if key not in saved})
         for bank in self.banks.values():

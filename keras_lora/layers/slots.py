@@ -61,6 +61,32 @@ class Magnitude:
         return ops.where(ops.cast(self.active, "bool"), gain, 1)
 
 
+@dataclass(frozen=True)
+class Room:
+    """What the slots of a matrix have room for: all that was ever active, and not only what is.
+
+    Attributes:
+        ranks: The rank of each slot.
+        use_dora: Whether each has a magnitude.
+        dropout: Whether dropout is part of the computation.
+        trainable: Whether the slots train.
+    """
+
+    ranks: Sequence[int]
+    use_dora: Sequence[bool]
+    dropout: bool
+    trainable: bool
+
+    @property
+    def specs(self) -> list[AdapterSpec]:
+        """Specs of adapters that fill the slots."""
+        dropout = 0.5 if self.dropout else 0.0
+        return [
+            AdapterSpec(rank=rank, alpha=rank, dropout=dropout, use_dora=use_dora)
+            for rank, use_dora in zip(self.ranks, self.use_dora, strict=True)
+        ]
+
+
 @dataclass(eq=False)
 class Slot:
     """Variables of one adapter's shape: `A`, `B`, the scale `s`, the dropout rate; for DoRA `m`.
@@ -208,6 +234,7 @@ def dropped(x: Tensor, rate: Tensor, seeds: keras.random.SeedGenerator) -> Tenso
 
     `keras.random.dropout` takes the rate as a constant.
     """
+    x = ops.convert_to_tensor(x, sparse=False)
     keep = 1 - ops.cast(rate, "float32")
     mask = keras.random.uniform(ops.shape(x), dtype="float32", seed=seeds) < keep
     return ops.where(mask, x / ops.cast(keep, x.dtype), ops.zeros((), x.dtype))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakSet
 
 import keras
@@ -13,6 +13,9 @@ from keras_lora.config import AdapterSpec
 from keras_lora.layers.bank import AdapterBank
 from keras_lora.layers.kinds import Kind, Site
 from keras_lora.layers.owned import OwnedValues
+from keras_lora.layers.slots import Room
+
+Active: TypeAlias = "tuple[Sequence[str], bool]"  # the names of adapters, and whether they train
 
 
 @dataclass
@@ -27,7 +30,10 @@ class LoRAState:
             have moments for its slots.
         pending: Between the constructor and `build`: the specs of the adapters to make.
         pending_active: Likewise: the names of the adapters that will be active.
+        pending_room: Likewise: what the slots will have room for; only for `active` if None.
         train_bias: Whether the bias trains once the layer is built.
+        checked: While a weights file is checked before it is loaded: what acts in the file, for
+            each matrix.
         refusal: Why the last weights file was refused.
         quantize: The plain layer's own `quantize`, which an adapted layer must not have.
     """
@@ -38,7 +44,9 @@ class LoRAState:
     models: WeakSet[Any] = field(default_factory=WeakSet)
     pending: dict[str, AdapterSpec] = field(default_factory=dict)
     pending_active: tuple[str, ...] = ()
+    pending_room: Room | None = None
     train_bias: bool = False
+    checked: list[Active] | None = None
     refusal: str | None = None
     quantize: Any = None
 

@@ -9,6 +9,7 @@ from keras_lora.walker.targets import (
     check_target,
     find_targets,
     select_targets,
+    warn_of_heads,
 )
 from keras_lora.walker.tree import (
     Layer,
@@ -41,4 +42,5 @@ __all__ = [
     "select_targets",
     "site_path",
     "walk",
+    "warn_of_heads",
 ]

@@ -7,6 +7,7 @@ Private Keras API in this file, and why (`tests/test_private_api.py` watches eac
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import keras
@@ -14,6 +15,9 @@ import keras
 from keras_lora.checks import invalid
 from keras_lora.layers import family_of, plain_class, supported_base
 from keras_lora.walker.tree import Layer, Tree
+
+# Words by which people call the layer that makes the outputs.
+_HEADS = {"head", "heads", "logit", "logits", "classifier", "score", "scores", "predictions"}
 
 
 def output_heads(tree: Tree) -> set[int]:
@@ -40,6 +44,43 @@ def _heads_at(tree: Tree, layer: Layer) -> set[int]:
     if isinstance(layer, keras.layers.Wrapper):
         return _heads_at(tree, layer.layer)
     return _output_heads(tree, layer) if isinstance(layer, keras.Model) else set()
+
+
+def possible_heads(tree: Tree) -> set[int]:
+    """The ids of linear layers that may make the outputs, of which `output_heads` cannot tell.
+
+    In a graph they are those before an operation of several inputs that makes an output: a mask, a
+    concatenation, a sum. In a subclassed model they are layers of its own that are named as heads
+    or, where the last of its layers is no linear one, all that are linear.
+    """
+    model, known = tree.root, output_heads(tree)
+    if is_backbone(model) or not isinstance(model, keras.Model):
+        return set()
+    if has_graph(model):
+        outputs = keras.tree.flatten(model.outputs)
+        unclear = [output for output in outputs if _maker(output) is None]
+        makers = [maker for output in unclear for maker in _makers(output)]
+    else:
+        makers = [x for x in tree.children[id(model)] if not known or _is_called_head(x.name)]
+    return {head for maker in makers for head in _heads_at(tree, maker)} - known
+
+
+def _is_called_head(name: str) -> bool:
+    return bool(_HEADS & set(re.findall(r"[a-z]+", name.lower())))
+
+
+def _makers(tensor: Any) -> list[Layer]:
+    """The layers with weights that a tensor comes from, through operations without weights."""
+    found, left, seen = {}, [tensor], set[int]()
+    while left:
+        history = left.pop()._keras_history
+        operation = history.operation
+        if isinstance(operation, keras.layers.Layer) and operation.weights:
+            found[id(operation)] = operation
+        elif operation._inbound_nodes and id(operation) not in seen:
+            seen.add(id(operation))
+            left += operation._inbound_nodes[history.node_index].input_tensors
+    return list(found.values())
 
 
 def _maker(tensor: Any) -> Layer | None:

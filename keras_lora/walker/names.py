@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from keras_lora.walker.tree import Node
+
+# How Hugging Face's models name what KerasHub's call by one of these names.
+_QUERY, _KEY, _VALUE = (f"{n} {n}_dense {n}_proj {n}_projector" for n in ("query", "key", "value"))
+_OUTPUT = "attention_output output_dense out_proj o_dense output_projector"
+_UP = "feedforward_intermediate_dense mlp_intermediate_dense ffw_gating_2 intermediate_dense"
+_DOWN = "feedforward_output_dense mlp_output_dense ffw_linear"
+_HUGGING_FACE: Mapping[str, str] = {
+    **dict.fromkeys(["q_proj", "query", "q_lin", "q", "to_q", "wq"], _QUERY),
+    **dict.fromkeys(["k_proj", "key", "k_lin", "k", "to_k", "wk"], _KEY),
+    **dict.fromkeys(["v_proj", "value", "v_lin", "v", "to_v", "wv"], _VALUE),
+    **dict.fromkeys(["o_proj", "out_proj", "out_lin", "o", "to_out", "wo"], _OUTPUT),
+    **dict.fromkeys(["c_attn", "query_key_value", "qkv_proj"], f"{_QUERY} {_KEY} {_VALUE} qkv"),
+    **dict.fromkeys(["gate_proj", "w1"], "feedforward_gate_dense ffw_gating"),
+    **dict.fromkeys(["up_proj", "fc1", "c_fc", "lin1", "wi", "w3", "dense_h_to_4h"], _UP),
+    **dict.fromkeys(["down_proj", "fc2", "lin2", "w2", "dense_4h_to_h"], _DOWN),
+    "c_proj": f"{_OUTPUT} {_DOWN}",
+    **dict.fromkeys(["embed_tokens", "wte", "word_embeddings"], "token_embedding embeddings"),
+    **dict.fromkeys(["score", "classifier"], "logits output_logits"),
+}
 
 
 def matches(name: str, path: str) -> bool:
@@ -52,12 +71,17 @@ def listed(nodes: Sequence[Node]) -> str:
 
 
 def unmatched(argument: str, missing: Sequence[str], paths: Sequence[str]) -> ValueError:
-    close = {
+    ends = {path.split("/")[-1] for path in paths}
+    translated = {
+        end
+        for name in missing
+        for end in _HUGGING_FACE.get(_segments(name)[-1], "").split()
+        if end in ends
+    }
+    close = translated or {
         match
         for name in missing
-        for match in difflib.get_close_matches(
-            name, sorted({p.split("/")[-1] for p in paths} | set(paths)), n=3, cutoff=0.4
-        )
+        for match in difflib.get_close_matches(name, sorted(ends | set(paths)), n=3, cutoff=0.4)
     }
     return ValueError(
         f"Expected every name in `{argument}` to match a layer. Received: {list(missing)}, which "

@@ -18,7 +18,7 @@ from keras_lora.layers import (
     supported_base,
 )
 from keras_lora.walker.attention import attention_projections
-from keras_lora.walker.heads import output_heads
+from keras_lora.walker.heads import output_heads, possible_heads
 from keras_lora.walker.names import listed, match_names, matches, shortened, unmatched
 from keras_lora.walker.tree import Layer, Node, Tree, site_path
 
@@ -89,7 +89,8 @@ def find_targets(
             layers without weights; in a Sequential or subclassed model it is the last layer with
             weights, in the order in which they were assigned. Wrappers and nested models are
             entered. A KerasHub backbone has no output head. An embedding that is called in reverse
-            is not an output head.
+            is not an output head. A warning names layers that may be heads and are selected: those
+            before a mask or a concatenation, and in a subclassed model those that are named so.
         exclude: Names to leave out, written as above (`"re:..."` counts as a name too).
 
     Returns:
@@ -108,7 +109,24 @@ def find_targets(
     [('up', 'Dense', (3, 5))]
     """
     check_targets(targets)
-    return select_targets(Tree.of(model), targets, check_names("exclude", exclude))
+    tree = Tree.of(model)
+    selected = select_targets(tree, targets, check_names("exclude", exclude))
+    warn_of_heads(tree, targets, selected)
+    return selected
+
+
+def warn_of_heads(tree: Tree, targets: Targets, selected: Sequence[Target]) -> None:
+    """Warn of layers that a preset selects although they may be output heads."""
+    if isinstance(targets, str) and not targets.startswith("re:"):
+        possible = possible_heads(tree)
+        paths = [t.path for t in selected if id(t.layer) in possible]
+        if paths:
+            warn(
+                f"targets={targets!r} adapts {paths}, which may make the model's outputs: several "
+                "layers make an output, or the model has no graph that would tell. To leave an "
+                f"output head out, write exclude=[{paths[-1]!r}]; to train it in full, "
+                f"layers_to_save=[{paths[-1]!r}]."
+            )
 
 
 def select_targets(
@@ -140,6 +158,11 @@ def check_target(target: Target) -> None:
     if not isinstance(target.layer, LoRALayer):
         check_adaptable(target.layer)
         target.site.split()
+        if 0 in target.kernel_shape:
+            raise ValueError(
+                f"Layer {target.path!r}: expected a kernel without a side of 0. Received: the "
+                f"shape {target.kernel_shape}. Exclude the layer."
+            )
 
 
 def all_targets(tree: Tree) -> list[Target]:
@@ -195,11 +218,30 @@ def _preset(
     heads = output_heads(tree)
     selected = [t for t in candidates if id(t.layer) not in heads]
     if candidates and not selected:
-        raise ValueError(
-            f"targets={preset!r} leaves out the output head {[t.path for t in candidates]}, and no "
-            f"other layer can be adapted. Name it: targets=[{candidates[0].path!r}]."
-        )
+        raise _only_a_head(tree, preset, candidates)
     return selected
+
+
+def _only_a_head(tree: Tree, preset: str, heads: Sequence[Target]) -> ValueError:
+    paths, ids = [t.path for t in heads], {id(t.layer) for t in heads}
+    others = [
+        node
+        for node in tree.nodes
+        if id(node.layer) not in ids
+        and not tree.children[id(node.layer)]
+        and any(len(v.shape) > 1 for v in node.layer.weights)
+    ]
+    if not others:
+        return ValueError(
+            f"targets={preset!r} leaves out the output head {paths}, and the model has no other "
+            f"matrix. Name it: targets=[{paths[0]!r}]."
+        )
+    return ValueError(
+        f"targets={preset!r} leaves out the output head {paths}, and the other layers cannot be "
+        f"adapted: {listed(others)}. Say how to adapt these classes with register_lora_class; or "
+        "train the head in full, without adapters, and freeze the others (layer.trainable = "
+        "False): a low-rank head learns less than a whole one."
+    )
 
 
 def _why_left_out(node: Node) -> str:
@@ -230,10 +272,22 @@ def _named(
         if not any(matches(pattern, t.path) for t in candidates):
             raise ValueError(
                 f"Expected a layer of {_KINDS}. Received: {listed(hits)}, asked for as "
-                f"{pattern!r}. To name the layers inside a layer, use a pattern: "
-                f"targets='re:.*{hits[0].layer.name}/.*'."
+                f"{pattern!r}. {_how_to_name(hits[0], candidates)}"
             )
     return [t for t in candidates if any(matches(p, t.path) for p in patterns)]
+
+
+def _how_to_name(node: Node, candidates: Sequence[Target]) -> str:
+    """What to do instead of naming a layer that is of no kind that can be adapted."""
+    if any(t.path.startswith(f"{node.path}/") for t in candidates):
+        return (
+            "To name the layers inside a layer, use a pattern: "
+            f"targets='re:.*{node.layer.name}/.*'."
+        )
+    return (
+        f"No layer inside it can be adapted either. To train it in full beside the adapters, write "
+        f"layers_to_save=[{node.path!r}]; to adapt its class, see register_lora_class."
+    )
 
 
 def _without(tree: Tree, selected: Sequence[Target], exclude: Sequence[str]) -> list[Target]:

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import keras
 
+from keras_lora.checks import invalid
 from keras_lora.layers import AdapterBank, LoRALayer, sites_of
 from keras_lora.walker.stable_names import stable_name, stable_name_0_1
 
@@ -57,7 +58,12 @@ class Tree:
 
     @classmethod
     def of(cls, root: Layer) -> Tree:
-        """Walk over a model."""
+        """Walk over a model.
+
+        Raises:
+            ValueError: no layer of Keras 3.
+        """
+        _check_layer(root)
         children: dict[int, Sequence[Layer]] = {}
 
         def noted(layer: Layer) -> Sequence[Layer]:
@@ -139,6 +145,21 @@ class Tree:
     def ids_within(self, layers: Iterable[Layer]) -> set[int]:
         """The ids of these layers and of every layer below them."""
         return {id(inner) for layer in layers for inner in self.within(layer)}
+
+
+def _check_layer(model: object) -> None:
+    if isinstance(model, keras.layers.Layer):
+        return
+    packages = {c.__module__.split(".")[0] for c in type(model).__mro__}
+    if packages & {"tf_keras", "keras"}:
+        raise invalid(
+            "model",
+            "a model of Keras 3",
+            model,
+            "it is of Keras 2 (tf_keras): unset TF_USE_LEGACY_KERAS, and make the model with "
+            "`import keras`",
+        )
+    raise invalid("model", "a Keras model", model)
 
 
 def _sublayers(layer: Layer) -> Sequence[Layer]:

@@ -7,13 +7,13 @@ Keras factors each kernel in its own way (`per_axis`).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import keras
 import numpy as np
 
 from keras_lora.checks import check_rank, invalid, warn
 from keras_lora.config import AdapterSpec
+from keras_lora.exchange.keras_hub.converted import ConvertedLayer
 from keras_lora.exchange.keras_hub.h5 import read_keras_hub_lora, write_keras_hub_arrays
 from keras_lora.exchange.keras_hub.numbering import (
     enabled_layers,
@@ -40,28 +40,6 @@ from keras_lora.lowrank.combining import truncate
 from keras_lora.lowrank.equations import Shape
 from keras_lora.lowrank.per_axis import Pair, from_per_axis, to_per_axis
 from keras_lora.walker import Node, Tree, backbone_of, walk
-
-
-@dataclass(frozen=True)
-class ConvertedLayer:
-    """What became of a layer's factors in a KerasHub file.
-
-    Attributes:
-        path: The layer's path in the model.
-        file_rank: The rank in the file.
-        rank: The rank in the model.
-        error: `|dW - dW_file| / |dW_file|` in the Frobenius norm; 0 where nothing was truncated.
-
-    Example:
-
-    >>> ConvertedLayer("attention/query", file_rank=1, rank=2, error=0.0).rank
-    2
-    """
-
-    path: str
-    file_rank: int
-    rank: int
-    error: float
 
 
 @in_turn()

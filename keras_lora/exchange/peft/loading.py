@@ -17,7 +17,7 @@ from keras_lora.exchange.peft.kernels import (
     module_name,
     module_names,
 )
-from keras_lora.exchange.peft.names import renaming_to_converter
+from keras_lora.exchange.peft.names import common_prefix, renaming_to_converter
 from keras_lora.exchange.peft.values import (
     check_copies,
     find_slices,
@@ -112,7 +112,8 @@ def load_peft_adapter(
     check_copies({rename(k): adapter.saved[k] for k in copies}, everywhere, problems)
     expected = f"an adapter for the {weights.model_type!r} model {model.name!r}"
     problems.raise_any(lambda received: invalid_file(directory, expected, received, _FIX))
-    whole = Adapter(None, [variable for variable, _ in values])
+    prefix = common_prefix(adapter.modules, rename, known)
+    whole = Adapter(None, [variable for variable, _ in values], peft_prefix=prefix)
     tree = Tree.of(model)
     plan = plan_factors(tree, name, whole, plan_layers(tree, factors), values)
     if adapter.unknown:

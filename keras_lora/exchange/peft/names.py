@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -52,6 +52,21 @@ class HuggingFaceNames:
         full = name if name.startswith(self.prefix) else self.prefix + name
         return full if self.transformers_model is None else _current(self.transformers_model, full)
 
+    def unprefixed(self, modules: Iterable[str]) -> str:
+        """A warning if these names fit transformers' class without a head alone, or "".
+
+        A bare backbone does not tell the class, and the classes with a head have a prefix.
+        """
+        prefix = f"{getattr(self.transformers_model, 'base_model_prefix', '')}."
+        if self.prefix or prefix == "." or all(name.startswith(prefix) for name in modules):
+            return ""
+        name = type(self.transformers_model).__name__
+        return (
+            f"A backbone does not tell the class of the Hugging Face model: the names are those "
+            f"in {name}. For a class with a head pass prefix={prefix!r}, or save the task; for "
+            f"{name} pass prefix=''."
+        )
+
     def foreign(self, modules: Iterable[str]) -> list[str]:
         """The names of modules that PEFT does not adapt, as far as transformers tells.
 
@@ -65,7 +80,9 @@ class HuggingFaceNames:
         return sorted(name for name in modules if _any_layer(name) not in known)
 
 
-def hugging_face_names(model: keras.Model, model_type: str, prefix: str | None) -> HuggingFaceNames:
+def hugging_face_names(
+    model: keras.Model, model_type: str, prefix: str | None, came_with: str | None = None
+) -> HuggingFaceNames:
     """The names of modules in the Hugging Face model for the task of a Keras model.
 
     Args:
@@ -73,12 +90,16 @@ def hugging_face_names(model: keras.Model, model_type: str, prefix: str | None) 
         model_type: Hugging Face's name of the architecture.
         prefix: The beginning of all names. If it is None, transformers is asked; for a bare
             backbone only if it is installed.
+        came_with: The prefix of the files that the adapter came from, which a bare backbone has
+            if `prefix` is None.
 
     Raises:
         ValueError: only transformers knows the prefix, and is not installed.
     """
     known = (_TASKS[c.__name__] for c in type(model).__mro__ if c.__name__ in _TASKS)
     task, mapping = next(known, (None, _BASE))
+    if prefix is None and mapping == _BASE:
+        prefix = came_with
     if prefix is not None:
         return HuggingFaceNames(task, prefix)
     transformers_model, reason = _transformers_model(model_type, mapping)
@@ -110,6 +131,20 @@ def renaming_to_converter(model_type: str, names: Sequence[str], known: Sequence
     current = {_current(transformers_model, name): name for name in known}
     rename_current = prefix_renaming(names, current)
     return lambda name: current.get(rename_current(name), rename(name))
+
+
+def common_prefix(names: Iterable[str], rename: Rename, known: Collection[str]) -> str | None:
+    """The prefix of all names that are known without it; None where they have several or none.
+
+    Example:
+
+    >>> names = ["bert.layer.0.query", "bert.layer.1.query"]
+    >>> common_prefix(names, lambda name: name[5:], ["layer.0.query", "layer.1.query"])
+    'bert.'
+    """
+    pairs = ((name, rename(name)) for name in names)
+    found = {n.removesuffix(r) if n.endswith(r) else None for n, r in pairs if r in known}
+    return found.pop() if len(found) == 1 else None
 
 
 def prefix_renaming(names: Iterable[str], known: Iterable[str]) -> Callable[[str], str]:

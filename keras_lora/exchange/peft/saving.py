@@ -25,7 +25,7 @@ from keras_lora.exchange.peft.kernels import (
     module_name,
     module_names,
 )
-from keras_lora.exchange.peft.names import hugging_face_names
+from keras_lora.exchange.peft.names import HuggingFaceNames, hugging_face_names
 from keras_lora.exchange.peft.values import (
     ParameterSlices,
     find_slices,
@@ -82,8 +82,10 @@ def save_peft_adapter(
             `"openai-community/gpt2"`.
         prefix: The beginning of the names of modules in the Hugging Face model that the
             converter's names do not have, such as `"bert."` in a `BertForSequenceClassification`.
-            By default transformers is asked for the prefix of a KerasHub task; a bare backbone
-            has no prefix, as in the checkpoints that KerasHub converts.
+            By default transformers is asked for the prefix of a KerasHub task. A bare backbone
+            has the prefix with which `load_peft_adapter` has read the adapter, or the names of
+            the checkpoints that KerasHub converts, with a warning if only a class without a head
+            has them.
         heads: `{path of a layer: name of the module in the Hugging Face model}` for layers of
             `layers_to_save` that the converter does not know, such as `{"logits": "classifier"}`.
         transformers_config: The base's `config.json`, for the few converters that need it.
@@ -106,7 +108,7 @@ def save_peft_adapter(
     ... )
     >>> config = kl.LoRAConfig(rank=2, targets=["query", "value"])
     >>> directory = tempfile.mkdtemp()
-    >>> kl.save_peft_adapter(kl.apply_lora(backbone, config), directory)
+    >>> kl.save_peft_adapter(kl.apply_lora(backbone, config), directory, prefix="transformer.")
     >>> kl.load_peft_adapter(backbone, directory, "again")
     >>> layer = kl.lora_layers(backbone)["transformer_layer_0/self_attention/value"]
     >>> layer.adapters["again"].spec.rank, layer.adapters["again"].scaling
@@ -120,11 +122,11 @@ def save_peft_adapter(
     weights = hugging_face_weights(model, transformers_config, model_type=model_type)
     slices = find_slices(model, weights, heads or {})
     modules, saved = _hugging_face_values(model, name, layers, weights, slices)
-    names = hugging_face_names(model, weights.model_type, prefix)
+    names = hugging_face_names(model, weights.model_type, prefix, _came_with(layers, name))
     inside = _in_backbone(model, weights, slices)
-    keys = [*module_names(weights), *saved]
-    full = {key: names.rename(key) if key in inside else key for key in keys}
-    _warn_of_foreign(names.foreign(full[key] for key in modules if key in inside))
+    every = [*module_names(weights), *saved]
+    full = {key: names.rename(key) if key in inside else key for key in every}
+    _warn_of_names(names, [full[key] for key in modules if key in inside])
     bias, whole = _trained_apart(saved, modules)
     config = {
         "base_model_name_or_path": base_model_name,
@@ -273,6 +275,18 @@ def _in_backbone(
 
 def _any(variables: Iterable[keras.Variable], wanted: Collection[int]) -> bool:
     return any(id(variable) in wanted for variable in variables)
+
+
+def _came_with(layers: Mapping[str, LoRALayer], name: str) -> str | None:
+    adapter = next(iter(layers.values())).adapters[name].adapter
+    return adapter.peft_prefix if adapter else None
+
+
+def _warn_of_names(names: HuggingFaceNames, written: Sequence[str]) -> None:
+    _warn_of_foreign(names.foreign(written))
+    message = names.unprefixed(written)
+    if message:
+        warn(message)
 
 
 def _warn_of_foreign(modules: Sequence[str]) -> None:
