@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -17,7 +18,7 @@ from support.adapters import (
     with_adapters,
 )
 from support.cases import numpy_of
-from support.models import composite, data, functional, state
+from support.models import composite, data, functional, randomize_adapters, state
 
 import keras_lora as kl
 
@@ -68,6 +69,29 @@ def test_switching_traces_nothing() -> None:
     kl.set_adapter(model, "it")
     model.predict(x, verbose=0)
     assert counter.calls == traced
+
+
+def test_a_further_adapter_that_fits_traces_nothing(tmp_path: Path) -> None:
+    model, counter = counted()
+    kl.apply_lora(model, kl.LoRAConfig(rank=3, dropout=0.2), name="fr")
+    randomize_adapters(model)
+    kl.save_adapter(model, tmp_path / "fr", "fr")
+    model.compile("adam", "mse")
+    x, _ = data(model)
+    expected = model.predict(x, verbose=0)
+    fit(model)
+    traced = counter.calls
+    kl.load_adapter(model, tmp_path / "fr", "again")
+    kl.combine_adapters(model, {"again": 0.5}, "half")
+    kl.apply_lora(model, kl.LoRAConfig(rank=2, dropout=0.1), name="it")
+    fit(model)
+    kl.set_adapter(model, "again")
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, rtol=1e-5, atol=1e-6)
+    if keras.backend.backend() != "torch":  # torch runs the layer's Python in each step
+        assert counter.calls == traced
+        kl.apply_lora(model, kl.LoRAConfig(rank=5), name="wider")
+        model.predict(x, verbose=0)
+        assert counter.calls > traced
 
 
 def test_training_moves_the_active_adapter_only() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import keras
 
 from keras_lora.checks import invalid
@@ -19,6 +22,7 @@ from keras_lora.inject.switching import (
     allow_any_rank,
     refreeze,
     settle_ranks,
+    switch,
 )
 from keras_lora.inject.trial import check_plan
 from keras_lora.inject.turns import turn
@@ -112,30 +116,47 @@ def apply_lora(
 
 
 def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True) -> None:
-    """Add an adapter as planned. It is active and trains alone, or waits for `set_adapter`."""
+    """Add an adapter as planned. It is active and trains alone, or waits for `set_adapter`.
+
+    Nothing is traced again if its layers are adapted already, and it waits or fits in their slots.
+    """
     check_variables(tree)
     check_plan(tree, plan)
-    before = active_names(tree)
-    with changing(tree, [layer.target.layer for layer in plan.layers]):
-        try:
-            with strategy_scope(tree):
-                _add(tree, plan)
-            settle_ranks(tree)
+    layers = [planned.target.layer for planned in plan.layers]
+    if all(isinstance(layer, LoRALayer) for layer in layers):
+        with _taken_back(tree, plan):
+            _add(tree, plan)
             if active:
-                activate(tree, [plan.name], trainable)
-        except BaseException:
-            activate(tree, before)
-            drop(tree, plan.name)
-            raise
-        if active:
-            refreeze(tree, plan.adapter.trained if trainable else ())
-        prepare_saving(tree)
-        merge_in_exporters()
+                switch(tree, [plan.name], trainable)
+    else:
+        with changing(tree, layers):
+            with _taken_back(tree, plan):
+                _add(tree, plan)
+                settle_ranks(tree)
+                if active:
+                    activate(tree, [plan.name], trainable)
+            if active:
+                refreeze(tree, plan.adapter.trained if trainable else ())
+    prepare_saving(tree)
+    merge_in_exporters()
+
+
+@contextlib.contextmanager
+def _taken_back(tree: Tree, plan: Plan) -> Iterator[None]:
+    """Take an adapter out again if an error arises while it is added."""
+    before = active_names(tree)
+    try:
+        yield
+    except BaseException:
+        activate(tree, before)
+        drop(tree, plan.name)
+        raise
 
 
 def _add(tree: Tree, plan: Plan) -> None:
-    for planned in plan.layers:
-        _add_to_layer(plan, planned)
+    with strategy_scope(tree):
+        for planned in plan.layers:
+            _add_to_layer(plan, planned)
     # Inner layers last: a layer's weights contain those of the layers in it.
     owners = {id(v): x for x in tree.layers for v in x.weights} if plan.owned else {}
     for variable in plan.owned:
