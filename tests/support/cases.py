@@ -161,9 +161,14 @@ def adapter(model: keras.Model, name: str = "default") -> LayerAdapter:
 
 
 def randomize(variables: Any) -> None:
-    """Values of standard deviation 0.4, whatever the initializers are."""
+    """Values of standard deviation 0.4, whatever the initializers are.
+
+    The scale and the dropout rate of a slot stay, which follow from the adapter in it.
+    """
     rng = np.random.default_rng(3)
     for variable in variables:
+        if getattr(variable, "name", "").startswith(("lora_scaling", "lora_dropout", "lora_dora")):
+            continue
         if np.issubdtype(np.dtype(variable.dtype), np.inexact) or variable.dtype == "bfloat16":
             variable.assign(rng.normal(scale=0.4, size=variable.shape))
 
