@@ -13,7 +13,7 @@ from keras_lora.distribution import strategy_scope
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import changing
 from keras_lora.inject.identity import check_variables
-from keras_lora.inject.keras_hub_exporters import merge_in_exporters
+from keras_lora.inject.keras_hub_writers import guard_keras_hub_writers
 from keras_lora.inject.plan import Plan, PlannedLayer, make_plan, warn_of_high_ranks
 from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.switching import (
@@ -138,7 +138,7 @@ def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True)
             if active:
                 refreeze(tree, plan.adapter.trained if trainable else ())
     prepare_saving(tree)
-    merge_in_exporters()
+    guard_keras_hub_writers()
 
 
 @contextlib.contextmanager

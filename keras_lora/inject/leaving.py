@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import keras
 
 from keras_lora.inject.freezing import thaw
-from keras_lora.inject.saving import allow_presets, prepare_saving
+from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.showing import name_none
 from keras_lora.inject.switching import adapter_names, allow_any_rank, known_models
 from keras_lora.layers import BASE, owned, remove_owner
@@ -57,7 +57,6 @@ def _release(trees: list[Tree]) -> None:
     for tree in trees:
         if not tree.adapted:
             thaw(tree, held)
-            allow_presets(tree)
             allow_any_rank(tree)
             name_none(tree)
     for tree in adapted:

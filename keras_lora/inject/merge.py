@@ -14,7 +14,7 @@ from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import around, changing, refresh
 from keras_lora.inject.freezing import freeze, thaw
 from keras_lora.inject.leaving import leaving
-from keras_lora.inject.saving import allow_presets, prepare_saving
+from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.showing import name_none
 from keras_lora.inject.switching import (
     activate,
@@ -170,7 +170,6 @@ def _folded(tree: Tree) -> Iterator[None]:
         for layer in layers:
             stack.callback(attach, layer, detach(layer))
         thaw(tree)
-        allow_presets(tree)
         name_none(tree)
         refresh(models)
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NoReturn
 
 import keras
@@ -15,9 +14,8 @@ from keras_lora.walker import Layer, Tree
 
 
 def prepare_saving(tree: Tree) -> None:
-    """Prepare an adapted model for Keras: values to write, files to refuse, names to show."""
+    """Prepare an adapted model for Keras: values to write, names to show."""
     keep_owned_values(tree)
-    refuse_presets(tree)
     name_adapted(tree)
 
 
@@ -29,18 +27,14 @@ def keep_owned_values(tree: Tree) -> None:
     layers[0]._lora.owned = all_owned(tree.root.variables)
 
 
-def refuse_presets(tree: Tree) -> None:
-    """Refuse presets of the models of KerasHub in a model. The inverse is `allow_presets`."""
-    for inner in tree.models:
-        if hasattr(inner, _PRESETS):
-            setattr(inner, _PRESETS, partial(_refuse, inner.name))
+def check_preset(model: keras.Model) -> None:
+    """Refuse a preset of KerasHub, which has the config of a model without adapters.
 
-
-def allow_presets(tree: Tree) -> None:
-    """The inverse of `refuse_presets`."""
-    for inner in tree.models:
-        if _PRESETS in vars(inner):
-            delattr(inner, _PRESETS)
+    Raises:
+        ValueError: the model has adapters.
+    """
+    if Tree.of(model).adapted:
+        _refuse(model.name)
 
 
 def check_saveable(model: Any) -> None:
@@ -76,7 +70,6 @@ def check_in_slots(model: Any) -> None:
         )
 
 
-_PRESETS = "save_to_preset"
 _UNSAVEABLE = (
     "'{model}' has adapters that no `.keras` file, preset, JSON or clone could bring back: its "
     "config does not list the adapted layers. To save a plain model: "
@@ -86,7 +79,7 @@ _UNSAVEABLE = (
 )
 
 
-def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
+def _refuse(name: str) -> NoReturn:
     raise ValueError(_UNSAVEABLE.format(model=name))
 
 

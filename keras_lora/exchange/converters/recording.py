@@ -144,6 +144,14 @@ def caught_assignments(model: keras.Model, recording: Recording) -> Iterator[Non
         for layer in lora_layers(model).values():
             stack.enter_context(layer.without_adapters())  # so that `kernel` is the variable
         for variable in model.variables:
+            stack.callback(_set_assign, variable, vars(variable).get("assign"))
             vars(variable)["assign"] = catch(variable)
-            stack.callback(vars(variable).pop, "assign")
         yield
+
+
+def _set_assign(variable: keras.Variable, assign: Callable[[Any], Any] | None) -> None:
+    """Give a variable an `assign` of its own again, or that of its class."""
+    if assign is None:
+        del vars(variable)["assign"]
+    else:
+        vars(variable)["assign"] = assign

@@ -20,7 +20,7 @@ EXPORT = "export_to_transformers"
 # The writers of KerasHub's models that are no writers of Keras, each with what it does.
 WRITERS = {
     EXPORT: "the merged model: below",
-    "save_to_preset": "refused: test_tensorflow.py",
+    "save_to_preset": "refused: below",
     "save_lora_weights": "refused by KerasHub, whose own adapters the model does not have",
     "save_task_weights": "as save_weights, without the backbone",
 }
@@ -62,3 +62,16 @@ def test_the_merged_model_is_exported(name: str, tmp_path: Path) -> None:
 def exported(folder: Path) -> dict[str, Any]:
     arrays = load_file(folder / "model.safetensors")
     return {name: (array.shape, np.array(array).tobytes()) for name, array in arrays.items()}
+
+
+def test_a_preset_is_refused_for_whatever_is_made_around_adapted_layers(tmp_path: Path) -> None:
+    backbone = BACKBONES["GPT2Backbone"]()[0]
+    kl.apply_lora(backbone, kl.LoRAConfig(rank=2))
+    task = keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+    for model in (backbone, task):
+        with pytest.raises(ValueError, match=r"merge_lora\(model, inplace=False\)"):
+            model.save_to_preset(str(tmp_path / "preset"))
+    assert not list(tmp_path.iterdir())
+    kl.merge_lora(backbone)
+    task.save_to_preset(str(tmp_path / "preset"))
+    assert (tmp_path / "preset" / "config.json").exists()
