@@ -246,3 +246,17 @@ def test_the_model_that_calls_a_layer() -> None:
     model = keras.Sequential([keras.Input((3,)), Asking()])
     model(np.ones((2, 3), "float32"))
     assert asked[-1] is model
+
+
+def test_tensorflow_asks_a_layer_for_its_children() -> None:
+    layer, found = functional().get_layer("up"), []
+    real = type(layer)._trackable_children
+
+    class Asked(keras.layers.Dense):
+        def _trackable_children(self, save_type: str = "checkpoint", **options: Any) -> Any:
+            found.append(save_type)
+            return real(self, save_type, **options)
+
+    layer.__class__ = Asked
+    assert list(tf.train.TrackableView(layer).descendants())
+    assert found == ["checkpoint"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -194,3 +195,15 @@ def test_sparse_inputs_with_dropout() -> None:
         layer.slots[0].b.assign(np.ones((2, 7)))
         answers.append(np.array(model(x, training=True)))
     np.testing.assert_allclose(answers[0], answers[1], rtol=1e-6, atol=1e-6)
+
+
+def test_tensorflow_saves_what_an_adapted_model_computes(tmp_path: Path) -> None:
+    model = functional()
+    kl.apply_lora(model, kl.LoRAConfig(rank=2, dropout=0.1, use_dora=True))
+    randomize_adapters(model)
+    x = data(model)[0]
+    expected = np.array(kl.merge_lora(model, inplace=False)(x))
+    tf.saved_model.save(model, str(tmp_path / "model"))
+    served = tf.saved_model.load(tmp_path / "model").signatures["serving_default"]
+    (answer,) = served(inputs=tf.constant(x)).values()
+    np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import keras
@@ -22,9 +22,7 @@ from keras_lora.checks import invalid
 from keras_lora.inject.tracing import check_not_traced
 from keras_lora.walker import Layer, Tree
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-_Verb = Callable[Concatenate[keras.Model, _P], _R]
+_Verb = TypeVar("_Verb", bound=Callable[..., Any])
 _NUMBERS = itertools.count()
 
 
@@ -83,16 +81,16 @@ def turn(
         yield tree
 
 
-def in_turn(within: Sequence[str] = ()) -> Callable[[_Verb[_P, _R]], _Verb[_P, _R]]:
+def in_turn(within: Sequence[str] = ()) -> Callable[[_Verb], _Verb]:
     """Let a verb whose first argument is the model take turns, for verbs that make no tree."""
 
-    def decorate(verb: _Verb[_P, _R]) -> _Verb[_P, _R]:
+    def decorate(verb: _Verb) -> _Verb:
         @functools.wraps(verb)
-        def taking_turns(model: keras.Model, /, *args: _P.args, **options: _P.kwargs) -> _R:
+        def taking_turns(model: keras.Model, *args: Any, **options: Any) -> Any:
             with turn(model, verb.__name__, within):
                 return verb(model, *args, **options)
 
-        return taking_turns
+        return cast(_Verb, taking_turns)
 
     return decorate
 

@@ -1,7 +1,7 @@
 """What Keras may ask of an adapted layer that would undo its adapters: refused, or bounded.
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
-    `_trackable_children`: all that `tf.train.Checkpoint` asks of a layer.
+    `_trackable_children`: all that `tf.train.Checkpoint` and `tf.saved_model.save` ask of a layer.
 """
 
 from __future__ import annotations
@@ -60,14 +60,20 @@ class Guarded(Adapting):
         raise ValueError(f"{_described(self)}: {QUANTIZED}")
 
     def _trackable_children(self, save_type: str = "checkpoint", **options: Any) -> Any:
-        """Refuse a `tf.train.Checkpoint`, which would have neither `A` nor `B`."""
+        """Refuse a `tf.train.Checkpoint`, which would have neither `A` nor `B`.
+
+        A SavedModel gets the variables of slots, which are no attributes of the layer.
+        """
         if save_type == "checkpoint":
             raise ValueError(
                 f"{_described(self)}, and a tf.train.Checkpoint would contain none of them. Use "
                 "model.save_weights and load_weights, or keras_lora.AdapterCheckpoint."
             )
         base: Any = super()
-        return base._trackable_children(save_type, **options)
+        children = base._trackable_children(save_type, **options)
+        added: Any = self
+        variables = {f"adapter_{i}": v.value for i, v in enumerate(added.adapter_variables)}
+        return {**children, **variables}
 
 
 QUANTIZED = (
