@@ -217,16 +217,20 @@ def allow_any_rank(tree: Tree) -> None:
 
 
 def _make_train_function(model: ref[keras.Model], *args: Any, **kwargs: Any) -> None:
-    """`make_train_function` of a model, once each adapter is in a slot that it can train in."""
+    """`make_train_function` of a model, once each adapter is in a slot that it can train in.
+
+    With a built optimizer TensorFlow traces the step once. Keras builds the optimizer within the
+    step, which is then traced again without it.
+    """
     trained = model()
     assert trained is not None
-    if not goes_by_element(trained.optimizer):
-        tree = Tree.of(trained)
-        if any(slot.is_padded for bank in tree.banks for slot in bank.slots):
-            switch(tree, active_names(tree), any(bank.trains for bank in tree.banks))
-            if not trained.optimizer.built:  # JAX builds it before this function
-                with strategy_scope(tree):
-                    trained.optimizer.build(trained.trainable_variables)
+    tree = Tree.of(trained)
+    padded = any(slot.is_padded for bank in tree.banks for slot in bank.slots)
+    if padded and not goes_by_element(trained.optimizer):
+        switch(tree, active_names(tree), any(bank.trains for bank in tree.banks))
+    if trained.optimizer is not None and not trained.optimizer.built:
+        with strategy_scope(tree):
+            trained.optimizer.build(trained.trainable_variables)
     type(trained).make_train_function(trained, *args, **kwargs)
 
 
