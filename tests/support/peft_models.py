@@ -82,9 +82,9 @@ class Case:
     keras: Callable[[keras.Model], Any] = _text
     hub: Callable[[Any], Any] = _hub_text
 
-    def prefix(self, model: Any) -> str | None:
-        """The `prefix` to save with; None for images, so that transformers gives the new names."""
-        return None if self.hub is _hub_image else f"{model.base_model_prefix}."
+    def prefix(self, model: Any) -> str:
+        """The `prefix` to save with; none for images, whose class has no head."""
+        return "" if self.hub is _hub_image else f"{model.base_model_prefix}."
 
     def targets(self, which: str) -> str:
         parts = {"attention": self.attention, "mlp": self.mlp}

@@ -41,11 +41,13 @@ class HuggingFaceNames:
         task: PEFT's name of the task, or None.
         prefix: The beginning of all names.
         transformers_model: The model without values, if transformers is asked for names.
+        chosen: Whether the caller said that there is no prefix.
     """
 
     task: str | None
     prefix: str
     transformers_model: Any = None
+    chosen: bool = False
 
     def rename(self, name: str) -> str:
         """The name in the Hugging Face model for a name that KerasHub's converter asks for."""
@@ -58,7 +60,12 @@ class HuggingFaceNames:
         A bare backbone does not tell the class, and the classes with a head have a prefix.
         """
         prefix = f"{getattr(self.transformers_model, 'base_model_prefix', '')}."
-        if self.prefix or prefix == "." or all(name.startswith(prefix) for name in modules):
+        if (
+            self.chosen
+            or self.prefix
+            or prefix == "."
+            or all(name.startswith(prefix) for name in modules)
+        ):
             return ""
         name = type(self.transformers_model).__name__
         return (
@@ -100,11 +107,11 @@ def hugging_face_names(
     task, mapping = next(known, (None, _BASE))
     if prefix is None and mapping == _BASE:
         prefix = came_with
-    if prefix is not None:
+    if prefix or (prefix is not None and mapping != _BASE):
         return HuggingFaceNames(task, prefix)
     transformers_model, reason = _transformers_model(model_type, mapping)
     if mapping == _BASE:
-        return HuggingFaceNames(task, "", transformers_model)
+        return HuggingFaceNames(task, "", transformers_model, chosen=prefix is not None)
     if transformers_model is None:
         raise invalid(
             "prefix",
