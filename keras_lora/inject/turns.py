@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 
 import keras
 
-from keras_lora.checks import invalid
 from keras_lora.inject.tracing import check_not_traced
 from keras_lora.walker import Layer, Tree
 
@@ -110,8 +109,6 @@ def context(tree: Tree, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _passing(model: keras.Model) -> Iterator[tuple[Tree, Sequence[_Gate]]]:
-    if not isinstance(model, keras.layers.Layer):
-        raise invalid("model", "a built Keras model", model)
     tree = Tree.of(model)
     with contextlib.ExitStack() as stack:
         gates = _gates_of(tree)
