@@ -6,6 +6,7 @@ In a `tf.function`, or under `jax.jit` and `jax.grad`, a variable has no value t
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import keras
 from keras import ops
@@ -21,9 +22,24 @@ def in_trace(tree: Tree) -> bool:
     if backend != "jax":
         return False
     # In `fit` with run_eagerly=True nothing is traced, yet the variables stand for tracers.
-    values = [slot.b.value for bank in tree.banks[:1] for slot in bank.slots[:1]]
+    values = [_value(slot.b) for bank in tree.banks[:1] for slot in bank.slots[:1]]
     tracer = importlib.import_module("jax").core.Tracer
     return any(isinstance(value, tracer) for value in [ops.zeros(()), *values])
+
+
+def _value(variable: keras.Variable) -> Any:
+    """
+    Raises:
+        ValueError: the variable has no value.
+    """
+    try:
+        return variable.value
+    except TypeError as error:
+        raise ValueError(
+            f"Expected variables with values. Received: '{variable.path}' without one, as on JAX "
+            "in the middle of an epoch, or after an epoch that failed. In a callback use "
+            "self.model, which puts the values back."
+        ) from error
 
 
 def check_not_traced(tree: Tree, verb: str) -> None:
