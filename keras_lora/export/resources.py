@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_lora.layers import LoRALayer
 from keras_lora.walker import Layer, all_layers
 
 _Resource = tf.saved_model.experimental.TrackableResource
@@ -34,9 +35,20 @@ def _resources(layer: Layer) -> Iterator[Any]:
     """The resources that a layer keeps as attributes, in lists and dicts too."""
     kept = (item for item in _leaves(vars(layer)) if isinstance(item, _Resource | tf.Module))
     for root in (layer, *kept):
-        for item in tf.train.TrackableView(root).descendants():
+        for item in _View(root).descendants():
             if isinstance(item, _Resource):
                 yield item
+
+
+class _View(tf.train.TrackableView):
+    """What TensorFlow finds below an object, without asking adapted layers.
+
+    These refuse to be asked for a checkpoint, and `_resources` looks at their attributes.
+    """
+
+    @classmethod
+    def children(cls, obj: Any, *args: Any, **options: Any) -> Mapping[str, Any]:
+        return {} if isinstance(obj, LoRALayer) else super().children(obj, *args, **options)
 
 
 def _leaves(value: Any) -> Iterator[Any]:
