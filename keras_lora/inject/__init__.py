@@ -9,8 +9,6 @@ from keras_lora.inject.leaving import leaving
 from keras_lora.inject.merge import merge_lora, merged, unload, unload_lora
 from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers, plan_of, unique
 from keras_lora.inject.replacing import loses_dropout, misfits, replace
-from keras_lora.inject.saving import prepare_saving
-from keras_lora.inject.standstill import no_training
 from keras_lora.inject.switching import (
     active_names,
     adapted,
@@ -23,7 +21,7 @@ from keras_lora.inject.switching import (
     whole_adapters,
 )
 from keras_lora.inject.tracing import in_trace
-from keras_lora.inject.turns import CHOOSING, context, in_turn, turn
+from keras_lora.inject.turns import CHOOSING, context, turn
 
 __all__ = [
     "CHOOSING",
@@ -43,19 +41,16 @@ __all__ = [
     "drop",
     "guard_keras_savers",
     "in_trace",
-    "in_turn",
     "install",
     "leaving",
     "loses_dropout",
     "merge_lora",
     "merged",
     "misfits",
-    "no_training",
     "original_flag",
     "plan_factors",
     "plan_layers",
     "plan_of",
-    "prepare_saving",
     "replace",
     "switch",
     "thawed_by_others",

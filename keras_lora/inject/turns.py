@@ -8,12 +8,10 @@ its end: another thread waits, and the thread itself may only call what the cont
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import keras
@@ -21,7 +19,6 @@ import keras
 from keras_lora.inject.tracing import check_not_traced
 from keras_lora.walker import Layer, Tree
 
-_Verb = TypeVar("_Verb", bound=Callable[..., Any])
 _NUMBERS = itertools.count()
 
 
@@ -78,20 +75,6 @@ def turn(
             check_not_traced(tree, verb)
         _check_contexts(gates, model, verb, within)
         yield tree
-
-
-def in_turn(within: Sequence[str] = ()) -> Callable[[_Verb], _Verb]:
-    """Let a verb whose first argument is the model take turns, for verbs that make no tree."""
-
-    def decorate(verb: _Verb) -> _Verb:
-        @functools.wraps(verb)
-        def taking_turns(model: keras.Model, *args: Any, **options: Any) -> Any:
-            with turn(model, verb.__name__, within):
-                return verb(model, *args, **options)
-
-        return cast(_Verb, taking_turns)
-
-    return decorate
 
 
 @contextlib.contextmanager

@@ -30,19 +30,18 @@ from keras_lora.inject import (
     active_names,
     check_names,
     check_no_dora,
-    in_turn,
     install,
     plan_factors,
     plan_layers,
+    turn,
 )
 from keras_lora.layers import DEFAULT_ADAPTER, Adapter, family_of, site_of
 from keras_lora.lowrank.combining import truncate
 from keras_lora.lowrank.equations import Shape
 from keras_lora.lowrank.per_axis import Pair, from_per_axis, to_per_axis
-from keras_lora.walker import Node, Tree, backbone_of, walk
+from keras_lora.walker import Node, Tree, backbone_of
 
 
-@in_turn()
 def load_keras_hub_lora(
     model: keras.Model,
     path: PathLike,
@@ -93,21 +92,20 @@ def load_keras_hub_lora(
     """
     if rank is not None:
         check_rank(rank)
-    exact = keras_hub_factors(model, path, skip_unsupported=skip_unsupported)
-    nodes = {node.path: node for node in walk(model)}
-    file_ranks = _file_ranks(model, path)
-    factors, report = {}, []
-    for layer_path, pair in exact.items():
-        a, b, error = _at_rank(nodes[layer_path], pair, rank)
-        factors[layer_path] = AdapterSpec(rank=a.shape[-1], alpha=a.shape[-1]), a, b
-        report.append(ConvertedLayer(layer_path, file_ranks[layer_path], a.shape[-1], error))
-    tree = Tree.of(model)
-    plan = plan_factors(tree, name, Adapter(None), plan_layers(tree, factors))
-    install(tree, plan, active=not active_names(tree))
+    with turn(model, "load_keras_hub_lora") as tree:
+        exact = keras_hub_factors(model, path, skip_unsupported=skip_unsupported)
+        nodes = {node.path: node for node in tree.nodes}
+        file_ranks = _file_ranks(model, path)
+        factors, report = {}, []
+        for layer_path, pair in exact.items():
+            a, b, error = _at_rank(nodes[layer_path], pair, rank)
+            factors[layer_path] = AdapterSpec(rank=a.shape[-1], alpha=a.shape[-1]), a, b
+            report.append(ConvertedLayer(layer_path, file_ranks[layer_path], a.shape[-1], error))
+        plan = plan_factors(tree, name, Adapter(None), plan_layers(tree, factors))
+        install(tree, plan, active=not active_names(tree))
     return report
 
 
-@in_turn(CHOOSING)
 def save_keras_hub_lora(
     model: keras.Model,
     path: PathLike,
@@ -146,16 +144,16 @@ def save_keras_hub_lora(
     Reference:
         `Backbone.load_lora_weights` in `keras_hub/src/models/backbone.py` of KerasHub 0.32.
     """
-    tree = Tree.of(model)
-    (name,) = check_names(tree, [name])
-    check_no_dora(tree, [name], "Save it with save_adapter or save_peft_adapter")
-    _warn_of_values(tree, name)
-    factors = {
-        layer_path: (adapter.scaling * np.array(adapter.a, "float64"), np.array(adapter.b))
-        for layer_path, layer in tree.adapted_by_path.items()
-        for adapter in [layer.adapters.get(name)]
-        if adapter is not None
-    }
+    with turn(model, "save_keras_hub_lora", CHOOSING) as tree:
+        (name,) = check_names(tree, [name])
+        check_no_dora(tree, [name], "Save it with save_adapter or save_peft_adapter")
+        _warn_of_values(tree, name)
+        factors = {
+            layer_path: (adapter.scaling * np.array(adapter.a, "float64"), np.array(adapter.b))
+            for layer_path, layer in tree.adapted_by_path.items()
+            for adapter in [layer.adapters.get(name)]
+            if adapter is not None
+        }
     return write_keras_hub_lora(path, model, factors, target_layer_names=target_layer_names)
 
 

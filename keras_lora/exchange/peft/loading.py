@@ -29,9 +29,8 @@ from keras_lora.exchange.peft_files import (
 )
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
-from keras_lora.inject import active_names, in_turn, install, plan_factors, plan_layers
+from keras_lora.inject import active_names, install, plan_factors, plan_layers, turn
 from keras_lora.layers import DEFAULT_ADAPTER, Adapter, check_adapter_name
-from keras_lora.walker import Tree
 
 # PEFT's `EMBEDDING_LAYER_NAMES`: if one of them has an adapter, PEFT may save both as a whole.
 _SAVED_ALONG = ("embed_tokens", "lm_head")
@@ -41,7 +40,6 @@ _FIX = (
 )
 
 
-@in_turn()
 def load_peft_adapter(
     model: keras.Model,
     directory: PathLike,
@@ -95,30 +93,34 @@ def load_peft_adapter(
         https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
     check_adapter_name(name)
-    weights = hugging_face_weights(model, transformers_config, model_type=model_type)
-    slices = find_slices(model, weights, heads or {})
-    adapter = read_peft_adapter(directory)
-    problems = Problems()
-    known = [*module_names(weights), *slices]
-    rename = renaming_to_converter(weights.model_type, [*adapter.modules, *adapter.saved], known)
-    modules = {rename(key): module for key, module in adapter.modules.items()}
-    dropout = float(adapter.config.get("lora_dropout") or 0)
-    factors = split_modules(modules, exchanged_kernels(model, weights), weights, dropout, problems)
-    copies = _copies_of_base(adapter)
-    values = scatter(
-        {rename(k): v for k, v in adapter.saved.items() if k not in copies}, slices, problems
-    )
-    everywhere = find_slices(model, weights, heads or {}, of_adapted=True)
-    check_copies({rename(k): adapter.saved[k] for k in copies}, everywhere, problems)
-    expected = f"an adapter for the {weights.model_type!r} model {model.name!r}"
-    problems.raise_any(lambda received: invalid_file(directory, expected, received, _FIX))
-    prefix = common_prefix(adapter.modules, rename, known)
-    whole = Adapter(None, [variable for variable, _ in values], peft_prefix=prefix)
-    tree = Tree.of(model)
-    plan = plan_factors(tree, name, whole, plan_layers(tree, factors), values)
-    if adapter.unknown:
-        warn(f"{str(directory)!r}: left out the tensors {adapter.unknown}, of unknown meaning")
-    install(tree, plan, active=not active_names(tree))
+    with turn(model, "load_peft_adapter") as tree:
+        weights = hugging_face_weights(model, transformers_config, model_type=model_type)
+        slices = find_slices(model, weights, heads or {})
+        adapter = read_peft_adapter(directory)
+        problems = Problems()
+        known = [*module_names(weights), *slices]
+        rename = renaming_to_converter(
+            weights.model_type, [*adapter.modules, *adapter.saved], known
+        )
+        modules = {rename(key): module for key, module in adapter.modules.items()}
+        dropout = float(adapter.config.get("lora_dropout") or 0)
+        factors = split_modules(
+            modules, exchanged_kernels(model, weights), weights, dropout, problems
+        )
+        copies = _copies_of_base(adapter)
+        values = scatter(
+            {rename(k): v for k, v in adapter.saved.items() if k not in copies}, slices, problems
+        )
+        everywhere = find_slices(model, weights, heads or {}, of_adapted=True)
+        check_copies({rename(k): adapter.saved[k] for k in copies}, everywhere, problems)
+        expected = f"an adapter for the {weights.model_type!r} model {model.name!r}"
+        problems.raise_any(lambda received: invalid_file(directory, expected, received, _FIX))
+        prefix = common_prefix(adapter.modules, rename, known)
+        whole = Adapter(None, [variable for variable, _ in values], peft_prefix=prefix)
+        plan = plan_factors(tree, name, whole, plan_layers(tree, factors), values)
+        if adapter.unknown:
+            warn(f"{str(directory)!r}: left out the tensors {adapter.unknown}, of unknown meaning")
+        install(tree, plan, active=not active_names(tree))
 
 
 def _copies_of_base(adapter: PeftAdapter) -> list[str]:

@@ -38,7 +38,7 @@ from keras_lora.exchange.peft_files import (
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import PathLike
 from keras_lora.files.keys import values_beside
-from keras_lora.inject import CHOOSING, check_names, in_turn
+from keras_lora.inject import CHOOSING, check_names, turn
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
     LayerAdapter,
@@ -50,7 +50,6 @@ from keras_lora.layers import (
 from keras_lora.walker import Tree, backbone_of, walk
 
 
-@in_turn(CHOOSING)
 def save_peft_adapter(
     model: keras.Model,
     directory: PathLike,
@@ -118,14 +117,14 @@ def save_peft_adapter(
         The PEFT checkpoint format:
         https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
-    layers = _layers_of(model, name)
-    weights = hugging_face_weights(model, transformers_config, model_type=model_type)
-    slices = find_slices(model, weights, heads or {})
-    modules, saved = _hugging_face_values(model, name, layers, weights, slices)
+    with turn(model, "save_peft_adapter", CHOOSING) as tree:
+        layers = _layers_of(tree, name)
+        weights = hugging_face_weights(model, transformers_config, model_type=model_type)
+        slices = find_slices(model, weights, heads or {})
+        modules, saved = _hugging_face_values(tree, name, layers, weights, slices)
     names = hugging_face_names(model, weights.model_type, prefix, _came_with(layers, name))
     inside = _in_backbone(model, weights, slices)
-    every = [*module_names(weights), *saved]
-    full = {key: names.rename(key) if key in inside else key for key in every}
+    full = _full_names(names, [*module_names(weights), *saved], inside)
     _warn_of_names(names, [full[key] for key in modules if key in inside])
     bias, whole = _trained_apart(saved, modules)
     config = {
@@ -147,9 +146,15 @@ def save_peft_adapter(
     )
 
 
-def _layers_of(model: keras.Model, name: str) -> dict[str, LoRALayer]:
+def _full_names(
+    names: HuggingFaceNames, keys: Sequence[str], inside: Collection[str]
+) -> dict[str, str]:
+    """The names in the Hugging Face model; only those inside the backbone have its prefix."""
+    return {key: names.rename(key) if key in inside else key for key in keys}
+
+
+def _layers_of(tree: Tree, name: str) -> dict[str, LoRALayer]:
     """The layers of an adapter, by path."""
-    tree = Tree.of(model)
     check_names(tree, [name])
     found = {p: layer for p, layer in tree.adapted_by_path.items() if name in layer.adapters}
     others = [p for p, layer in found.items() if family_of(layer) not in ("linear", "embedding")]
@@ -162,7 +167,7 @@ def _layers_of(model: keras.Model, name: str) -> dict[str, LoRALayer]:
 
 
 def _hugging_face_values(
-    model: keras.Model,
+    tree: Tree,
     name: str,
     layers: Mapping[str, LoRALayer],
     weights: HuggingFaceWeights,
@@ -173,10 +178,10 @@ def _hugging_face_values(
     Raises:
         ValueError: layers or values that the Hugging Face model does not have.
     """
-    problems = Problems()
+    problems, model = Problems(), tree.root
     adapters = {path: layer.adapters[name] for path, layer in layers.items()}
     modules = _modules(layers, name, weights, exchanged_kernels(model, weights), problems)
-    saved = gather(values_beside(Tree.of(model), name), slices, problems)
+    saved = gather(values_beside(tree, name), slices, problems)
     modules = _with_magnitudes(model, adapters, modules, weights, problems)
     problems.raise_any(lambda received: _not_in_base(weights.model_type, received))
     return modules, saved
