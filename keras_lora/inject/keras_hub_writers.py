@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from keras_lora.inject.keras_savers import guard
 from keras_lora.inject.merge import merged
 from keras_lora.inject.saving import check_preset
 from keras_lora.inject.switching import active_names
@@ -33,9 +34,10 @@ def guard_keras_hub_writers() -> None:
 
 @functools.cache  # once for each class
 def _wrap(model_class: type) -> None:
-    for name, wrapped in ((EXPORT, _merging), (PRESET, _checking)):
-        if name in vars(model_class):  # not all in older versions of KerasHub
-            setattr(model_class, name, wrapped(getattr(model_class, name)))
+    if EXPORT in vars(model_class):  # not in older versions of KerasHub
+        setattr(model_class, EXPORT, _merging(getattr(model_class, EXPORT)))
+    if PRESET in vars(model_class):
+        guard(model_class, PRESET, check_preset)
 
 
 def _merging(export: _Method) -> _Method:
@@ -46,12 +48,3 @@ def _merging(export: _Method) -> _Method:
             return export(model, *args, **kwargs)
 
     return exported
-
-
-def _checking(save: _Method) -> _Method:
-    @functools.wraps(save)
-    def checked(model: Any, *args: Any, **kwargs: Any) -> Any:
-        check_preset(model)
-        return save(model, *args, **kwargs)
-
-    return checked

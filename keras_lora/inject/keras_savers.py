@@ -39,18 +39,18 @@ def guard_keras_savers() -> None:
     """Wrap Keras's savers and its quantizer; called once, when this package is imported."""
     saving_lib, legacy = saver_modules()
     # The first writes files and directories, the second also pickles and copies.
-    _guard(saving_lib, "save_model", check_saveable)
-    _guard(saving_lib, "_serialize_model_as_json", check_saveable)
-    _guard(legacy, "save_model_to_hdf5", check_saveable)
-    _guard(keras.Model, "to_json", check_saveable)
+    guard(saving_lib, "save_model", check_saveable)
+    guard(saving_lib, "_serialize_model_as_json", check_saveable)
+    guard(legacy, "save_model_to_hdf5", check_saveable)
+    guard(keras.Model, "to_json", check_saveable)
     for module in (sys.modules[keras.models.clone_model.__module__], keras.models):
-        _guard(module, "clone_model", check_saveable)
-    _guard(legacy, "load_weights_from_hdf5_group", check_loadable, 2)
-    _guard(legacy, "load_weights_from_hdf5_group_by_name", check_loadable, 2)
-    _guard(keras.Model, "quantize", check_quantizable)
+        guard(module, "clone_model", check_saveable)
+    guard(legacy, "load_weights_from_hdf5_group", check_loadable, 2)
+    guard(legacy, "load_weights_from_hdf5_group_by_name", check_loadable, 2)
+    guard(keras.Model, "quantize", check_quantizable)
     # These take the variables of a model alone: the legacy format, and `OrbaxCheckpoint`.
-    _guard(legacy, "save_model_to_hdf5", check_in_slots)
-    _guard(keras.Model, "get_state_tree", check_in_slots)
+    guard(legacy, "save_model_to_hdf5", check_in_slots)
+    guard(keras.Model, "get_state_tree", check_in_slots)
     setattr(saving_lib, _LOAD, _checking(getattr(saving_lib, _LOAD)))
 
 
@@ -76,7 +76,7 @@ def check_loadable(group: Any, model: Any) -> None:
         )
 
 
-def _guard(module: Any, name: str, check: Callable[..., None], count: int = 1) -> None:
+def guard(module: Any, name: str, check: Callable[..., None], count: int = 1) -> None:
     """Let a function call `check` with its first `count` arguments before all else."""
     function = getattr(module, name)
     signature = inspect.signature(function)
