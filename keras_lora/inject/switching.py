@@ -224,12 +224,12 @@ def _make_train_function(model: ref[keras.Model], *args: Any, **kwargs: Any) -> 
     """
     trained = model()
     assert trained is not None
-    tree = Tree.of(trained)
-    padded = any(slot.is_padded for bank in tree.banks for slot in bank.slots)
-    if padded and not goes_by_element(trained.optimizer):
-        switch(tree, active_names(tree), any(bank.trains for bank in tree.banks))
+    if not goes_by_element(trained.optimizer):
+        tree = Tree.of(trained)
+        if any(slot.is_padded for bank in tree.banks for slot in bank.slots):
+            switch(tree, active_names(tree), any(bank.trains for bank in tree.banks))
     if trained.optimizer is not None and not trained.optimizer.built:
-        with strategy_scope(tree):
+        with strategy_scope(Tree.of(trained)):
             trained.optimizer.build(trained.trainable_variables)
     type(trained).make_train_function(trained, *args, **kwargs)
 
