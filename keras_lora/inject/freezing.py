@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+import contextlib
+from collections.abc import Iterable, Iterator, Set
 from typing import TypeAlias
 
 import keras
@@ -60,13 +61,18 @@ def original_flag(item: Item) -> bool:
 
 def own_trainable_variables(tree: Tree, layer: Layer) -> list[keras.Variable]:
     """The variables of a layer that train once nothing is frozen (no moving statistics)."""
-    flags = [(v, v.trainable) for v in layer.variables]
-    layers = [(item, item.trainable) for item in tree.within(layer)]
-    layer.trainable = False  # on TensorFlow to set the present flag does nothing
-    layer.trainable = True
-    trainable = list(layer.trainable_variables)
-    for item, flag in layers:
-        item.trainable = flag
-    for variable, flag in flags:
-        variable.trainable = flag
-    return trainable
+    with flags_kept([*tree.within(layer), *layer.variables]):
+        layer.trainable = False  # on TensorFlow to set the present flag does nothing
+        layer.trainable = True
+        return list(layer.trainable_variables)
+
+
+@contextlib.contextmanager
+def flags_kept(items: Iterable[Item]) -> Iterator[None]:
+    """At the end of the context the trainable flags are as before: layers first, parents first."""
+    flags = [(item, item.trainable) for item in items]
+    try:
+        yield
+    finally:
+        for item, flag in flags:
+            item.trainable = flag

@@ -21,7 +21,7 @@ from typing import Any
 import keras
 
 from keras_lora.checks import warn
-from keras_lora.inject.freezing import original_flag
+from keras_lora.inject.freezing import flags_kept, original_flag
 from keras_lora.inject.plan import Plan
 from keras_lora.inject.sources import may_touch_variables
 from keras_lora.layers import LoRALayer, Site
@@ -37,7 +37,8 @@ def check_plan(tree: Tree, plan: Plan) -> None:
     """
     sites = [x.target.site for x in plan.layers if not isinstance(x.target.layer, LoRALayer)]
     if sites and check_readers(tree, sites):
-        with _frozen(tree):  # what looks at its flag moves nothing
+        with flags_kept([*tree.layers, *tree.root.variables]):
+            tree.root.trainable = False  # what looks at its flag moves nothing
             assigned = _tried(tree, ()).assigned
         _check_assigned(tree, assigned, plan.owned)
 
@@ -174,17 +175,6 @@ def _tried(tree: Tree, sites: Sequence[Site]) -> _Watch:
                     _Trial(tree.root, watch).compute_output_spec(*args, **options)
                     break
     return watch
-
-
-@contextlib.contextmanager
-def _frozen(tree: Tree) -> Iterator[None]:
-    flags = [(item, item.trainable) for item in [*tree.layers, *tree.root.variables]]
-    tree.root.trainable = False
-    try:
-        yield
-    finally:
-        for item, flag in flags:
-            item.trainable = flag
 
 
 @contextlib.contextmanager
