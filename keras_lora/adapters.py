@@ -13,7 +13,6 @@ from keras_lora.inject import (
     active_names,
     adapter_names,
     changing,
-    check_adapted,
     check_names,
     computing_scaled,
     computing_with,
@@ -117,10 +116,8 @@ def disable_adapter(model: keras.Model) -> Iterator[keras.Model]:
     ...     kl.lora_layers(model)["up"].active_adapters
     ()
     """
-    with turn(model, "disable_adapter", CHOOSING, traced=True) as tree:
-        check_adapted(tree)
-        with context(tree, "disable_adapter"), computing_with(tree, []):
-            yield model
+    with _with_active(model, None, "disable_adapter"):
+        yield model
 
 
 @contextlib.contextmanager
@@ -158,10 +155,19 @@ def use_adapter(model: keras.Model, names: str | Sequence[str] | None) -> Iterat
     >>> kl.lora_layers(model)["up"].active_adapters
     ('de',)
     """
-    with turn(model, "use_adapter", CHOOSING, traced=True) as tree:
+    with _with_active(model, names, "use_adapter"):
+        yield model
+
+
+@contextlib.contextmanager
+def _with_active(
+    model: keras.Model, names: str | Sequence[str] | None, verb: str
+) -> Iterator[None]:
+    """Within the context exactly the named adapters are active, for this thread alone."""
+    with turn(model, verb, CHOOSING, traced=True) as tree:
         wanted = check_names(tree, names)
-        with context(tree, "use_adapter"), computing_with(tree, wanted):
-            yield model
+        with context(tree, verb), computing_with(tree, wanted):
+            yield
 
 
 def delete_adapter(model: keras.Model, name: str) -> None:
