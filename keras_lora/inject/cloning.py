@@ -13,7 +13,7 @@ from keras import ops
 from keras_lora.checks import warn
 from keras_lora.inject.freezing import original_flag
 from keras_lora.inject.optimizers import carry_exclusions
-from keras_lora.layers import STATE_PREFIX, LoRALayer, parts_of, plain_class
+from keras_lora.layers import LoRALayer, parts_of, plain_class
 from keras_lora.walker import Layer, Tree
 
 
@@ -84,11 +84,9 @@ def _carry_state(original: Layer, layer: Layer) -> None:
     """
     stored: dict[str, Any] = {}
     try:
-        original.save_own_variables(stored)
-        if isinstance(original, LoRALayer):
-            stored = {k: v for k, v in stored.items() if not k.startswith(STATE_PREFIX)}
-        layer.load_own_variables(stored)
         with _as_plain([original] if isinstance(original, LoRALayer) else []):
+            original.save_own_variables(stored)
+            layer.load_own_variables(stored)
             if hasattr(original, "save_assets"):  # as Keras asks: the base class has none
                 with tempfile.TemporaryDirectory() as folder:
                     original.save_assets(folder)

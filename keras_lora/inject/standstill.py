@@ -17,8 +17,7 @@ def no_training(tree: Tree) -> Iterator[None]:
     They would move the base's own heads and biases, and empty slots by the moments of adapters.
     Flags would not keep them from it: a compiled step trains what it was traced for.
     """
-    models = {id(m): m for m in [*tree.models, *known_models(tree)]}.values()
-    before = [(model, model.train_function) for model in models]
+    before = [(model, model.train_function) for model in known_models(tree)]
     for model, _ in before:
         model.train_function = _refuse
     try:
