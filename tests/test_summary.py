@@ -139,6 +139,13 @@ def test_a_path_is_shortened_to_every_width_between_its_ends(path: str) -> None:
     assert shortened(path, len(path)) == path
 
 
+@pytest.mark.parametrize("width", [30, 40, 50])
+def test_layers_of_a_block_stay_apart(width: int) -> None:
+    names = ("feedforward_intermediate_dense", "feedforward_output_dense")
+    paths = [f"bert_backbone_2/transformer_layer_[0-5]/{name}" for name in names]
+    assert shortened(paths[0], width) != shortened(paths[1], width)
+
+
 # --- One line ---------------------------------------------------------------------------------
 
 

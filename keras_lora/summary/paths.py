@@ -11,8 +11,9 @@ from rich.measure import Measurement
 from rich.text import Text
 
 _NUMBERS = re.compile(r"(\d+)")
-# So much of each segment of a path stays, if the column has room for it.
-_SHORTEST = 9
+# So much of each segment of a path stays, if the column has room for it. If not, so little of those
+# stays that are before the last one, which tells the layers of a block apart, and have no range.
+_SHORTEST, _TRACE = 9, 4
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ def shortened(path: str, width: int) -> str:
     """
     segments = path.split("/")
     sizes = [len(segment) for segment in segments]
-    for some in (range(len(sizes) - 1), range(len(sizes))):
-        while _length(sizes) > width and max((sizes[i] for i in some), default=0) > _SHORTEST:
+    before, every = range(len(sizes) - 1), range(len(sizes))
+    single = [i for i in before if "[" not in segments[i]]
+    for some, least in ((before, _SHORTEST), (single, _TRACE), (every, _SHORTEST)):
+        while _length(sizes) > width and max((sizes[i] for i in some), default=0) > least:
             sizes[max(some, key=sizes.__getitem__)] -= 1
     text = "/".join(map(_cut, segments, sizes))
     return text if len(text) <= width else _cut(path, width)
