@@ -70,7 +70,7 @@ def test_arguments_are_checked_before_anything_is_touched(tmp_path: Path) -> Non
         (lambda: kl.load_adapter(model, tmp_path), "new adapter name"),
         (lambda: kl.load_adapter(model, tmp_path, "../x"), "adapter name"),
         (lambda: kl.load_adapter(model, tmp_path / "b", "b"), "path that can be used"),
-        (lambda: kl.load_adapter("model", tmp_path, "b"), "built Keras model"),
+        (lambda: kl.load_adapter("model", tmp_path, "b"), "expected a Keras model"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
