@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,29 @@ class Verbs(RuleBasedStateMachine):
         with kl.disable_adapter(self.model):
             self.compare(self.expected.output([]))
 
+    @precondition(lambda self: self.several)
+    @rule(picked=PICKED, others=PICKED)
+    def at_once(self, picked: Sequence[int], others: Sequence[int]) -> None:
+        """Two threads that answer, each with adapters of its own, and one that switches."""
+        chosen = [self.names(picked), self.names(others)]
+        switched = [self.expected.active, *chosen, self.expected.active]
+
+        def answer(names: Sequence[str]) -> None:
+            for _ in range(3):
+                with kl.use_adapter(self.model, names):
+                    found = np.array(self.model(X))
+                np.testing.assert_allclose(found, self.expected.output(names), rtol=1e-4, atol=1e-4)
+
+        def switch() -> None:
+            for names in switched:
+                kl.set_adapter(self.model, names)
+
+        with ThreadPoolExecutor(3) as threads:
+            tasks = [threads.submit(answer, names) for names in chosen]
+            tasks.append(threads.submit(switch))
+        for task in tasks:
+            task.result()
+
     @precondition(lambda self: self.expected.active)
     @rule(copied=st.booleans())
     def merge(self, copied: bool) -> None:
@@ -195,7 +219,7 @@ class Verbs(RuleBasedStateMachine):
     @rule()
     def fit(self) -> None:
         before = {n: dict(x.factors) for n, x in self.expected.adapters.items()}
-        self.model.fit(X, Y, epochs=1, verbose=0)
+        self.model.train_on_batch(X, Y)  # the compiled step of `fit`, without a dataset
         for name in self.expected.active:
             self.read(name)
         for name in before.keys() - set(self.expected.active):
