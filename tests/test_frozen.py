@@ -51,6 +51,24 @@ def test_a_switch_freezes_what_others_thawed(make: Callable[[], keras.Model]) ->
             assert (trainable(model), layers) == expected
 
 
+@pytest.mark.parametrize("compiled_after", [False, True])
+def test_fit_freezes_what_others_thawed(compiled_after: bool) -> None:
+    model = kl.apply_lora(functional(), CONFIG)
+    x, y = data(model)
+    if not compiled_after:
+        model.compile("adam", "mse")
+    expected, norm = trainable(model), model.get_layer("norm")
+    before = [np.array(v) for v in norm.variables]
+    toggle(model)
+    if compiled_after:
+        model.compile("adam", "mse")
+    with pytest.warns(UserWarning, match=r"'norm/gamma', 'norm/beta'.*`layers_to_save`"):
+        model.fit(x, y, verbose=0)
+    assert trainable(model) == expected
+    for value, variable in zip(before, norm.variables, strict=True):
+        np.testing.assert_array_equal(value, variable)
+
+
 def test_an_adapted_layer_is_frozen_again_by_itself() -> None:
     config = kl.LoRAConfig(rank=2, targets=["up", "middle", "head"], bias="lora_only")
     model = kl.apply_lora(functional(), config)

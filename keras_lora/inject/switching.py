@@ -219,14 +219,15 @@ def allow_any_rank(tree: Tree) -> None:
 def _make_train_function(model: ref[keras.Model], *args: Any, **kwargs: Any) -> None:
     """`make_train_function` of a model, once each adapter is in a slot that it can train in.
 
-    With a built optimizer TensorFlow traces the step once. Keras builds the optimizer within the
+    A frozen base that somebody thawed is frozen again before it could train. With a built optimizer TensorFlow traces the step once. Keras builds the optimizer within the
     step, which is then traced again without it.
     """
     trained = model()
     assert trained is not None
-    if not goes_by_element(trained.optimizer):
+    thawed = trained.train_function is None and thawed_by_others(trained.trainable_variables)
+    if thawed or not goes_by_element(trained.optimizer):
         tree = Tree.of(trained)
-        if any(slot.is_padded for bank in tree.banks for slot in bank.slots):
+        if thawed or any(slot.is_padded for bank in tree.banks for slot in bank.slots):
             switch(tree, active_names(tree), any(bank.trains for bank in tree.banks))
     if trained.optimizer is not None and not trained.optimizer.built:
         with strategy_scope(Tree.of(trained)):
