@@ -284,6 +284,9 @@ def test_a_checkpoint_of_tensorflow_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tf.train.Checkpoint would contain none.*save_weights"):
         tf.train.Checkpoint(model=model).save(str(tmp_path / "base"))
     assert contents(tmp_path) == files
+    with pytest.raises(ValueError, match=r"tf.train.Checkpoint would contain none.*save_weights"):
+        tf.train.Checkpoint(model=model).restore(path)
+    np.testing.assert_array_equal(np.array(model.get_layer("up").base_kernel), before)
     kl.unload_lora(model)
     model.get_layer("up").kernel.assign(0 * before)
     tf.train.Checkpoint(model=model).restore(path).assert_consumed()
