@@ -33,6 +33,7 @@ from keras_lora.layers import (
     LoRAReversibleEmbedding,
     register_lora_class,
 )
+from keras_lora.rates import LoRAPlus, set_rates
 from keras_lora.summary import LoRASummary, lora_summary, print_trainable_parameters
 from keras_lora.training.checkpoint import AdapterCheckpoint
 from keras_lora.version import __version__
@@ -56,6 +57,7 @@ __all__ = [
     "LoRAEinsumDense",
     "LoRAEmbedding",
     "LoRALayer",
+    "LoRAPlus",
     "LoRAReversibleEmbedding",
     "LoRASummary",
     "RuntimeReport",
@@ -87,6 +89,7 @@ __all__ = [
     "save_peft_adapter",
     "scale_adapter",
     "set_adapter",
+    "set_rates",
     "unload_lora",
     "use_adapter",
 ]

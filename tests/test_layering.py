@@ -19,7 +19,7 @@ FLOORS = [
     {"config"},
     {"layers"},
     {"walker"},
-    {"distribution"},
+    {"distribution", "rates"},
     {"inject"},
     {"adapters", "combining", "files", "summary"},
     {"exchange", "training"},
@@ -29,7 +29,16 @@ FLOORS = [
 ]
 CLI = "keras_lora_cli"
 SERVES_TENSORFLOW_ALONE = "export"
-PRIVATE_API = {"layers", "walker", "distribution", "inject", "training", "export", "exchange"}
+PRIVATE_API = {
+    "layers",
+    "walker",
+    "distribution",
+    "rates",
+    "inject",
+    "training",
+    "export",
+    "exchange",
+}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -22,6 +22,7 @@ from support.optimizers import (
     compile_,
     optimizer,
     parts,
+    scheduled_by_group,
     steps,
     values,
 )
@@ -132,10 +133,10 @@ BETWEEN: dict[str, Callable[[keras.Model], None]] = {
     "not trainable": lambda m: kl.set_adapter(m, "a", trainable=False),
     "a third": a_third,
 }
+
+
 TURNS: dict[str, Callable[[], Any]] = {
-    "a schedule": lambda: keras.optimizers.AdamW(
-        keras.optimizers.schedules.ExponentialDecay(0.05, 2, 0.7), use_ema=True
-    ),
+    "a schedule": scheduled_by_group,
     "accumulated gradients": lambda: optimizer("Nadam", gradient_accumulation_steps=3),
     **{
         name: partial(optimizer, name)

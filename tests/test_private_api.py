@@ -235,6 +235,33 @@ def test_optimizers() -> None:
     assert keras.optimizers.MultiOptimizer(chosen)._optimizer_map is chosen
 
 
+def test_what_rates_by_group_build_on() -> None:
+    asked = []
+
+    class Asking(keras.optimizers.Nadam):
+        def _get_current_learning_rate(self) -> Any:
+            asked.append("rate")
+            return super()._get_current_learning_rate()
+
+        def _apply_weight_decay(self, variables: Any) -> None:
+            asked.append("decay")
+            super()._apply_weight_decay(variables)
+
+        def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+            assert self._get_variable_index(variable) == 0
+            assert not self._use_weight_decay(variables[0])
+            super().update_step(gradient, variable, learning_rate)
+
+    variables = [keras.Variable(np.ones(2, "float32"))]
+    optimizer = Asking(0.1)
+    optimizer.exclude_from_weight_decay(variables)
+    optimizer.apply([np.ones(2, "float32")], variables)
+    assert asked == ["decay", "rate"]
+    assert any(v is optimizer._u_product for v in optimizer.variables)
+    # On torch alone; `tests/test_rates.py` runs there too.
+    assert not hasattr(optimizer, "_parallel_update_step")
+
+
 def test_the_model_that_calls_a_layer() -> None:
     asked = []
 

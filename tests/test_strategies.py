@@ -66,7 +66,8 @@ def trained(scope: contextlib.AbstractContextManager[Any], path: Path) -> list[n
     keras.utils.set_random_seed(4)
     with scope:
         model = functional()
-        model.compile("adam", "mse")
+        optimizer = keras.optimizers.AdamW(0.001, weight_decay=0.1)
+        model.compile(kl.set_rates(optimizer, b=3, heads=2), "mse")
     kl.apply_lora(model, CONFIG, name="one")
     x, y = data(model)
     outputs = []

@@ -22,10 +22,12 @@ from keras_lora.inject.switching import (
     adapted,
     adapter_names,
     check_adapted,
+    known_models,
 )
 from keras_lora.inject.trial import check_readers
 from keras_lora.inject.turns import CHOOSING, context, turn
 from keras_lora.layers import LoRALayer, attach, detach, sites_of
+from keras_lora.rates import remove_rates, without_rates
 from keras_lora.walker import Tree
 
 
@@ -76,7 +78,7 @@ def _merge(tree: Tree) -> None:
     dropped = sorted({*adapter_names(tree)} - {*active_names(tree)})
     if dropped:
         warn(f"Merging drops the adapters that are not active: {dropped}.")
-    with changing(tree, layers), leaving(tree, merged=True):
+    with _leaving_plain(tree), changing(tree, layers), leaving(tree, merged=True):
         for bank in tree.banks:
             bank.fold()
         _strip(tree)
@@ -113,7 +115,7 @@ def unload_lora(model: keras.Model) -> keras.Model:
 def unload(tree: Tree) -> None:
     """`unload_lora` for a model whose tree is known."""
     check_adapted(tree)
-    with changing(tree, tree.adapted), leaving(tree):
+    with _leaving_plain(tree), changing(tree, tree.adapted), leaving(tree):
         activate(tree, [])
         _strip(tree)
 
@@ -162,6 +164,7 @@ def _folded(tree: Tree) -> Iterator[None]:
     with contextlib.ExitStack() as stack:  # which goes on where one step fails
         stack.callback(refresh, models)
         stack.callback(_close, tree.root, trainable)
+        stack.enter_context(without_rates(models))
         for bank in banks:
             # A copy: on torch the array would share the memory of the variable.
             kernel = np.array(ops.convert_to_numpy(bank.site.matrix), copy=True)
@@ -182,13 +185,24 @@ def _close(model: keras.Model, trainable: Iterable[keras.Variable]) -> None:
 
 
 def _merged_copy(tree: Tree) -> keras.Model:
-    copy: keras.Model = plain_copy(tree)
+    with without_rates([tree.root]):
+        copy: keras.Model = plain_copy(tree)
     for layer, twin in zip(tree.layers, Tree.of(copy).layers, strict=True):
         if isinstance(layer, LoRALayer):
             sites = sites_of(twin)
             for name, bank in layer.banks.items():
                 sites[name].matrix.assign(ops.stop_gradient(bank.kernel))
     return copy
+
+
+@contextlib.contextmanager
+def _leaving_plain(tree: Tree) -> Iterator[None]:
+    """Around a verb that leaves a plain model: afterwards its optimizer is plain too."""
+    models = known_models(tree)
+    yield
+    for model in models:
+        if not Tree.of(model).adapted:
+            remove_rates(getattr(model, "optimizer", None))
 
 
 def _strip(tree: Tree) -> None:

@@ -10,6 +10,7 @@ import keras
 from keras_lora.inject.freezing import own_trainable_variables
 from keras_lora.inject.showing import name_adapted
 from keras_lora.layers import BASE, LoRALayer, all_owned, is_registered
+from keras_lora.rates import build_rated
 from keras_lora.walker import Layer, Tree
 
 
@@ -51,6 +52,8 @@ def check_saveable(model: Any) -> None:
     adapters = [adapter for bank in tree.banks for adapter in bank.adapters.values()]
     if any(adapter.adapter is not None for adapter in adapters) and not _config_holds(tree):
         _refuse(model.name)
+    if adapters:
+        build_rated(model)
 
 
 def check_in_slots(model: Any) -> None:

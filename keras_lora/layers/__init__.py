@@ -18,6 +18,7 @@ from keras_lora.layers.checkpoint import STATE_PREFIX
 from keras_lora.layers.computation import computing
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.factors import Factor
+from keras_lora.layers.groups import group_of, in_group
 from keras_lora.layers.guarded import QUANTIZED
 from keras_lora.layers.kinds import Kind, Site, family_of
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
@@ -75,6 +76,8 @@ __all__ = [
     "factor_names",
     "family_of",
     "goes_by_element",
+    "group_of",
+    "in_group",
     "is_registered",
     "layer_adapter",
     "lora_class_for",

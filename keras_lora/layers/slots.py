@@ -22,6 +22,7 @@ from keras import ops
 from keras_lora.config import AdapterSpec
 from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.factors import Factor, protected, read, write
+from keras_lora.layers.groups import in_group
 from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor
 
 NewVariable = Callable[..., keras.Variable]
@@ -47,7 +48,7 @@ class Magnitude:
         start = "zeros" if m is None else m.initializer(shape)
         active = keras.initializers.Constant(adapter.spec.use_dora)
         return cls(
-            new(f"lora_magnitude{suffix}", shape, start, True),
+            in_group(new(f"lora_magnitude{suffix}", shape, start, True), "magnitudes"),
             protected(new(f"lora_dora{suffix}", (), active, False)),
         )
 
@@ -122,8 +123,8 @@ class Slot:
         scales = _scales(adapter, columns)
         rate = keras.initializers.Constant(adapter.spec.dropout)
         return cls(
-            new(f"lora_a{suffix}", a, adapter.a.initializer(a), True),
-            new(f"lora_b{suffix}", b, adapter.b.initializer(b), True),
+            in_group(new(f"lora_a{suffix}", a, adapter.a.initializer(a), True), "a"),
+            in_group(new(f"lora_b{suffix}", b, adapter.b.initializer(b), True), "b"),
             protected(new(f"lora_scaling{suffix}", columns, _constant(scales), False)),
             protected(new(f"lora_dropout{suffix}", (), rate, False)),
             a[-1],

@@ -86,7 +86,8 @@ def accumulating() -> keras.optimizers.Optimizer:
 
 
 def averaging() -> keras.optimizers.Optimizer:
-    return keras.optimizers.Nadam(0.02, use_ema=True, ema_overwrite_frequency=4)
+    made = keras.optimizers.Nadam(0.02, use_ema=True, ema_overwrite_frequency=4)
+    return kl.set_rates(made, b=4, heads=0.5, biases=2)
 
 
 def scaled() -> keras.optimizers.Optimizer:

@@ -39,6 +39,11 @@ def parts(made: Any) -> list[Any]:
     return [inner] if inner is not None else list(getattr(made, "optimizers", [made]))
 
 
+def scheduled_by_group() -> Any:
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 2, 0.7)
+    return kl.set_rates(keras.optimizers.AdamW(schedule, use_ema=True), b=3, magnitudes=0.5)
+
+
 def base() -> keras.Model:
     keras.utils.set_random_seed(3)
     up = keras.layers.Dense(MIDDLE, "tanh", name="up")
