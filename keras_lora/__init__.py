@@ -26,6 +26,9 @@ from keras_lora.files.adapter_files import read_adapter_config, read_adapter_fil
 from keras_lora.files.saving import load_adapter, save_adapter
 from keras_lora.inject import apply_lora, guard_keras_savers, merge_lora, merged, unload_lora
 from keras_lora.layers import (
+    LoRAConv1D,
+    LoRAConv2D,
+    LoRAConv3D,
     LoRADense,
     LoRAEinsumDense,
     LoRAEmbedding,
@@ -53,6 +56,9 @@ __all__ = [
     "ConvertedLayer",
     "GraphReport",
     "LoRAConfig",
+    "LoRAConv1D",
+    "LoRAConv2D",
+    "LoRAConv3D",
     "LoRADense",
     "LoRAEinsumDense",
     "LoRAEmbedding",

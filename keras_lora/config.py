@@ -14,7 +14,7 @@ from keras_lora.checks import check_alpha, check_rank, invalid, is_flag, is_numb
 from keras_lora.initializers import STARTS
 from keras_lora.lowrank.equations import scaling
 
-PRESETS = ("attention", "all-linear", "all")
+PRESETS = ("attention", "all-linear", "convolutions", "all")
 BIASES = ("none", "lora_only", "all")
 
 # What other libraries call the fields.

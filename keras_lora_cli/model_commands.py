@@ -15,7 +15,7 @@ from keras_lora_cli.app import command
 from keras_lora_cli.output import Answer, steps
 from keras_lora_cli.paths import Kind
 
-_PRESETS = ("attention", "all-linear", "all")
+_PRESETS = ("attention", "all-linear", "convolutions", "all")
 
 
 @command(
@@ -30,8 +30,8 @@ def inspect(
     targets: Annotated[
         list[str] | None,
         typer.Option(
-            help="For a model, the layers to adapt: attention, all-linear (the default), all, "
-            "re:PATTERN, or a name. Repeat the option for several names."
+            help="For a model, the layers to adapt: attention, all-linear (the default), "
+            "convolutions, all, re:PATTERN, or a name. Repeat the option for several names."
         ),
     ] = None,
     exclude: Annotated[

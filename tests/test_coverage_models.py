@@ -39,6 +39,7 @@ APPLICATIONS: dict[str, dict[str, Any]] = {
     "VGG19": {},
     "Xception": {"input_shape": (71, 71, 3)},
 }
+CONVOLUTIONS = (keras.layers.Conv2D,)
 WITH_DENSE_INSIDE = {"ConvNeXtTiny", "VGG16", "VGG19"}
 
 
@@ -50,16 +51,25 @@ def application(name: str) -> tuple[keras.Model, np.ndarray]:
     return model, x.astype("float32")
 
 
+def assert_convolutions(model: keras.Model) -> None:
+    """`"convolutions"` selects all but the one that makes the output."""
+    every = [x.name for x in model.layers if type(x) in CONVOLUTIONS]
+    heads = {"conv_preds", "logits"}  # of the applications that end in a convolution
+    assert set(paths(model, "convolutions")) == {*every} - heads
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_application(name: str) -> None:
     model, inputs = application(name)
     if name in WITH_DENSE_INSIDE:
         assert "predictions" not in paths(model)
+        assert_convolutions(model)
         check_adapting(model, inputs)
         return
-    with pytest.raises(ValueError, match=r"output head \['predictions'\].*cannot be adapted"):
+    with pytest.raises(ValueError, match=r"output head \['predictions'\].*Write targets='all'"):
         kl.find_targets(model)
+    assert_convolutions(model)
     check_adapting(model, inputs, ["predictions"])
 
 
@@ -67,8 +77,9 @@ def test_application(name: str) -> None:
 @pytest.mark.parametrize("name", ["MobileNet", "MobileNetV3Small"])
 def test_application_without_dense(name: str) -> None:
     model, _ = application(name)
-    with pytest.raises(ValueError, match="Expected a model with layers of Dense"):
+    with pytest.raises(ValueError, match="targets='all-linear', which matches none"):
         kl.find_targets(model)
+    assert_convolutions(model)
 
 
 # --- KerasHub and KerasNLP ------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import pytest
 from support.cases import (
     ALPHA,
     BY_ID,
+    CONVOLUTIONS,
     LINEAR,
-    LINEAR_IDS,
     RANK,
     ROUNDING,
     TABLES,
@@ -34,7 +34,7 @@ import keras_lora as kl
 
 # Some kernels of the cases have a side of one.
 pytestmark = pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")
-linear_cases = pytest.mark.parametrize("case", LINEAR, ids=LINEAR_IDS)
+dora_cases = pytest.mark.parametrize("case", [*LINEAR, *CONVOLUTIONS], ids=lambda case: case.id)
 SCALE = ALPHA / RANK
 
 
@@ -43,7 +43,7 @@ def reference_kernel(case: Case, model: keras.Model, w0: np.ndarray) -> np.ndarr
     return reference_dora(case, w0 + reference_delta(case, a, b, SCALE), m)
 
 
-@linear_cases
+@dora_cases
 def test_the_invariants_of_an_adapted_layer(case: Case) -> None:
     model, x = case.model(), case.batch()
     base, flags = snapshot(model.weights), [v.trainable for v in model.weights]
@@ -70,11 +70,11 @@ def test_the_invariants_of_an_adapted_layer(case: Case) -> None:
     assert [v.trainable for v in model.weights] == flags
 
 
-@linear_cases
+@dora_cases
 def test_fit_moves_its_factors_alone_and_weights_continue(case: Case, tmp_path: Path) -> None:
     model, x = case.model(), case.batch(6)
     kl.apply_lora(model, config(use_dora=True))
-    model.compile("adam", "mse", run_eagerly=keras.backend.backend() == "tensorflow")
+    model.compile("adam", "mse", run_eagerly=case.eager)
     frozen = [v for v in model.weights if not v.trainable]
     before, start = snapshot(frozen), snapshot(adapter(model).factors)
     model.fit(x, np.ones(model(x).shape), batch_size=2, verbose=0)
@@ -95,7 +95,7 @@ def test_fit_moves_its_factors_alone_and_weights_continue(case: Case, tmp_path: 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(
     "case",
-    named("dense, activation", "btd,dnh->btnh", "bed,edf->bef"),
+    named("dense, activation", "btd,dnh->btnh", "bed,edf->bef", "conv2d, same"),
     ids=lambda c: c.id,
 )
 def test_low_precision_stays_within_rounding(case: Case, dtype: str) -> None:

@@ -84,6 +84,11 @@ REFUSED: dict[str, tuple[Callable[[], keras.Model], kl.LoRAConfig, str]] = {
         config(2, ["table"]),
         "'table': the adapters of Embedding cannot differ from row to row",
     ),
+    "convolution": (
+        around(keras.layers.Conv1D(5, 2, name="conv")),
+        config(2, "convolutions"),
+        "'conv': the adapters of Conv1D cannot differ from row to row",
+    ),
     "norm": (
         functional,
         config(2, ["up"], layers_to_save=["norm"]),

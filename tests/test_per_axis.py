@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.cases import CASES, Case, einsum, reference_delta
+from support.cases import LINEAR, Case, einsum, reference_delta
 from support.keras_hub_files import normal
 
 from keras_lora.lowrank.equations import EinsumSplit, split_equation
@@ -27,7 +27,7 @@ MORE = [
         "bgde,dfge->bfge",
     )
 ]
-EQUATIONS = list(dict.fromkeys(case.equation for case in [*CASES, *MORE]))
+EQUATIONS = list(dict.fromkeys(case.equation for case in [*LINEAR, *MORE]))
 SIZES = dict(zip("defghnxyc", (5, 3, 7, 2, 11, 4, 13, 17, 19), strict=True))
 RANKS = (1, 2, 6, 23)
 

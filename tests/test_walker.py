@@ -87,7 +87,7 @@ def test_what_does_not_match_is_refused(targets: object, message: str) -> None:
 
 
 MALFORMED: list[tuple[object, str]] = [
-    ("query", r"'all-linear', 'all'.*targets='query'.*write targets=\['query'\]"),
+    ("query", r"'all-linear', 'convolutions', 'all'.*targets='query'.*write targets=\['query'\]"),
     ("all_linear", "expected one of"),
     ("Attention", "expected one of"),
     ("", "expected one of"),
@@ -218,10 +218,18 @@ def test_no_warning_where_the_head_is_clear(make: Any) -> None:
 
 
 def test_a_head_beside_layers_that_cannot_be_adapted_is_better_trained_whole() -> None:
+    layers = [keras.layers.PReLU(name="slopes"), keras.layers.GlobalMaxPooling2D()]
+    model = keras.Sequential([keras.Input((5, 5, 2)), *layers, keras.layers.Dense(2, name="top")])
+    with pytest.raises(ValueError, match=r"\['top'\], and the other layers.*'slopes' \(.*PReLU\)"):
+        kl.find_targets(model)
+
+
+def test_a_head_beside_layers_of_another_kind_names_the_preset_that_selects_them() -> None:
     layers = [keras.layers.Conv2D(3, 2, name="conv"), keras.layers.GlobalMaxPooling2D()]
     model = keras.Sequential([keras.Input((5, 5, 2)), *layers, keras.layers.Dense(2, name="top")])
-    with pytest.raises(ValueError, match=r"\['top'\], and the other layers.*'conv' \(.*Conv2D\)"):
+    with pytest.raises(ValueError, match=r"\['top'\], and .* \['Conv2D'\]. Write targets='all'"):
         kl.find_targets(model)
+    assert paths(model, "all") == ["conv"]
 
 
 def test_a_model_that_is_only_a_head_says_how_to_adapt_it() -> None:

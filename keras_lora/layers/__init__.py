@@ -16,6 +16,7 @@ from keras_lora.layers.adapter import Adapter, LayerAdapter, adapter_shapes, fac
 from keras_lora.layers.bank import AdapterBank, layer_adapter
 from keras_lora.layers.checkpoint import STATE_PREFIX
 from keras_lora.layers.computation import computing
+from keras_lora.layers.convolution import LoRAConv1D, LoRAConv2D, LoRAConv3D
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.factors import Factor
 from keras_lora.layers.groups import group_of, in_group
@@ -57,6 +58,9 @@ __all__ = [
     "Factor",
     "Kind",
     "LayerAdapter",
+    "LoRAConv1D",
+    "LoRAConv2D",
+    "LoRAConv3D",
     "LoRADense",
     "LoRAEinsumDense",
     "LoRAEmbedding",

@@ -19,6 +19,7 @@ from keras import ops
 
 from keras_lora.checks import invalid
 from keras_lora.initializers import EMBEDDING_START, FrozenMatrix, Start
+from keras_lora.layers.convolving import convolution_products
 from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor, split_equation
 from keras_lora.lowrank.products import Products, einsum_products
 
@@ -130,6 +131,16 @@ def einsum_dense_equation(layer: Layer) -> str:
     return layer.equation
 
 
+def convolution_equation(layer: Layer) -> str:
+    """The einsum of patches of the input, which are never formed."""
+    space = "uvw"[: layer.rank]
+    return f"...{space}x,{space}xy->...y"
+
+
+def _convolution(site: Site, _: Tensor) -> Products:
+    return convolution_products(site.layer, site.split(), site.weight())
+
+
 _DENSE = Kind(equation=dense_equation, by_row=True)
 _EINSUM_DENSE = Kind(equation=einsum_dense_equation, by_row=True)
 # The einsum of an embedding is that of tokens as one-hot vectors, which are never formed.
@@ -146,12 +157,17 @@ _EMBEDDING = Kind(
     takes_dora=False,
 )
 
+_CONVOLUTION = Kind(equation=convolution_equation, family="convolution", products=_convolution)
+
 # For each layer class the kinds of its matrices, by name; a layer's only matrix is named "".
 KINDS: dict[type, Mapping[str, Kind]] = {
     keras.layers.Dense: {"": _DENSE},
     keras.layers.EinsumDense: {"": _EINSUM_DENSE},
     keras.layers.Embedding: {"": _EMBEDDING},
     keras.layers.ReversibleEmbedding: {"": _EMBEDDING},
+    keras.layers.Conv1D: {"": _CONVOLUTION},
+    keras.layers.Conv2D: {"": _CONVOLUTION},
+    keras.layers.Conv3D: {"": _CONVOLUTION},
 }
 
 

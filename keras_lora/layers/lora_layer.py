@@ -244,7 +244,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         """
         bank = self.bank
         terms = bank.computation.terms(bank.site, inputs, training)
-        return adapted_sum(self.products(inputs), inputs, terms)
+        return adapted_sum(self.products(inputs), inputs, terms, training)
 
     def get_config(self) -> dict[str, Any]:
         banks = list(self.banks.values())

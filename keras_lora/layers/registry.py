@@ -19,6 +19,7 @@ from keras import ops
 
 from keras_lora.checks import invalid
 from keras_lora.layers.adapter import LayerAdapter
+from keras_lora.layers.convolution import LoRAConv1D, LoRAConv2D, LoRAConv3D
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.kinds import KINDS, Kind, Site, kinds_of, only
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
@@ -30,6 +31,9 @@ _LORA_CLASSES: dict[type, type[LoRALayer]] = {
     keras.layers.EinsumDense: LoRAEinsumDense,
     keras.layers.Embedding: LoRAEmbedding,
     keras.layers.ReversibleEmbedding: LoRAReversibleEmbedding,
+    keras.layers.Conv1D: LoRAConv1D,
+    keras.layers.Conv2D: LoRAConv2D,
+    keras.layers.Conv3D: LoRAConv3D,
 }
 
 
@@ -101,7 +105,7 @@ def overrides(layer_class: type, base: type) -> bool:
     """Whether a class overrides the computation of its base."""
     return any(
         getattr(layer_class, name, None) is not getattr(base, name, None)
-        for name in ("call", "quantized_call", "kernel", "embeddings")
+        for name in ("call", "convolution_op", "quantized_call", "kernel", "embeddings")
     )
 
 

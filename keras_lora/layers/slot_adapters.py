@@ -12,7 +12,7 @@ from keras_lora.layers.computation import Computation
 from keras_lora.layers.kinds import Site
 from keras_lora.layers.padding import check_ranks
 from keras_lora.layers.slots import Slot, dropped
-from keras_lora.lowrank.equations import Tensor, joint_gain
+from keras_lora.lowrank.equations import Tensor
 from keras_lora.lowrank.products import Products, Term
 
 _Seeds: TypeAlias = "keras.random.SeedGenerator | None"
@@ -106,10 +106,5 @@ class SlotAdapters(Computation):
         norms = self._bank.squared_norms
         slots = [(self._bank.slots[index], factor) for index, factor in self.multipliers.items()]
         updates = [slot.update(split, total, norms, dtype, factor) for slot, factor in slots]
-        gains = [gain for _, _, gain in updates if gain is not None]
-        if gains:
-            total = split.times_gain(total, joint_gain(gains), split.kernel)
-        for a, b, _ in updates:
-            # Not `+=`: on torch `total` is still the memory of the variable.
-            total = total + split.delta(ops.cast(a, dtype), ops.cast(b, dtype))
-        return ops.cast(total, site.matrix.dtype)
+        cast = [(ops.cast(a, dtype), ops.cast(b, dtype), gain) for a, b, gain in updates]
+        return ops.cast(split.effective(total, cast), site.matrix.dtype)

@@ -26,6 +26,7 @@ from keras import ops
 
 Tensor = Any
 Shape = tuple[int, ...]
+Update = tuple[Tensor, Tensor, Tensor | None]  # `A`, `B`, which has the scale, and DoRA's gain `g`
 
 _ROUNDING = 2.0**-23  # of float32
 
@@ -173,6 +174,15 @@ class EinsumSplit:
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
         """`A B` in the shape of the kernel."""
         return ops.einsum(f"{self.a},{self.b}->{self.kernel}", a, b)
+
+    def effective(self, w: Tensor, updates: Sequence[Update]) -> Tensor:
+        """`W = g W0 + sum_i A_i B_i`, with `g = 1 + sum_i (g_i - 1)`."""
+        gains = [gain for _, _, gain in updates if gain is not None]
+        total = self.times_gain(w, joint_gain(gains), self.kernel) if gains else w
+        for a, b, _ in updates:
+            # Not `+=`: on torch `total` is still the memory of the variable.
+            total = total + self.delta(a, b)
+        return total
 
     def squared_norms(self, w: Tensor) -> Tensor:
         """`|W|^2` of each output, over the contracted axes."""

@@ -3,7 +3,8 @@
     y = x W0 + sum_i (g_i - 1) x_i W0 + (x_i A_i) B_i
 
 `x_i` is `x`, or `x` after the dropout of adapter `i`; `g_i` is DoRA's gain, or 1. The scale `s_i`
-and the gain are part of `B_i`. Neither `A B` nor the gradient of the frozen `W0` is ever formed.
+and the gain are part of `B_i`. The gradient of the frozen `W0` is never formed, and `A B` only by
+`FormingProducts`.
 
 A kind of layer says how its matrix acts by naming its `Products`; the sum is the same for all.
 """
@@ -53,12 +54,36 @@ class Products(ABC):
         """A product, each output times its gain."""
 
 
-def adapted_sum(products: Products, x: Tensor, terms: Sequence[Term]) -> Tensor:
+class FormingProducts(Products):
+    """Abstract: products of which one with `W = g W0 + A B` formed may cost less than their sum.
+
+    They do where an input is larger than `W` by far, as an image is, so that to form `W` costs less
+    than to add a product to another.
+    """
+
+    @abstractmethod
+    def joint(self, x: Tensor, terms: Sequence[Term], training: bool) -> Tensor | None:
+        """`x W` for terms of `x` itself; None where the sum is better."""
+
+
+def adapted_sum(
+    products: Products, x: Tensor, terms: Sequence[Term], training: bool | None = None
+) -> Tensor:
     """`x W0 + sum_i (g_i - 1) x_i W0 + (x_i A_i) B_i`; terms without dropout share one gain."""
+    if isinstance(products, FormingProducts):
+        own = [term for term in terms if term.x is x]
+        total = products.joint(x, own, bool(training)) if own else None
+        if total is not None:
+            others = [term for term in terms if term.x is not x]
+            return _with_terms(products, x, total, others)
     total = products.base(x)
     shared = [term.gain for term in terms if term.x is x and term.gain is not None]
     if shared:
         total = products.times_gain(total, joint_gain(shared))
+    return _with_terms(products, x, total, terms)
+
+
+def _with_terms(products: Products, x: Tensor, total: Tensor, terms: Sequence[Term]) -> Tensor:
     for x_i, a, b, gain in terms:
         if x_i is not x and gain is not None:
             total = total + products.times_gain(products.base(x_i), gain - 1)

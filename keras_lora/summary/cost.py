@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import keras
 import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
@@ -15,7 +16,7 @@ from rich.text import Text
 from keras_lora.inject import adapted, original_flag
 from keras_lora.layers import AdapterBank, Factor
 from keras_lora.summary.table import SummaryRow, adapter_tables
-from keras_lora.walker import Tree
+from keras_lora.walker import Tree, all_targets
 
 # Adam keeps two moments of each trained parameter, in float32.
 _OPTIMIZER_BYTES = 2 * 4
@@ -41,6 +42,8 @@ class LoRASummary:
         trained: The cost of the variables that train now.
         full: The same for full fine-tuning of the base.
         whole: Whether each of the rows is printed.
+        left: How many layers there are of each kind that could be adapted and of whose family, such
+            as the convolutions, no layer is.
 
     Example:
 
@@ -54,6 +57,7 @@ class LoRASummary:
     trained: Cost
     full: Cost
     whole: bool = False
+    left: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -73,6 +77,9 @@ class LoRASummary:
             lines.append(
                 f"{name}s trained: {shown_bytes(ours)}; full fine-tuning: {shown_bytes(theirs)}"
             )
+        if self.left:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self.left.items())
+            lines.append(f"not adapted: {kinds}; targets='all' selects these kinds too")
         return Text("\n".join(lines).replace("optimizers trained", "optimizer state (Adam)"))
 
 
@@ -136,7 +143,8 @@ def print_trainable_parameters(model: keras.Model) -> None:
 
 
 def _summary(model: keras.Model, whole: bool = False) -> LoRASummary:
-    banks = adapted(Tree.of(model))
+    tree = Tree.of(model)
+    banks = adapted(tree)
     rows = [
         SummaryRow(
             path,
@@ -161,6 +169,16 @@ def _summary(model: keras.Model, whole: bool = False) -> LoRASummary:
         _cost([*trained, *(v for v in model.trainable_variables if id(v) not in ours)]),
         _cost([v for v in base if original_flag(v)]),
         whole,
+        _left(tree, banks.values()),
+    )
+
+
+def _left(tree: Tree, banks: Collection[AdapterBank]) -> Mapping[str, int]:
+    adapted_families = {bank.site.kind.family for bank in banks}
+    return Counter(
+        target.kind
+        for target in all_targets(tree)
+        if target.site.kind.family not in adapted_families
     )
 
 

@@ -22,7 +22,8 @@ from keras_lora.walker.heads import output_heads, possible_heads
 from keras_lora.walker.names import listed, match_names, matches, shortened, unmatched
 from keras_lora.walker.tree import Layer, Node, Tree, site_path
 
-_KINDS = "Dense, EinsumDense, Embedding or ReversibleEmbedding"
+_KINDS = "Dense, EinsumDense, Embedding, ReversibleEmbedding or a convolution"
+_FAMILIES = {"all-linear": "linear", "attention": "linear", "convolutions": "convolution"}
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Target:
         path: Its place in the model, the names of the layers joined by `/`. A second sibling of
             the same name is `name#2`.
         layer: The layer itself.
-        kind: The Keras class that it is adapted as: `"Dense"`, `"EinsumDense"`, `"Embedding"` or
-            `"ReversibleEmbedding"`, or one given to `register_lora_class`.
+        kind: The Keras class that it is adapted as: `"Dense"`, `"EinsumDense"`, `"Embedding"`,
+            `"ReversibleEmbedding"`, a convolution such as `"Conv2D"`, or one given to
+            `register_lora_class`.
         kernel_shape: Shape of its kernel; of an embedding `(vocabulary, dim)`.
         parent_class: Class name of the layer that contains it.
         matrix: Which matrix of the layer, where the layer has several; then `path` ends in it.
@@ -65,7 +67,7 @@ def find_targets(
 ) -> list[Target]:
     """The layers that `apply_lora` would adapt; nothing is changed.
 
-    A `Dense`, `EinsumDense` or embedding is found anywhere: in Functional, Sequential and
+    A layer of a kind that can be adapted is found anywhere: in Functional, Sequential and
     subclassed models, nested models, composite layers, wrappers, lists and dicts of layers. A
     layer that is reached twice is listed once.
 
@@ -77,20 +79,22 @@ def find_targets(
             - `"attention"`: the query, key, value and output projections among these, joint ones
               too. A layer computes attention if sublayers of it are named as projections to
               queries and keys: `query`, `q_proj`, `to_q`, `qkv`; its own name says nothing;
-            - `"all"`: every layer of a kind that can be adapted, embeddings too, except the output
-              head;
+            - `"convolutions"`: every convolution except an output head;
+            - `"all"`: every layer of a kind that can be adapted, embeddings and convolutions too,
+              except the output head;
             - a list of names. A name is a whole path or its end, at a `/` or `.`: `"query"` hits
               `block_0/attention/query` and never `block_0/subquery`;
             - `"re:PATTERN"`, a regular expression that the whole path must match;
             - a function of a `Target` that returns whether to adapt it.
 
-            The output head is the linear layer that makes a model's output. In a Functional
-            model it is found by following each output back through operations of one input and
-            layers without weights; in a Sequential or subclassed model it is the last layer with
-            weights, in the order in which they were assigned. Wrappers and nested models are
-            entered. A KerasHub backbone has no output head. An embedding that is called in reverse
-            is not an output head. A warning names layers that may be heads and are selected: those
-            before a mask or a concatenation, and in a subclassed model those that are named so.
+            The output head is the linear layer or the convolution that makes a model's output. In a
+            Functional model it is found by following each output back through operations of one
+            input and layers without weights; in a Sequential or subclassed model it is the last
+            layer with weights, in the order in which they were assigned. Wrappers and nested models
+            are entered. A KerasHub backbone has no output head. An embedding that is called in
+            reverse is not an output head. A warning names layers that may be heads and are
+            selected: those before a mask or a concatenation, and in a subclassed model those that
+            are named so.
         exclude: Names to leave out, written as above (`"re:..."` counts as a name too).
 
     Returns:
@@ -205,9 +209,10 @@ def _candidates(tree: Tree) -> tuple[list[Target], list[Node]]:
 def _preset(
     tree: Tree, preset: str, candidates: Sequence[Target], left_out: Sequence[Node]
 ) -> list[Target]:
-    every = preset == "all"
-    candidates = [t for t in candidates if every or family_of(t.layer) == "linear"]
-    left_out = [node for node in left_out if every or family_of(node.layer) == "linear"]
+    family, every = _FAMILIES.get(preset), candidates
+    if family is not None:
+        candidates = [t for t in candidates if family_of(t.layer) == family]
+        left_out = [node for node in left_out if family_of(node.layer) == family]
     if preset == "attention":
         wanted = attention_projections(tree)
         candidates = [t for t in candidates if id(t.layer) in wanted]
@@ -218,12 +223,20 @@ def _preset(
     heads = output_heads(tree)
     selected = [t for t in candidates if id(t.layer) not in heads]
     if candidates and not selected:
-        raise _only_a_head(tree, preset, candidates)
+        others = {t.kind: None for t in every if id(t.layer) not in heads}
+        raise _only_a_head(tree, preset, candidates, list(others))
     return selected
 
 
-def _only_a_head(tree: Tree, preset: str, heads: Sequence[Target]) -> ValueError:
+def _only_a_head(
+    tree: Tree, preset: str, heads: Sequence[Target], other_kinds: Sequence[str]
+) -> ValueError:
     paths, ids = [t.path for t in heads], {id(t.layer) for t in heads}
+    if other_kinds:
+        return ValueError(
+            f"targets={preset!r} leaves out the output head {paths}, and the other layers that can "
+            f"be adapted are of other kinds: {list(other_kinds)}. Write targets='all'."
+        )
     others = [
         node
         for node in tree.nodes

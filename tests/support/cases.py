@@ -17,6 +17,7 @@ import numpy as np
 
 import keras_lora as kl
 from keras_lora.layers import LayerAdapter
+from support import convolutions
 
 RANK, ALPHA = 2, 5.0
 # Relative rounding of a low-precision result against float64, a few units in the last place.
@@ -38,6 +39,15 @@ class Case:
     @property
     def is_table(self) -> bool:
         return self.make in (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
+
+    @property
+    def is_convolution(self) -> bool:
+        return self.make in convolutions.REFERENCES
+
+    @property
+    def eager(self) -> bool:
+        """Whether `fit` is faster eagerly; TensorFlow compiles each call of a grouped one then."""
+        return keras.backend.backend() == "tensorflow" and "groups" not in self.options
 
     @property
     def looks_up(self) -> bool:
@@ -92,6 +102,13 @@ def reverse(id_: str, *input_shape: int, **options: Any) -> Case:
     return Case(id_, lookup.make, input_shape, equation, lookup.options, {"reverse": True})
 
 
+def convolution(
+    id_: str, make: type, input_shape: tuple[int, ...], equation: str, **options: Any
+) -> Case:
+    """The equation is that of patches; of a depthwise convolution, of those of one channel."""
+    return Case(id_, make, input_shape, equation, options)
+
+
 def _operands(equation: str) -> tuple[str, str, str]:
     inputs, rest = equation.split(",")
     kernel, output = rest.split("->")
@@ -132,12 +149,53 @@ CASES = [
     reverse("reverse", 11, DIM),
     reverse("reverse, soft cap", DIM, logit_soft_cap=2.0),
     reverse("reverse, its own dtype", 2, 11, DIM, reverse_dtype="float32"),
+    convolution(
+        "conv1d, causal",
+        keras.layers.Conv1D,
+        (13, 5),
+        "bpux,uxy->bpy",
+        filters=7,
+        kernel_size=3,
+        dilation_rate=2,
+        padding="causal",
+        activation="tanh",
+    ),
+    convolution(
+        "conv2d, same",
+        keras.layers.Conv2D,
+        (13, 11, 5),
+        "bpquvx,uvxy->bpqy",
+        filters=7,
+        kernel_size=(2, 3),
+        strides=2,
+        padding="same",
+        activation="gelu",
+    ),
+    convolution(
+        "conv2d, groups",
+        keras.layers.Conv2D,
+        (10, 11, 13),
+        "bpquvx,uvxy->bpqy",
+        filters=14,
+        kernel_size=(3, 2),
+        groups=2,
+        data_format="channels_first",
+    ),
+    convolution(
+        "conv3d, no bias",
+        keras.layers.Conv3D,
+        (5, 7, 11, 3),
+        "bpqsuvwx,uvwxy->bpqsy",
+        filters=7,
+        kernel_size=(3, 2, 5),
+        use_bias=False,
+    ),
 ]
 BY_ID = {case.id: case for case in CASES}
 IDS = [f"{i}: {case.id}" for i, case in enumerate(CASES)]
 TABLES = [case for case in CASES if case.is_table]
-LINEAR = [case for case in CASES if not case.is_table]
-LINEAR_IDS = [name for name, case in zip(IDS, CASES, strict=True) if not case.is_table]
+CONVOLUTIONS = [case for case in CASES if case.is_convolution]
+LINEAR = [case for case in CASES if not case.is_table and not case.is_convolution]
 
 
 def named(*ids: str) -> list[Case]:
@@ -219,10 +277,24 @@ def reference_output(case: Case, model: keras.Model, x: np.ndarray, kernel: np.n
     """act(x W + b) in float64."""
     layer = model.get_layer("case")
     one_hot = np.eye(VOCABULARY)[x] if case.looks_up else x.astype("float64")
+    if case.is_convolution:
+        return _convolution_output(case, layer, one_hot, kernel)
     y = np.einsum(case.equation, one_hot, kernel)
     if case.is_table:
         cap = case.options.get("logit_soft_cap")
         return y if cap is None else cap * np.tanh(y / cap)
+    return _finished(layer, y)
+
+
+def _convolution_output(case: Case, layer: Any, x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    first = layer.data_format == "channels_first"
+    y = convolutions.REFERENCES[case.make](layer, np.moveaxis(x, 1, -1) if first else x, kernel)
+    y = _finished(layer, y)
+    return np.moveaxis(y, -1, 1) if first else y
+
+
+def _finished(layer: Any, y: np.ndarray) -> np.ndarray:
+    """With bias and activation."""
     if layer.bias is not None:
         y = y + numpy_of(layer.bias)
     if layer.activation is None:

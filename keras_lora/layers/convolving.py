@@ -1,0 +1,151 @@
+"""How the kernel of a convolution, and the updates of its adapters, act on an input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import keras
+from keras import ops
+
+from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor, times
+from keras_lora.lowrank.products import FormingProducts, Term
+
+# A convolution of an input and a kernel, as a layer has it.
+Operation = Callable[[Tensor, Tensor], Tensor]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Convolution(FormingProducts):
+    """The products of a convolution: with `A` one to `r` channels, with `B` one of size 1.
+
+    A kernel is formed and used once, and its gradient is that of `A` and `B`: nothing of the
+    output's size is added, and no gradient of the kernel's shape is taken.
+
+        y = conv(x, W0 + A B)        dB = conv(x, A)^T dy        dA = dconv(x, A)/dA . (dy B^T)
+
+    Attributes:
+        layer: The layer.
+        split: How the kernel is factored.
+        w: `W0`, without a gradient.
+        operation: The layer's convolution, without bias and activation.
+        down: `A` as a kernel of the operation.
+        groups: Each group of outputs has channels of its own in the input.
+    """
+
+    layer: Any
+    split: EinsumSplit
+    w: Tensor
+    operation: Operation
+    down: Callable[[Tensor], Tensor]
+    groups: int = 1
+
+    def base(self, x: Tensor) -> Tensor:
+        return self.operation(x, self.w)
+
+    def update(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ones: Any = (1,) * (len(x.shape) - 2)
+        up = ops.reshape(b, (*ones, *b.shape))
+        return ops.conv(self._hidden(x, a), up, data_format=self.layer.data_format)
+
+    def times_gain(self, product: Tensor, gain: Tensor) -> Tensor:
+        return times(product, by_channel(self.layer, gain, len(product.shape)))
+
+    def joint(self, x: Tensor, terms: Sequence[Term], training: bool) -> Tensor | None:
+        has_gain = any(term.gain is not None for term in terms)
+        if loses_digits(self.w) or (training and has_gain):
+            return None
+        w = self.split.effective(self.w, [(a, b, gain) for _, a, b, gain in terms])
+        if not training:
+            return self.operation(x, w)
+        y, still = self.operation(x, ops.stop_gradient(w)), ops.stop_gradient(x)
+        for term in terms:
+            y = self._with_gradient(y, self._hidden(still, term.a), term.b)
+        return y
+
+    def _hidden(self, x: Tensor, a: Tensor) -> Tensor:
+        """`x A`, of each group."""
+        return self.operation(x, self.down(a))
+
+    def _with_gradient(self, y: Tensor, hidden: Tensor, b: Tensor) -> Tensor:
+        """`y`, with the gradient that `y + (x A) B` has with respect to `x A` and `B`."""
+
+        @ops.custom_gradient
+        def same(y: Tensor, hidden: Tensor, b: Tensor) -> Any:
+            def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+                dy = args[0] if upstream is None else upstream
+                outputs, inputs = self._by_group(dy), self._by_group(hidden)
+                columns = ops.reshape(b, (b.shape[0], self.groups, -1))
+                d_hidden = ops.matmul(outputs, ops.transpose(columns, (1, 2, 0)))
+                d_b = ops.matmul(ops.transpose(inputs, (0, 2, 1)), outputs)  # (groups, r, k)
+                d_b = ops.reshape(ops.transpose(d_b, (1, 0, 2)), b.shape)
+                return dy, self._from_groups(d_hidden, ops.shape(hidden)), d_b
+
+            return y, gradient
+
+        return same(y, hidden, b)
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """`(groups, batch and positions, channels of a group)`."""
+        if self.layer.data_format == "channels_first":
+            x = ops.moveaxis(x, 1, -1)
+        rows = ops.reshape(x, (-1, self.groups, x.shape[-1] // self.groups))
+        return ops.transpose(rows, (1, 0, 2))
+
+    def _from_groups(self, rows: Tensor, shape: Shape) -> Tensor:
+        """The inverse of `_by_group`, for a tensor of this shape."""
+        rows = ops.transpose(rows, (1, 0, 2))
+        if self.layer.data_format == "channels_last":
+            return ops.reshape(rows, shape)
+        batch, channels, *space = shape
+        return ops.moveaxis(ops.reshape(rows, (batch, *space, channels)), -1, 1)
+
+
+def convolution_products(layer: Any, split: EinsumSplit, w: Tensor) -> Convolution:
+    """The products of `Conv1D`, `Conv2D` or `Conv3D`."""
+
+    def down(a: Tensor) -> Tensor:
+        return ops.concatenate([a] * layer.groups, -1) if layer.groups > 1 else a
+
+    def operation(x: Tensor, kernel: Tensor) -> Tensor:
+        return convolve(layer, x, kernel)
+
+    return Convolution(layer, split, ops.stop_gradient(w), operation, down, layer.groups)
+
+
+def convolve(layer: Any, x: Tensor, kernel: Tensor) -> Tensor:
+    """What `Conv1D`, `Conv2D` or `Conv3D` compute with a kernel, before bias and activation."""
+    padding = layer.padding
+    if padding == "causal":  # of `Conv1D` alone
+        width = [0, 0]
+        width[0] = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+        none = [0, 0]
+        last = layer.data_format == "channels_last"
+        x, padding = ops.pad(x, [none, width, none] if last else [none, none, width]), "valid"
+    return ops.conv(
+        x,
+        kernel,
+        strides=list(layer.strides),
+        padding=padding,
+        dilation_rate=layer.dilation_rate,
+        data_format=layer.data_format,
+    )
+
+
+def channel_bias(layer: Any) -> Tensor | None:
+    """The bias of a convolution, in a shape that adds to its output."""
+    return None if layer.bias is None else by_channel(layer, layer.bias, layer.rank + 2)
+
+
+def by_channel(layer: Any, values: Tensor, axes: int) -> Tensor:
+    """A value for each channel, in a shape that acts on the channels of an output."""
+    ones: Any = (1,) * (axes - 2)
+    shape = (1, *ones, -1) if layer.data_format == "channels_last" else (1, -1, *ones)
+    return ops.reshape(values, shape)
+
+
+def loses_digits(w: Tensor) -> bool:
+    """Whether a small update would be lost in a sum with `W0`: in 16 bits."""
+    return keras.backend.standardize_dtype(w.dtype) in ("float16", "bfloat16")
