@@ -189,7 +189,9 @@ def test_direct_use_trains_saves_and_loads(tmp_path: Path) -> None:
             kl.LoRAConv1D(4, 3, padding="causal", rank=2, dropout=0.1),
             layers.Reshape((13, 4, 1)),
             kl.LoRAConv2D(6, 2, rank=2, use_dora=True),
-            layers.Reshape((12, 3, 6, 1)),
+            kl.LoRADepthwiseConv2D((3, 2), depth_multiplier=2, rank=2),
+            kl.LoRAConv2DTranspose(6, 2, rank=2, train_bias=True),
+            layers.Reshape((11, 3, 6, 1)),
             kl.LoRAConv3D(
                 2, (2, 3, 1), adapters={"a": {"rank": 1, "alpha": 2}, "b": {"rank": 2, "alpha": 2}}
             ),
@@ -205,11 +207,10 @@ def test_direct_use_trains_saves_and_loads(tmp_path: Path) -> None:
         v.name for v in model.trainable_variables
     ]
     plain = kl.merge_lora(loaded)
-    assert [type(layer) for layer in plain.layers[::2]] == [
-        layers.Conv1D,
-        layers.Conv2D,
-        layers.Conv3D,
-    ]
+    assert {type(layer) for layer in plain.layers} == {
+        *(layers.Conv1D, layers.Conv2D, layers.DepthwiseConv2D, layers.Conv2DTranspose),
+        *(layers.Conv3D, layers.Reshape),
+    }
     assert relative(plain(x), model(x)) <= 1e-5
 
 
@@ -221,6 +222,29 @@ def test_adapter_files_are_keyed_by_the_layer(tmp_path: Path) -> None:
     base = kl.merge_lora(model, inplace=False)
     kl.load_adapter(kl.unload_lora(model), tmp_path / "a")
     assert relative(model(images()), base(images())) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "case", named("conv2d, same", "conv2d, transposed", "conv2d, depthwise"), ids=lambda c: c.id
+)
+def test_weights_of_the_base_go_into_the_adapted_layer(case: Case, tmp_path: Path) -> None:
+    base, x = case.model(), case.batch()
+    base.save_weights(tmp_path / "m.weights.h5")
+    model = kl.apply_lora(case.model(), kl.LoRAConfig(rank=RANK, targets=["case"]))
+    for variable in model.weights[:2]:
+        variable.assign(np.zeros(variable.shape))
+    with pytest.warns(UserWarning, match="base"):
+        model.load_weights(tmp_path / "m.weights.h5")
+    assert relative(model(x), base(x)) <= 1e-6
+
+
+@pytest.mark.parametrize(("size", "channels"), [(1, 5), (3, 1)])
+def test_a_depthwise_kernel_that_no_rank_makes_smaller_is_refused(size: int, channels: int) -> None:
+    conv = layers.DepthwiseConv1D(size, name="thin")
+    model = keras.Sequential([keras.Input((7, channels)), conv, layers.Dense(2)])
+    message = rf"'thin': .* {size} positions of {channels} .* layers_to_save=\['thin'\]"
+    with pytest.raises(ValueError, match=message):
+        kl.apply_lora(model, kl.LoRAConfig(rank=1, targets="convolutions"))
 
 
 class Standardised(layers.Conv2D):

@@ -39,7 +39,7 @@ APPLICATIONS: dict[str, dict[str, Any]] = {
     "VGG19": {},
     "Xception": {"input_shape": (71, 71, 3)},
 }
-CONVOLUTIONS = (keras.layers.Conv2D,)
+CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D)
 WITH_DENSE_INSIDE = {"ConvNeXtTiny", "VGG16", "VGG19"}
 
 

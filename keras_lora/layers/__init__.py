@@ -17,6 +17,7 @@ from keras_lora.layers.bank import AdapterBank, layer_adapter
 from keras_lora.layers.checkpoint import STATE_PREFIX
 from keras_lora.layers.computation import computing
 from keras_lora.layers.convolution import LoRAConv1D, LoRAConv2D, LoRAConv3D
+from keras_lora.layers.depthwise import LoRADepthwiseConv1D, LoRADepthwiseConv2D
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.factors import Factor
 from keras_lora.layers.groups import group_of, in_group
@@ -46,6 +47,11 @@ from keras_lora.layers.registry import (
     sites_of,
     supported_base,
 )
+from keras_lora.layers.transposed import (
+    LoRAConv1DTranspose,
+    LoRAConv2DTranspose,
+    LoRAConv3DTranspose,
+)
 
 __all__ = [
     "BASE",
@@ -59,9 +65,14 @@ __all__ = [
     "Kind",
     "LayerAdapter",
     "LoRAConv1D",
+    "LoRAConv1DTranspose",
     "LoRAConv2D",
+    "LoRAConv2DTranspose",
     "LoRAConv3D",
+    "LoRAConv3DTranspose",
     "LoRADense",
+    "LoRADepthwiseConv1D",
+    "LoRADepthwiseConv2D",
     "LoRAEinsumDense",
     "LoRAEmbedding",
     "LoRALayer",

@@ -27,7 +27,7 @@ def check_adaptable(layer: keras.layers.Layer) -> None:
                 f"{kind.constraint}={constraint}. Exclude the layer or build it without the "
                 "constraint."
             )
-    if layer.lora_enabled or layer.lora_rank:
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "lora_rank", None):
         raise ValueError(
             f"Layer '{name}': expected a layer without Keras's own LoRA. Received: "
             f"lora_rank={layer.lora_rank}. Do not call `enable_lora` on a model that keras_lora "

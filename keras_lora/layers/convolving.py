@@ -57,7 +57,7 @@ class Convolution(FormingProducts):
         has_gain = any(term.gain is not None for term in terms)
         if loses_digits(self.w) or (training and has_gain):
             return None
-        w = self.split.effective(self.w, [(a, b, gain) for _, a, b, gain in terms])
+        w = self.split.effective(self.w, [term[1:] for term in terms])
         if not training:
             return self.operation(x, w)
         y, still = self.operation(x, ops.stop_gradient(w)), ops.stop_gradient(x)
@@ -115,23 +115,67 @@ def convolution_products(layer: Any, split: EinsumSplit, w: Tensor) -> Convoluti
     return Convolution(layer, split, ops.stop_gradient(w), operation, down, layer.groups)
 
 
+def transposed_products(layer: Any, split: EinsumSplit, w: Tensor) -> Convolution:
+    """The products of a transposed convolution, whose kernel has its outputs before its inputs."""
+
+    def down(a: Tensor) -> Tensor:
+        return ops.swapaxes(a, -1, -2)
+
+    def operation(x: Tensor, kernel: Tensor) -> Tensor:
+        return ops.conv_transpose(x, kernel, **_options(layer), output_padding=layer.output_padding)
+
+    return Convolution(layer, split, ops.stop_gradient(w), operation, down)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Depthwise(FormingProducts):
+    """The products of a depthwise convolution: always with a kernel `A B`, which is small.
+
+    In two steps, the first would have `r` outputs for each channel of the input.
+
+    Attributes:
+        layer: The layer.
+        split: How the kernel is factored.
+        w: `W0`, without a gradient.
+    """
+
+    layer: Any
+    split: EinsumSplit
+    w: Tensor
+
+    def base(self, x: Tensor) -> Tensor:
+        return self._convolved(x, self.w)
+
+    def update(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return self._convolved(x, self.split.delta(a, b))
+
+    def times_gain(self, product: Tensor, gain: Tensor) -> Tensor:
+        return times(product, by_channel(self.layer, gain, len(product.shape)))
+
+    def joint(self, x: Tensor, terms: Sequence[Term], training: bool) -> Tensor | None:  # noqa: ARG002
+        if loses_digits(self.w):
+            return None
+        return self._convolved(x, self.split.effective(self.w, [term[1:] for term in terms]))
+
+    def _convolved(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return ops.depthwise_conv(x, kernel, **_options(self.layer))
+
+
 def convolve(layer: Any, x: Tensor, kernel: Tensor) -> Tensor:
     """What `Conv1D`, `Conv2D` or `Conv3D` compute with a kernel, before bias and activation."""
-    padding = layer.padding
-    if padding == "causal":  # of `Conv1D` alone
-        width = [0, 0]
-        width[0] = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
-        none = [0, 0]
+    options = _options(layer)
+    if options["padding"] == "causal":  # of `Conv1D` alone
+        none, width = [0, 0], [layer.dilation_rate[0] * (layer.kernel_size[0] - 1), 0]
         last = layer.data_format == "channels_last"
-        x, padding = ops.pad(x, [none, width, none] if last else [none, none, width]), "valid"
-    return ops.conv(
-        x,
-        kernel,
-        strides=list(layer.strides),
-        padding=padding,
-        dilation_rate=layer.dilation_rate,
-        data_format=layer.data_format,
-    )
+        x = ops.pad(x, [none, width, none] if last else [none, none, width])
+        options["padding"] = "valid"
+    return ops.conv(x, kernel, **options)
+
+
+def _options(layer: Any) -> dict[str, Any]:
+    names = ("strides", "padding", "dilation_rate", "data_format")
+    return {name: getattr(layer, name) for name in names}
 
 
 def channel_bias(layer: Any) -> Tensor | None:

@@ -19,7 +19,7 @@ from keras import ops
 
 from keras_lora.checks import invalid
 from keras_lora.initializers import EMBEDDING_START, FrozenMatrix, Start
-from keras_lora.layers.convolving import convolution_products
+from keras_lora.layers.convolving import Depthwise, convolution_products, transposed_products
 from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor, split_equation
 from keras_lora.lowrank.products import Products, einsum_products
 
@@ -44,6 +44,7 @@ class Kind:
         start: How factors begin; None where `AdapterSpec.init` says it.
         has_dropout: Whether dropout applies to the adapter's input.
         takes_dora: Whether DoRA applies: whether the equation is all that `W0` does.
+        must_save: Whether a matrix for which no rank saves parameters is refused.
         by_row: Whether each row of a batch can have an adapter of its own (`MixedBatch`).
     """
 
@@ -57,6 +58,7 @@ class Kind:
     start: Start | None = None
     has_dropout: bool = True
     takes_dora: bool = True
+    must_save: bool = False
     by_row: bool = False
 
 
@@ -77,7 +79,9 @@ class Site:
     @property
     def matrix(self) -> keras.Variable:
         """`W0`."""
-        return getattr(self.layer, self.kind.matrix)
+        # Of some adapted layers the attribute itself is the effective matrix (`EffectiveMatrix`).
+        name = self.kind.matrix
+        return vars(self.layer)[name] if name in vars(self.layer) else getattr(self.layer, name)
 
     @property
     def shape(self) -> Shape:
@@ -137,8 +141,27 @@ def convolution_equation(layer: Layer) -> str:
     return f"...{space}x,{space}xy->...y"
 
 
+def transposed_equation(layer: Layer) -> str:
+    space = "uvw"[: layer.rank]
+    return f"...{space}x,{space}yx->...y"
+
+
+def depthwise_equation(layer: Layer) -> str:
+    """Of patches of one channel, so that all channels share the `A` of the positions."""
+    space = "uvw"[: layer.rank]
+    return f"...{space},{space}xy->...xy"
+
+
 def _convolution(site: Site, _: Tensor) -> Products:
     return convolution_products(site.layer, site.split(), site.weight())
+
+
+def _transposed(site: Site, _: Tensor) -> Products:
+    return transposed_products(site.layer, site.split(), site.weight())
+
+
+def _depthwise(site: Site, _: Tensor) -> Products:
+    return Depthwise(site.layer, site.split(), ops.stop_gradient(site.weight()))
 
 
 _DENSE = Kind(equation=dense_equation, by_row=True)
@@ -158,6 +181,17 @@ _EMBEDDING = Kind(
 )
 
 _CONVOLUTION = Kind(equation=convolution_equation, family="convolution", products=_convolution)
+_TRANSPOSED = Kind(
+    equation=transposed_equation, matrix="kernel", family="convolution", products=_transposed
+)
+_DEPTHWISE = Kind(
+    equation=depthwise_equation,
+    matrix="kernel",
+    constraint="depthwise_constraint",
+    family="convolution",
+    products=_depthwise,
+    must_save=True,
+)
 
 # For each layer class the kinds of its matrices, by name; a layer's only matrix is named "".
 KINDS: dict[type, Mapping[str, Kind]] = {
@@ -168,6 +202,11 @@ KINDS: dict[type, Mapping[str, Kind]] = {
     keras.layers.Conv1D: {"": _CONVOLUTION},
     keras.layers.Conv2D: {"": _CONVOLUTION},
     keras.layers.Conv3D: {"": _CONVOLUTION},
+    keras.layers.Conv1DTranspose: {"": _TRANSPOSED},
+    keras.layers.Conv2DTranspose: {"": _TRANSPOSED},
+    keras.layers.Conv3DTranspose: {"": _TRANSPOSED},
+    keras.layers.DepthwiseConv1D: {"": _DEPTHWISE},
+    keras.layers.DepthwiseConv2D: {"": _DEPTHWISE},
 }
 
 

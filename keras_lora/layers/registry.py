@@ -20,11 +20,17 @@ from keras import ops
 from keras_lora.checks import invalid
 from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.convolution import LoRAConv1D, LoRAConv2D, LoRAConv3D
+from keras_lora.layers.depthwise import LoRADepthwiseConv1D, LoRADepthwiseConv2D
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.kinds import KINDS, Kind, Site, kinds_of, only
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.state import LoRAState
+from keras_lora.layers.transposed import (
+    LoRAConv1DTranspose,
+    LoRAConv2DTranspose,
+    LoRAConv3DTranspose,
+)
 
 _LORA_CLASSES: dict[type, type[LoRALayer]] = {
     keras.layers.Dense: LoRADense,
@@ -34,6 +40,11 @@ _LORA_CLASSES: dict[type, type[LoRALayer]] = {
     keras.layers.Conv1D: LoRAConv1D,
     keras.layers.Conv2D: LoRAConv2D,
     keras.layers.Conv3D: LoRAConv3D,
+    keras.layers.Conv1DTranspose: LoRAConv1DTranspose,
+    keras.layers.Conv2DTranspose: LoRAConv2DTranspose,
+    keras.layers.Conv3DTranspose: LoRAConv3DTranspose,
+    keras.layers.DepthwiseConv1D: LoRADepthwiseConv1D,
+    keras.layers.DepthwiseConv2D: LoRADepthwiseConv2D,
 }
 
 

@@ -162,11 +162,24 @@ def check_target(target: Target) -> None:
     if not isinstance(target.layer, LoRALayer):
         check_adaptable(target.layer)
         target.site.split()
+        _check_saving(target)
         if 0 in target.kernel_shape:
             raise ValueError(
                 f"Layer {target.path!r}: expected a kernel without a side of 0. Received: the "
                 f"shape {target.kernel_shape}. Exclude the layer."
             )
+
+
+def _check_saving(target: Target) -> None:
+    """Refuse a matrix that no rank factors with fewer parameters, where its kind says so."""
+    inputs, outputs = target.site.split().matrix_shape(target.kernel_shape)
+    if target.site.kind.must_save and inputs * outputs <= inputs + outputs:
+        raise ValueError(
+            f"Layer {target.path!r}: expected a kernel with more parameters than factors of rank 1 "
+            f"have. Received: the shape {target.kernel_shape}, {inputs} positions of "
+            f"{outputs} channels. Exclude the layer, or train it in full: "
+            f"layers_to_save=[{target.path!r}]."
+        )
 
 
 def all_targets(tree: Tree) -> list[Target]:

@@ -190,6 +190,45 @@ CASES = [
         kernel_size=(3, 2, 5),
         use_bias=False,
     ),
+    convolution(
+        "conv2d, transposed",
+        keras.layers.Conv2DTranspose,
+        (5, 11, 13),
+        "bpquvx,uvyx->bpqy",
+        filters=7,
+        kernel_size=(3, 2),
+        strides=2,
+        activation="gelu",
+    ),
+    convolution(
+        "conv1d, transposed",
+        keras.layers.Conv1DTranspose,
+        (11, 5),
+        "bpux,uyx->bpy",
+        filters=7,
+        kernel_size=3,
+        dilation_rate=1 if keras.backend.backend() == "tensorflow" else 2,  # not on its CPUs
+    ),
+    convolution(
+        "conv2d, depthwise",
+        keras.layers.DepthwiseConv2D,
+        (11, 13, 5),
+        "bpquv,uvxy->bpqxy",
+        kernel_size=(3, 2),
+        strides=2,
+        padding="same",
+        depth_multiplier=7,
+        activation="gelu",
+    ),
+    convolution(
+        "conv1d, depthwise",
+        keras.layers.DepthwiseConv1D,
+        (5, 13),
+        "bpu,uxy->bpxy",
+        kernel_size=3,
+        dilation_rate=2,
+        data_format="channels_first",
+    ),
 ]
 BY_ID = {case.id: case for case in CASES}
 IDS = [f"{i}: {case.id}" for i, case in enumerate(CASES)]

@@ -1,0 +1,51 @@
+"""Adapted classes of layers whose matrix is a plain attribute, which Keras stores as it is.
+
+Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
+    `_check_load_own_variables`: whether a file has the variables of the base.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import keras
+
+from keras_lora.layers.guarded import Adapting
+
+
+@final
+class EffectiveMatrix:
+    """The effective matrix, where the plain layer has `W0` as an attribute of that name."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        if self._name not in vars(layer):
+            raise AttributeError(f"{self._name} of a layer that is not built")
+        banks = layer.banks.values()
+        return next(bank.kernel for bank in banks if bank.site.kind.matrix == self._name)
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        vars(layer)[self._name] = value  # in `build` of the plain layer
+
+
+class BaseVariables(Adapting, keras.layers.Layer):
+    """Abstract: stores the variables of the base alone, under the keys of a plain layer.
+
+    Keras's `Layer` stores every variable, adapters included. Among the bases of a final class
+    `LoRALayer` comes before this class.
+    """
+
+    def save_own_variables(self, store: Any) -> None:
+        layer: Any = self
+        for i, variable in enumerate(layer.base_variables):
+            store[str(i)] = variable
+
+    def load_own_variables(self, store: Any) -> None:
+        layer: Any = self
+        layer._check_load_own_variables(store)
+        for i, variable in enumerate(layer.base_variables):
+            variable.assign(store[str(i)])
