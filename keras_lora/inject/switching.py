@@ -219,8 +219,9 @@ def allow_any_rank(tree: Tree) -> None:
 def _make_train_function(model: ref[keras.Model], *args: Any, **kwargs: Any) -> None:
     """`make_train_function` of a model, once each adapter is in a slot that it can train in.
 
-    A frozen base that somebody thawed is frozen again before it could train. With a built optimizer TensorFlow traces the step once. Keras builds the optimizer within the
-    step, which is then traced again without it.
+    A frozen base that somebody thawed is frozen again before it could train. With a built optimizer
+    TensorFlow traces the step once. Keras builds the optimizer within the step, which is then
+    traced again without it.
     """
     trained = model()
     assert trained is not None
