@@ -108,7 +108,7 @@ def _combine(tree: Tree, weights: Mapping[str, float], name: str, options: Combi
 
 
 def _term(bank: AdapterBank, name: str, weight: float) -> WeightedFactors:
-    adapter, site = bank.adapters[name], bank.site
+    adapter, site = bank.ordinary(name), bank.site
     a, b = site.split().matrices(np.array(adapter.a), np.array(adapter.b), site.shape)
     return WeightedFactors(a, b, weight * adapter.scaling)
 

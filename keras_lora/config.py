@@ -6,14 +6,15 @@ import dataclasses
 import json
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from keras_lora.checks import check_alpha, check_rank, invalid, is_flag, is_number
-from keras_lora.initializers import STARTS
+from keras_lora.initializers import start_of
 from keras_lora.lowrank.equations import scaling
 
+DEFAULT_INIT = "kaiming_uniform"
 PRESETS = ("attention", "all-linear", "convolutions", "all")
 BIASES = ("none", "lora_only", "all")
 
@@ -47,10 +48,16 @@ class AdapterSpec:
         use_rslora: Divide by `sqrt(rank)` instead of `rank`.
         use_dora: Also train a magnitude `m` of each output, which starts at `|W0|`:
             `W = m (W0 + s A B) / |W0 + s A B|`.
-        init: How `A` starts: `"kaiming_uniform"`, uniform within `±1/sqrt(d)` for `d` inputs
-            (as PEFT does), or `"gaussian"`, normal with standard deviation `1/rank`. `B`
-            starts at zero, so that a fresh adapter changes nothing. `init` has no effect on an
-            embedding adapter, whose `A` starts at zero and `B` standard normal.
+        init: How `A` and `B` start. A fresh adapter changes nothing, and `W0` never changes.
+
+            - `"kaiming_uniform"`: `A` uniform within `±1/sqrt(d)` for `d` inputs (as PEFT does),
+              `B` zero; `"gaussian"`: `A` normal with standard deviation `1/rank`, `B` zero. An
+              embedding adapter has its own start instead: `A` zero and `B` standard normal.
+            - `"orthogonal"`: both random, with `A B = 0`.
+            - `"pissa"`: the principal part of `W0`, `s A0 B0 = U_r S_r V_r^T`; `"pissa:4"` by a
+              randomised SVD with 4 power iterations. `"olora"`: orthonormal `B0` from the QR
+              decomposition of `W0`. Both need a positive `alpha`, and compute with
+              `s (A B - A0 B0)`, where `A0` and `B0` are frozen copies.
 
     Raises:
         ValueError: a value outside the above.
@@ -69,7 +76,7 @@ class AdapterSpec:
     dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
-    init: str = "kaiming_uniform"
+    init: str = DEFAULT_INIT
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
@@ -79,13 +86,17 @@ class AdapterSpec:
         for name in ("use_rslora", "use_dora"):
             if not is_flag(getattr(self, name)):
                 raise invalid(name, "True or False", getattr(self, name))
-        if self.init not in STARTS:
-            raise invalid("init", f"one of {tuple(STARTS)}", self.init)
+        start_of(self.init)
         _make_plain(self)
 
     @property
     def scaling(self) -> float:
         return scaling(self.alpha, self.rank, self.use_rslora)
+
+    @property
+    def has_counterpart(self) -> bool:
+        """Whether `A0 B0`, with which the adapter begins, is taken off again."""
+        return start_of(self.init).has_counterpart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +113,7 @@ class LoRAConfig:
         alpha_pattern: `{name: alpha}`, likewise.
         use_rslora: Scale by `alpha / sqrt(rank)` (rank-stabilised LoRA).
         use_dora: Also train a magnitude of each output (DoRA); see `AdapterSpec`.
-        init: How `A` starts; see `AdapterSpec`.
+        init: How `A` and `B` start; see `AdapterSpec`.
         bias: Which biases train: `"none"`, those of the adapted layers (`"lora_only"`), or
             every variable called `bias` in the model (`"all"`).
         layers_to_save: Names of layers that train in full beside the adapters, such as a
@@ -127,7 +138,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
-    init: str = "kaiming_uniform"
+    init: str = DEFAULT_INIT
     bias: Literal["none", "lora_only", "all"] = "none"
     layers_to_save: Sequence[str] = ()
 
@@ -155,6 +166,7 @@ class LoRAConfig:
             object.__setattr__(self, name, _pattern(name, getattr(self, name), check))
         if self.bias not in BIASES:
             raise invalid("bias", f"one of {BIASES}", self.bias)
+        check_start(self.init, [self.alpha, *self.alpha_pattern.values()])
         _make_plain(self)
 
     def spec(self, *, rank: int | None = None, alpha: float | None = None) -> AdapterSpec:
@@ -206,6 +218,16 @@ class LoRAConfig:
         if not isinstance(values, dict):
             raise ValueError(f"Expected a JSON object. Received: {type(values).__name__}.")
         return cls.from_dict(values)
+
+
+def check_start(init: str, alphas: Iterable[float]) -> None:
+    """
+    Raises:
+        ValueError: a part of `W0` cannot be `s A0 B0`, since the scale `s` is not positive.
+    """
+    wrong = [alpha for alpha in alphas if alpha <= 0] if start_of(init).has_counterpart else []
+    if wrong:
+        raise invalid("alpha", f"a positive number for init={init!r}", wrong[0])
 
 
 def _make_plain(config: AdapterSpec | LoRAConfig) -> None:

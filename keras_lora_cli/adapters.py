@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from keras_lora.checks import AdapterFileError
 from keras_lora.exchange.keras_hub.h5 import read_keras_hub_lora
 from keras_lora.exchange.peft_files import PeftModule, read_peft_adapter
 from keras_lora.files.keys import owned_by, stable_banks
+from keras_lora.files.ordinary import as_ordinary
 from keras_lora.files.saving import adapter_tensors
 from keras_lora.lowrank.combining import Array, WeightedFactors
 from keras_lora.walker import Tree
@@ -118,13 +119,13 @@ def load_into(
 def adapter_of(model: keras.Model, name: str, path: str) -> Adapter:
     """The adapter that `load_into` has added to a model from a path, in this module's form."""
     kind, tree = check_kind(path, ADAPTERS), Tree.of(model)
-    keys, tensors = tree.variable_keys, adapter_tensors(tree, name)
+    keys, tensors = tree.variable_keys, adapter_tensors(tree, name, ordinary=True)
     values = {keys[id(item.variable)]: item.value(name) for item in owned_by(tree, name)}
     factors = {key: value for key, value in tensors.items() if key not in values}
     layers = {}
     for owner, bank in stable_banks(tree).items():
         if name in bank.adapters:
-            found = _layer(bank.adapters[name].acting_spec, _at(owner, factors))
+            found = _layer(bank.ordinary(name).acting_spec, _at(owner, factors))
             site = bank.site
             matrices = site.split().matrices(found.a, found.b, site.shape)
             layers[owner] = replace(found, matrices=matrices)
@@ -141,8 +142,13 @@ def _read_native(path: str) -> Adapter:
     for owner in dict.fromkeys(key.rpartition("/")[0] for key in factors):
         found = _at(owner, factors)
         if found.keys() >= {"lora_a", "lora_b"}:
-            layer = _layer(_native_spec(path, owner, config), found)
-            layers[owner] = replace(layer, matrices=_matrices(layer))
+            spec = _native_spec(path, owner, config)
+            axes = _rank_axes(found["lora_a"], found["lora_b"], spec.rank)
+            if len(axes) == 1:
+                spec, ordinary = as_ordinary(owner, spec, factors, *axes)
+                found = _at(owner, ordinary)
+            layer = _layer(spec, found)
+            layers[owner] = replace(layer, matrices=_matrices(layer, axes))
         else:
             unknown += [f"{owner}/{name}" for name in found]
     return Adapter(
@@ -173,20 +179,21 @@ def _layer(spec: kl.AdapterSpec, tensors: Mapping[str, Array]) -> Layer:
     return Layer(rank=spec.rank, alpha=spec.alpha, scale=spec.scaling, a=a, b=b, extras=extras)
 
 
-def _matrices(layer: Layer) -> tuple[Array, Array] | None:
-    """The matrices of factors `(shared..., d..., r)` and `(shared..., r, k...)`.
-
-    None if the shapes fit several numbers of shared axes, or none.
-    """
-    a, b, rank = layer.a, layer.b, layer.rank
-    fitting = [
+def _rank_axes(a: Array, b: Array, rank: int) -> list[int]:
+    """Where the rank may be in `b`: factors `(shared..., d..., r)` and `(shared..., r, k...)`."""
+    return [
         i
         for i in range(b.ndim)
         if a.shape[:i] == b.shape[:i] and b.shape[i] == rank == a.shape[-1] and i < a.ndim
     ]
-    if len(fitting) != 1:
+
+
+def _matrices(layer: Layer, rank_axes: Sequence[int]) -> tuple[Array, Array] | None:
+    """The matrices of the factors; None if the shapes do not tell where the rank is."""
+    if len(rank_axes) != 1:
         return None
-    shared = int(np.prod(a.shape[: fitting[0]]))
+    a, b, rank = layer.a, layer.b, layer.rank
+    shared = int(np.prod(a.shape[: rank_axes[0]]))
     return a.reshape(shared, -1, rank), b.reshape(shared, rank, -1)
 
 

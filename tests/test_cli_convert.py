@@ -56,6 +56,22 @@ def test_another_dtype_needs_no_base(ask: Ask, tmp_path: Path, source: str, to: 
     assert ask("diff", source, tmp_path / "half", "--tolerance", 0.01)["equal"]
 
 
+def test_an_adapter_with_a_counterpart_is_compared_as_what_it_computes(
+    ask: Ask, tmp_path: Path
+) -> None:
+    model = kl.apply_lora(keras.models.load_model(BASE), kl.LoRAConfig(rank=2, init="olora"))
+    for layer in kl.lora_layers(model).values():
+        layer.adapters["default"].b.assign(1.5 * np.array(layer.adapters["default"].b))
+    kl.save_adapter(model, tmp_path / "a")
+    kl.save_adapter(model, tmp_path / "half", dtype="bfloat16")
+    assert [x["rank"] for x in ask("inspect", tmp_path / "a")["layers"]] == [4, 4]
+    found = ask("diff", tmp_path / "a", tmp_path / "half", code=1)
+    assert 0 < max(x["relative_distance"] for x in found["layers"]) < 2**-7
+    assert ask("diff", tmp_path / "a", tmp_path / "half", "--base", BASE, "--tolerance", 0.01)[
+        "equal"
+    ]
+
+
 @pytest.mark.slow
 def test_a_hugging_face_directory_is_a_base(ask: Ask, tmp_path: Path) -> None:
     from support.hugging_face_models import HUGGING_FACE_MODELS  # noqa: PLC0415  (imports torch)

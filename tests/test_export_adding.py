@@ -36,14 +36,14 @@ pytest_plugins = ["support.forks"]
 FEEDS = {"features": normal(5)}
 BASE_FILES = ["saved_model.pb", "variables/variables.data-00000-of-00001"]
 MIX = ("it", "de", "", "es", "fr", "it", "es", "de", "fr", "", "it")
-CONFIGS = (config(2, ["up", "middle"], **HEAD), config(5, ["up"], use_rslora=True))
+CONFIGS = (config(2, ["up", "middle"], **HEAD), config(5, ["up"], use_rslora=True, init="pissa"))
 
 
 def model_of_four() -> keras.Model:
     """Two adapters to export, and two that come later: of a higher rank, and of fewer layers."""
     model = adapted(functional, CONFIGS)
     model = kl.apply_lora(model, config(4, ["up", "middle"], alpha=3, **HEAD), name="it")
-    model = kl.apply_lora(model, config(1, ["middle"]), name="es")
+    model = kl.apply_lora(model, config(1, ["middle"], init="olora"), name="es")
     randomize_adapters(model)
     kl.set_adapter(model, "it")
     model.get_layer("head").kernel.assign(np.full((11, 3), 0.7))

@@ -87,6 +87,25 @@ def test_an_adapter_of_keras_computes_the_same_in_peft(
         assert back.scaling == pytest.approx(ours.scaling)
 
 
+@pytest.mark.parametrize(("name", "options"), [("llama", {}), ("gpt2", {"use_rslora": True})])
+def test_an_adapter_with_a_counterpart_is_ordinary_lora_of_twice_the_rank_in_peft(
+    name: str, options: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    backbone = keras_model(base)
+    kl.apply_lora(backbone, kl.LoRAConfig(rank=3, alpha=7, init="pissa", **options))
+    for layer in kl.lora_layers(backbone).values():
+        for factor in layer.adapters["default"].factors:
+            factor.assign(1.1 * np.array(factor))
+    model = hub_model(base)
+    kl.save_peft_adapter(backbone, tmp_path / "keras", prefix=CASES[name].prefix(model))
+    assert difference(name, backbone, model) > 3 * TOLERANCE
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "keras").eval()
+    assert_agree(name, backbone, theirs)
+    again = keras_model(base)
+    kl.load_peft_adapter(again, tmp_path / "keras")
+    assert_agree(name, again, theirs)
+
+
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 def test_dora_of_keras_computes_the_same_in_peft(name: str, base: Path, tmp_path: Path) -> None:
     """Beside a layer without DoRA, and kernels of a fused matrix that have no adapter."""

@@ -20,7 +20,6 @@ from keras_lora.checks import AdapterFileError, invalid, warn
 from keras_lora.files.adapter_files import PathLike, write_adapter_files
 from keras_lora.files.keys import (
     base_fingerprint,
-    factor_keys,
     owned_by,
     stable_banks,
     values_beside,
@@ -42,7 +41,7 @@ from keras_lora.inject import (
     whole_adapters,
 )
 from keras_lora.inject import replace as replace_adapter
-from keras_lora.layers import DEFAULT_ADAPTER, Adapter, check_adapter_name
+from keras_lora.layers import DEFAULT_ADAPTER, Adapter, LayerAdapter, check_adapter_name
 from keras_lora.version import __version__
 from keras_lora.walker import Tree
 
@@ -64,6 +63,10 @@ def save_adapter(
 
     `adapter.safetensors` has everything; `adapter_config.json` repeats the config for people. A
     process that is killed at any moment leaves the old adapter or the new one.
+
+    An adapter of a start with a counterpart (`init="pissa"`) is written with the factors `A0` and
+    `B0`, so that its training goes on as before. In 16 bits, where `A - A0` would lose its digits,
+    it is written as what it computes: as an ordinary adapter of twice the rank.
 
     Args:
         model: An adapted model.
@@ -93,8 +96,9 @@ def save_adapter(
             raise invalid("dtype", f"one of {sorted(_DTYPES)}", dtype)
         keys = tree.variable_keys
         beside = {keys[id(variable)]: value for variable, value in values_beside(tree, name)}
-        tensors = adapter_tensors(tree, name) | beside
-        description = _description(tree, name, list(beside))
+        ordinary = dtype != "float32"
+        tensors = adapter_tensors(tree, name, ordinary=ordinary) | beside
+        description = _description(tree, name, list(beside), ordinary)
     with np.errstate(over="ignore"):  # an overflow is refused below, with its key
         tensors = {key: value.astype(_DTYPES[dtype]) for key, value in tensors.items()}
     write_adapter_files(directory, description, tensors, overwrite=overwrite)
@@ -160,21 +164,25 @@ def load_adapter(
         install(tree, plan, active=not active_names(tree))
 
 
-def adapter_tensors(tree: Tree, name: str) -> dict[str, np.ndarray]:
-    """The factors and owned values of an adapter, by key."""
-    tensors: dict[str, np.ndarray] = {}
-    for path, bank in stable_banks(tree).items():
-        if name in bank.adapters:
-            adapter = bank.adapters[name]
-            values = map(np.array, adapter.factors)
-            tensors |= dict(zip(factor_keys(path, adapter.spec), values, strict=True))
+def _parts(tree: Tree, name: str, ordinary: bool) -> dict[str, LayerAdapter]:
+    banks = {path: bank for path, bank in stable_banks(tree).items() if name in bank.adapters}
+    return {p: x.ordinary(name) if ordinary else x.adapters[name] for p, x in banks.items()}
+
+
+def adapter_tensors(tree: Tree, name: str, *, ordinary: bool) -> dict[str, np.ndarray]:
+    """The factors and owned values of an adapter, by key; with `ordinary` without counterparts."""
+    tensors = {
+        f"{path}/lora_{which}": np.array(factor)
+        for path, part in _parts(tree, name, ordinary).items()
+        for which, factor in part.named_factors.items()
+    }
     keys = tree.variable_keys
     return tensors | {keys[id(item.variable)]: item.value(name) for item in owned_by(tree, name)}
 
 
-def _description(tree: Tree, name: str, beside: Sequence[str]) -> dict[str, Any]:
+def _description(tree: Tree, name: str, beside: Sequence[str], ordinary: bool) -> dict[str, Any]:
     """What `adapter_config.json` says; `beside` has the keys of variables of the base."""
-    layers = {p: x.adapters[name] for p, x in stable_banks(tree).items() if name in x.adapters}
+    layers = _parts(tree, name, ordinary)
     specs = {path: dataclasses.asdict(adapter.acting_spec) for path, adapter in layers.items()}
     common = next(iter(specs.values()))
     keys, whole = tree.variable_keys, whole_adapters(tree, [name]).get(name)

@@ -67,6 +67,8 @@ def _misfit(
         return None
     if spec.use_dora and any(slot.magnitude is None for slot in bank.slots):
         return f"{path}: DoRA among slots without a magnitude"
+    if spec.has_counterpart and any(slot.counterpart is None for slot in bank.slots):
+        return f"{path}: a start with a counterpart, {spec.init!r}, among slots without"
     ranks = [slot.rank for slot in bank.slots]
     own = "" if bank.pads else ", and the optimizer does not go by element"
     return f"{path}: rank {spec.rank} among slots of rank {ranks}{own}"

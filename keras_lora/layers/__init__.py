@@ -12,8 +12,14 @@ from keras_lora.layers.adaptable import (
     check_adapter_name,
     remember_flag,
 )
-from keras_lora.layers.adapter import Adapter, LayerAdapter, adapter_shapes, factor_names
-from keras_lora.layers.bank import AdapterBank, layer_adapter
+from keras_lora.layers.adapter import (
+    Adapter,
+    LayerAdapter,
+    adapter_shapes,
+    factor_names,
+    layer_adapter,
+)
+from keras_lora.layers.bank import AdapterBank
 from keras_lora.layers.checkpoint import STATE_PREFIX
 from keras_lora.layers.computation import computing
 from keras_lora.layers.convolution import LoRAConv1D, LoRAConv2D, LoRAConv3D

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import keras
 import numpy as np
 
-from keras_lora.config import AdapterSpec, LoRAConfig
+from keras_lora.config import DEFAULT_INIT, AdapterSpec, LoRAConfig
 from keras_lora.layers.factors import Factor
-from keras_lora.lowrank.equations import EinsumSplit, Shape
+from keras_lora.lowrank.equations import EinsumSplit, Shape, beside_counterpart, scaling
 
 
 @dataclass(eq=False)
@@ -39,6 +41,7 @@ class LayerAdapter:
         magnitude: DoRA's `m`; None without DoRA.
         adapter: The adapter that this is a part of; None on a layer that was made by hand.
         scale_factor: What `scale_adapter` multiplies the scale `s` by.
+        counterpart: `A0` and `B0` of a start whose `A0 B0` is taken off again; they never train.
     """
 
     spec: AdapterSpec
@@ -47,6 +50,7 @@ class LayerAdapter:
     magnitude: Factor | None = None
     adapter: Adapter | None = None
     scale_factor: float = 1.0
+    counterpart: tuple[Factor, Factor] | None = None
 
     @property
     def acting_spec(self) -> AdapterSpec:
@@ -60,24 +64,52 @@ class LayerAdapter:
 
     @property
     def named_factors(self) -> dict[str, Factor]:
-        """`A`, `B` and, for DoRA, `m`, under their names in files."""
-        return dict(zip(factor_names(self.spec), self.factors, strict=True))
+        """`A`, `B`, for DoRA `m`, and the counterpart, under their names in files."""
+        every = *self.factors, *(self.counterpart or ())
+        return dict(zip(factor_names(self.spec), every, strict=True))
 
     @property
     def factors(self) -> tuple[Factor, ...]:
         """The values that train: `A`, `B` and, for DoRA, `m`."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
+    def ordinary(self, rank_axis: int) -> LayerAdapter:
+        """The same update as ordinary LoRA: of twice the rank where there is a counterpart.
+
+        `rank_axis` is where the rank is among the axes of `B`.
+        """
+        if self.counterpart is None:
+            return self
+        spec, (a0, b0) = self.spec, map(np.array, self.counterpart)
+        pair = np.array(self.a), np.array(self.b)
+        a, b = beside_counterpart(pair, (a0, b0), rank_axis, np.concatenate)
+        alpha = spec.scaling / scaling(1.0, 2 * spec.rank, spec.use_rslora)
+        spec = dataclasses.replace(spec, rank=2 * spec.rank, alpha=alpha, init=DEFAULT_INIT)
+        return dataclasses.replace(self, spec=spec, a=Factor(a), b=Factor(b), counterpart=None)
+
     @property
     def parameters(self) -> int:
         return sum(int(np.prod(factor.shape)) for factor in self.factors)
 
 
+def layer_adapter(
+    spec: AdapterSpec, factors: Sequence[Any], adapter: Adapter | None = None
+) -> LayerAdapter:
+    """An adapter's part with these values, in the order of their names; in no bank yet."""
+    values = [x if isinstance(x, Factor) else Factor(x) for x in factors]
+    named = dict(zip(factor_names(spec), values, strict=True))
+    counterpart = (named["a0"], named["b0"]) if spec.has_counterpart else None
+    magnitude = named.get("magnitude")
+    return LayerAdapter(spec, named["a"], named["b"], magnitude, adapter, counterpart=counterpart)
+
+
 def factor_names(spec: AdapterSpec) -> tuple[str, ...]:
-    return ("a", "b", "magnitude") if spec.use_dora else ("a", "b")
+    magnitude = ("magnitude",) if spec.use_dora else ()
+    return ("a", "b", *magnitude, *(("a0", "b0") if spec.has_counterpart else ()))
 
 
 def adapter_shapes(split: EinsumSplit, kernel_shape: Shape, spec: AdapterSpec) -> list[Shape]:
     """The shapes of the factors, in the order of their names."""
+    pair = split.factor_shapes(kernel_shape, spec.rank)
     norms = [split.norm_shape(kernel_shape)] if spec.use_dora else []
-    return [*split.factor_shapes(kernel_shape, spec.rank), *norms]
+    return [*pair, *norms, *(pair if spec.has_counterpart else ())]

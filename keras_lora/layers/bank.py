@@ -8,7 +8,6 @@ Private Keras API in this file, and why (`tests/test_private_api.py` watches eac
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
@@ -18,8 +17,14 @@ import numpy as np
 from keras import ops
 
 from keras_lora.config import AdapterSpec
-from keras_lora.initializers import STARTS
-from keras_lora.layers.adapter import Adapter, LayerAdapter, adapter_shapes
+from keras_lora.initializers import Start
+from keras_lora.layers.adapter import (
+    Adapter,
+    LayerAdapter,
+    adapter_shapes,
+    factor_names,
+    layer_adapter,
+)
 from keras_lora.layers.computation import Computation, chosen
 from keras_lora.layers.factors import Factor
 from keras_lora.layers.kinds import Site
@@ -87,16 +92,31 @@ class AdapterBank:
             self, {i: f * multipliers[i] for i, f in pairs if f is not None and i in multipliers}
         )
 
-    def add(self, name: str, spec: AdapterSpec, adapter: Adapter | None = None) -> LayerAdapter:
-        """Make the factors of a new adapter. It is not active before `activate`."""
-        a_shape, b_shape, *m_shape = self.shapes(spec)
-        start = self.site.kind.start or STARTS[spec.init]
-        started = start.started(self.site.frozen_matrix(), spec.rank)
+    def add(
+        self,
+        name: str,
+        spec: AdapterSpec,
+        adapter: Adapter | None = None,
+        start: Start | None = None,
+    ) -> LayerAdapter:
+        """Make the factors of a new adapter, by the start of its spec or another one.
+
+        It is not active before `activate`.
+        """
+        start = self.site.kind.start_of(spec.init) if start is None else start
+        started = start.started(self.site.frozen_matrix(), spec.rank, spec.scaling)
+        if spec.has_counterpart:
+            started = started.drawn_once()
+        a, b = started.a, started.b
         # The magnitude is drawn when first needed, as the norm of the matrix at that moment.
-        m = Factor(self.norms, m_shape[0]) if m_shape else None
-        factors = Factor(started.a, a_shape), Factor(started.b, b_shape), m
-        self._adapters[name] = LayerAdapter(spec, *factors, adapter)
+        draws = {"a": a, "b": b, "magnitude": self.norms, "a0": a, "b0": b}
+        values = {which: Factor(draws[which], s) for which, s in self.shapes(spec).items()}
+        self._adapters[name] = layer_adapter(spec, list(values.values()), adapter)
         return self._adapters[name]
+
+    def ordinary(self, name: str) -> LayerAdapter:
+        """An adapter as ordinary LoRA: of twice the rank where it has a counterpart."""
+        return self._adapters[name].ordinary(self.site.split().rank_axes[1])
 
     def put(self, name: str, adapter: LayerAdapter) -> None:
         """Add an adapter, or let it replace the adapter of that name.
@@ -121,9 +141,10 @@ class AdapterBank:
             if slot.adapter is self._adapters[name]:
                 slot.refresh()
 
-    def shapes(self, spec: AdapterSpec) -> list[Shape]:
-        """The shapes of `A`, `B` and, for DoRA, `m`."""
-        return adapter_shapes(self.site.split(), self.site.shape, spec)
+    def shapes(self, spec: AdapterSpec) -> dict[str, Shape]:
+        """The shapes of the factors by name."""
+        shapes = adapter_shapes(self.site.split(), self.site.shape, spec)
+        return dict(zip(factor_names(spec), shapes, strict=True))
 
     @property
     def has_dropout(self) -> bool:
@@ -157,13 +178,12 @@ class AdapterBank:
     @property
     def room(self) -> Room:
         """What the slots have room for; `make_room` makes slots alike in another layer."""
-        ranks = [slot.rank for slot in self.slots]
-        use_dora = [slot.magnitude is not None for slot in self.slots]
-        return Room(ranks, use_dora, self.has_dropout, self.trains)
+        return Room.of(self.slots, self.has_dropout, self.trains)
 
     def make_room(self, room: Room) -> None:
         """Make empty slots before any adapter is active."""
-        empty = [layer_adapter(x, [np.zeros(s) for s in self.shapes(x)]) for x in room.specs]
+        zeros = [list(map(np.zeros, self.shapes(spec).values())) for spec in room.specs]
+        empty = list(map(layer_adapter, room.specs, zeros))
         self._take(self._made_slots(empty))
         self.activate([], room.trainable)
 
@@ -247,7 +267,8 @@ class AdapterBank:
         if self.fits(specs):
             return {}
         needed = [i for i, s in enumerate(specs) if i >= len(old) or not old[i].takes(s, self.pads)]
-        shapes = {i: self.shapes(_grown(specs[i], old[i : i + 1], self.pads)) for i in needed}
+        grown = {i: old[i].grown(specs[i], self.pads) if i < len(old) else specs[i] for i in needed}
+        shapes = {i: self.shapes(spec) for i, spec in grown.items()}
         _, rank_axis = self.site.split().rank_axes
         made: list[keras.Variable] = []
         try:
@@ -282,11 +303,14 @@ class AdapterBank:
         """Adds a variable to the layer, and to the list."""
         prefix = f"{self.site.name}_" if self.site.name else ""
 
-        def new(name: str, shape: Shape, initializer: Any, trainable: bool) -> keras.Variable:
-            dtype = "float32" if trainable else self.site.wide_dtype
+        def new(
+            name: str, shape: Shape, initializer: Any, trainable: bool, exact: bool = False
+        ) -> keras.Variable:
+            dtype = "float32" if trainable or exact else self.site.wide_dtype
             options = {"initializer": initializer, "dtype": dtype, "trainable": trainable}
-            # In 16 bits a gain near 1 would become 1.
-            options["autocast"] = not name.startswith(("lora_magnitude", "lora_squared_norms"))
+            # In 16 bits a gain near 1 would become 1, and what was learned beside A0 would be lost.
+            rounded = not name.startswith(("lora_magnitude", "lora_squared_norms"))
+            options["autocast"] = rounded and not exact
             made.append(self.site.layer.add_weight(name=prefix + name, shape=shape, **options))
             return made[-1]
 
@@ -317,20 +341,3 @@ class AdapterBank:
         finally:
             if locked:
                 tracker.lock()
-
-
-def _grown(spec: AdapterSpec, old: Sequence[Slot], pads: bool) -> AdapterSpec:
-    """The spec of a slot that takes this spec, and all that the old slot at its index took."""
-    return dataclasses.replace(
-        spec,
-        rank=max([spec.rank, *(slot.rank for slot in old if pads)]),
-        use_dora=spec.use_dora or any(slot.magnitude is not None for slot in old),
-    )
-
-
-def layer_adapter(
-    spec: AdapterSpec, factors: Sequence[Any], adapter: Adapter | None = None
-) -> LayerAdapter:
-    """An adapter's part with these values of `A`, `B` and, for DoRA, `m`; in no bank yet."""
-    a, b, *m = map(Factor, factors)
-    return LayerAdapter(spec, a, b, m[0] if m else None, adapter)

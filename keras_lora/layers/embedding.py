@@ -30,14 +30,12 @@ class Lookup(Adapting, keras.layers.Embedding):
         """`E[i] + sum_i s_i A_i[i] B_i`: only these tokens' rows of `A B` are formed."""
         if keras.backend.standardize_dtype(inputs.dtype) not in ("int32", "int64"):
             inputs = ops.cast(inputs, "int32")
-        rows = self._rows(self.base_kernel, inputs)
+        rows = ops.cast(ops.take(self.base_kernel, inputs, axis=0), self.compute_dtype)
         for slot in self.slots:
-            b = ops.cast(slot.scaled_b(self.bank.site.wide_dtype), self.compute_dtype)
-            rows = ops.add(rows, ops.matmul(self._rows(slot.a, inputs), b))  # (..., r) @ (r, dim)
+            pair = slot.pair(self.bank.site.wide_dtype, lambda a: ops.take(a, inputs, axis=0))
+            a, b = (ops.cast(x, self.compute_dtype) for x in pair)
+            rows = ops.add(rows, ops.matmul(a, b))  # (..., r) @ (r, dim)
         return rows
-
-    def _rows(self, matrix: keras.Variable, inputs: Tensor) -> Tensor:
-        return ops.cast(ops.take(matrix, inputs, axis=0), self.compute_dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRAEmbedding")
@@ -46,14 +44,14 @@ class LoRAEmbedding(LoRALayer, Lookup):
 
         h = E[i] + s A[i] B     E: (vocabulary, dim)   A: (vocabulary, r)   B: (r, dim)
 
-    `A` starts at zero and `B` standard normal, as in PEFT, so a fresh layer computes what its
-    base does. Only the rows of `A` that were looked up get a gradient. There is no dropout, as in
-    PEFT, since the adapter is fed token ids.
+    By default `A` starts at zero and `B` standard normal, as in PEFT, so a fresh layer computes
+    what its base does. Only the rows of `A` that were looked up get a gradient. There is no
+    dropout, as in PEFT, since the adapter is fed token ids.
 
     Args:
         input_dim: Size of the vocabulary.
         output_dim: Size `dim` of a row.
-        rank, alpha, use_rslora, adapters, active: See `LoRALayer`. Its `dropout`, `init` and
+        rank, alpha, use_rslora, init, adapters, active: See `LoRALayer`. Its `dropout` and
             `train_bias` have no effect.
         **kwargs: Any argument of `keras.layers.Embedding` except `weights`.
 
@@ -97,12 +95,13 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
     kernel `R` of the reverse is another matrix, which is frozen and not adapted. (Hugging Face
     PEFT adapts the lookup alone in both cases; see docs/peft.md.)
 
-    `A` starts at zero and `B` standard normal, and there is no dropout: see `LoRAEmbedding`.
+    By default `A` starts at zero and `B` standard normal; there is no dropout: see
+    `LoRAEmbedding`.
 
     Args:
         input_dim: Size of the vocabulary.
         output_dim: Size `dim` of a row.
-        rank, alpha, use_rslora, adapters, active: See `LoRALayer`. Its `dropout`, `init` and
+        rank, alpha, use_rslora, init, adapters, active: See `LoRALayer`. Its `dropout` and
             `train_bias` have no effect.
         **kwargs: Any argument of `keras.layers.ReversibleEmbedding` except `weights`.
 
@@ -148,10 +147,8 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
         if self.reverse_dtype is not None:
             inputs, matrix = (ops.cast(x, self.reverse_dtype) for x in (inputs, matrix))
         wide = self.bank.site.wide_dtype
-        terms = [
-            Term(inputs, _turned(slot.scaled_b(wide), matrix), _turned(slot.a, matrix))
-            for slot in self.slots
-        ]
+        pairs = [slot.pair(wide) for slot in self.slots]
+        terms = [Term(inputs, _turned(b, matrix), _turned(a, matrix)) for a, b in pairs]
         split = split_equation("...y,xy->...x", len(inputs.shape))
         return adapted_sum(einsum_products(split, matrix), inputs, terms)
 

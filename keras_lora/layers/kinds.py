@@ -18,7 +18,7 @@ import keras
 from keras import ops
 
 from keras_lora.checks import invalid
-from keras_lora.initializers import EMBEDDING_START, FrozenMatrix, Start
+from keras_lora.initializers import EMBEDDING_START, FrozenMatrix, Start, start_of
 from keras_lora.layers.convolving import Depthwise, convolution_products, transposed_products
 from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor, split_equation
 from keras_lora.lowrank.products import Products, einsum_products
@@ -41,7 +41,8 @@ class Kind:
             contain it: `"all-linear"` and `"attention"` select linear ones, `"all"` every family.
         products: How `W0` acts on an input. The default is the einsum.
         weight: `W0` in floating point, if the variable has another form (quantized).
-        start: How factors begin; None where `AdapterSpec.init` says it.
+        start: How factors begin; None where `AdapterSpec.init` says it. A start that does not
+            yield to it goes before it.
         has_dropout: Whether dropout applies to the adapter's input.
         takes_dora: Whether DoRA applies: whether the equation is all that `W0` does.
         must_save: Whether a matrix for which no rank saves parameters is refused.
@@ -60,6 +61,11 @@ class Kind:
     takes_dora: bool = True
     must_save: bool = False
     by_row: bool = False
+
+    def start_of(self, init: str) -> Start:
+        """How the factors of an adapter with this `init` begin."""
+        start = start_of(init)
+        return self.start if self.start is not None and start.yields else start
 
 
 @dataclass(frozen=True, eq=False)

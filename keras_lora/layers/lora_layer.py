@@ -15,7 +15,8 @@ from typing import Any
 import keras
 
 from keras_lora.checks import invalid, warn
-from keras_lora.config import AdapterSpec
+from keras_lora.config import AdapterSpec, check_start
+from keras_lora.initializers import stand_in
 from keras_lora.layers.adaptable import check_adaptable, check_adapter_name, remember_flag
 from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.bank import AdapterBank
@@ -62,7 +63,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         dropout: Dropout on the adapter's input while training, in `[0, 1)`.
         use_rslora: `s = alpha / sqrt(r)`.
         use_dora: Also train a magnitude of each output.
-        init: How `A` starts; see `AdapterSpec`.
+        init: How `A` and `B` start; see `AdapterSpec`.
         adapters: `{name: AdapterSpec fields}` instead of the six above, for several adapters.
         active: Names of the active adapters; all of them by default.
         train_bias: Train the bias beside the adapters.
@@ -122,6 +123,8 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
             specs = {DEFAULT_ADAPTER: spec}
         else:
             specs = {check_adapter_name(n): AdapterSpec(**spec) for n, spec in adapters.items()}
+        for spec in specs.values() if room is None else ():
+            check_start(spec.init, [spec.alpha])
         if kwargs.get("weights") is not None:
             fix = "build the layer and assign to its base_kernel"
             raise invalid("weights", "None", type(kwargs["weights"]), fix)
@@ -149,9 +152,12 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
             remember_flag(variable)
             variable.trainable = id(variable) in biases and self._lora.train_bias
         for bank in self.banks.values():
+            room = self._lora.pending_room
             for name, spec in self._lora.pending.items():
-                bank.add(name, spec)
-            if (room := self._lora.pending_room) is not None:
+                start = bank.site.kind.start_of(spec.init)
+                # With room for them the values come from a file.
+                bank.add(name, spec, start=start if room is None else stand_in(start))
+            if room is not None:
                 bank.make_room(room)
             bank.activate(self._lora.pending_active, room is None or room.trainable)
         self._lora.pending = {}

@@ -10,8 +10,9 @@ Likewise a slot with a magnitude takes an adapter without DoRA: its gain is 1 th
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.config import AdapterSpec
+from keras_lora.config import DEFAULT_INIT, AdapterSpec
 from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.factors import Factor, protected, read, write
 from keras_lora.layers.groups import in_group
-from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor
+from keras_lora.lowrank.equations import EinsumSplit, Pair, Shape, Tensor, beside_counterpart
 
 NewVariable = Callable[..., keras.Variable]
+
+_WITH_COUNTERPART = "olora"  # in the spec of a slot: any start that has one
 
 
 def _set(variable: keras.Variable, value: Any) -> None:
@@ -71,20 +74,34 @@ class Room:
         use_dora: Whether each has a magnitude.
         dropout: Whether dropout is part of the computation.
         trainable: Whether the slots train.
+        counterparts: Whether each has room for a counterpart; none has in files of version 0.1.
     """
 
     ranks: Sequence[int]
     use_dora: Sequence[bool]
     dropout: bool
     trainable: bool
+    counterparts: Sequence[bool] = ()
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot], dropout: bool, trainable: bool) -> Room:
+        return cls(
+            [slot.rank for slot in slots],
+            [slot.magnitude is not None for slot in slots],
+            dropout,
+            trainable,
+            [slot.counterpart is not None for slot in slots],
+        )
 
     @property
     def specs(self) -> list[AdapterSpec]:
         """Specs of adapters that fill the slots."""
         dropout = 0.5 if self.dropout else 0.0
+        inits = [_WITH_COUNTERPART if c else DEFAULT_INIT for c in self.counterparts]
+        inits += [DEFAULT_INIT] * (len(self.ranks) - len(inits))
         return [
-            AdapterSpec(rank=rank, alpha=rank, dropout=dropout, use_dora=use_dora)
-            for rank, use_dora in zip(self.ranks, self.use_dora, strict=True)
+            AdapterSpec(rank=rank, alpha=rank, dropout=dropout, use_dora=use_dora, init=init)
+            for rank, use_dora, init in zip(self.ranks, self.use_dora, inits, strict=True)
         ]
 
 
@@ -92,16 +109,18 @@ class Room:
 class Slot:
     """Variables of one adapter's shape: `A`, `B`, the scale `s`, the dropout rate; for DoRA `m`.
 
-    The scale has an entry for each column of `A`, which is zero where the slot is padded. `adapter`
-    is the adapter whose values are in the variables, or None.
+    The scale has an entry for each column of `A`, which is zero where the slot is padded;
+    `rank_axis` is where these are among its axes. `counterpart` are the variables of `A0` and `B0`.
+    `adapter` is the adapter whose values are in the variables, or None.
     """
 
     a: keras.Variable
     b: keras.Variable
     scaling: keras.Variable
     rate: keras.Variable
-    rank: int
+    rank_axis: int
     magnitude: Magnitude | None = None
+    counterpart: tuple[keras.Variable, keras.Variable] | None = None
     adapter: LayerAdapter | None = None
 
     @classmethod
@@ -110,37 +129,55 @@ class Slot:
         new: NewVariable,
         index: int,
         adapter: LayerAdapter,
-        shapes: Sequence[Shape],
+        shapes: Mapping[str, Shape],
         rank_axis: int,
     ) -> Slot:
         """Make variables of these shapes with `new(name, shape, initializer, trainable)`.
 
-        They start with the adapter's values, but the adapter is not in the slot before `start`. A
-        third shape is that of the magnitude; `rank_axis` is where the rank is among the axes of B.
+        They start with the adapter's values, but the adapter is not in the slot before `start`.
+        The shapes are given by the names of the factors; `rank_axis` is where the rank is among the
+        axes of B.
         """
-        suffix, (a, b, *m) = f"_{index}" if index else "", shapes
+        suffix, a, b = f"_{index}" if index else "", shapes["a"], shapes["b"]
         columns = tuple(size if axis == rank_axis else 1 for axis, size in enumerate(b))
         scales = _scales(adapter, columns)
         rate = keras.initializers.Constant(adapter.spec.dropout)
+        exact, m = "a0" in shapes, shapes.get("magnitude")
         return cls(
-            in_group(new(f"lora_a{suffix}", a, adapter.a.initializer(a), True), "a"),
-            in_group(new(f"lora_b{suffix}", b, adapter.b.initializer(b), True), "b"),
+            in_group(new(f"lora_a{suffix}", a, adapter.a.initializer(a), True, exact=exact), "a"),
+            in_group(new(f"lora_b{suffix}", b, adapter.b.initializer(b), True, exact=exact), "b"),
             protected(new(f"lora_scaling{suffix}", columns, _constant(scales), False)),
             protected(new(f"lora_dropout{suffix}", (), rate, False)),
-            a[-1],
-            Magnitude.make(new, suffix, adapter, m[0]) if m else None,
+            rank_axis,
+            Magnitude.make(new, suffix, adapter, m) if m is not None else None,
+            _made_counterpart(new, suffix, adapter, (a, b)) if exact else None,
         )
 
     def start(self, adapter: LayerAdapter) -> None:
         """Note that the adapter that the slot was made for is in it."""
         self.adapter = adapter
-        for factor, variable in zip(adapter.factors, self.factors, strict=False):
+        for variable, factor in self._pairs(adapter):
             factor.start(variable)
 
     def takes(self, spec: AdapterSpec, pads: bool) -> bool:
         """Whether an adapter of this spec can be in this slot, padded if `pads`."""
         fits = spec.rank == self.rank or (pads and spec.rank < self.rank)
+        fits = fits and (self.counterpart is not None or not spec.has_counterpart)
         return fits and (self.magnitude is not None or not spec.use_dora)
+
+    def grown(self, spec: AdapterSpec, pads: bool) -> AdapterSpec:
+        """The spec of a slot that takes this spec, and all that this slot took."""
+        keeps = self.counterpart is not None and not spec.has_counterpart
+        return dataclasses.replace(
+            spec,
+            rank=max(spec.rank, self.rank) if pads else spec.rank,
+            use_dora=spec.use_dora or self.magnitude is not None,
+            init=_WITH_COUNTERPART if keeps else spec.init,
+        )
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
 
     @property
     def is_padded(self) -> bool:
@@ -166,29 +203,48 @@ class Slot:
         factor: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`A`, `g s B` with a magnitude, `g`; `g s B` is in `dtype`. `factor` multiplies `s`."""
-        b = self.scaled_b(dtype) if factor == 1 else factor * self.scaled_b(dtype)
+        a, b = self.pair(dtype)
+        if factor != 1:
+            b = factor * b
         if self.magnitude is None:
-            return self.a, b, None
+            return a, b, None
         assert squared is not None
-        gain = self.magnitude.gain(split, w, squared, self.a, b)
-        return self.a, split.times_gain(b, gain, split.b), gain
+        gain = self.magnitude.gain(split, w, squared, a, b)
+        return a, split.times_gain(b, gain, split.b), gain
 
-    def scaled_b(self, dtype: str) -> Tensor:
-        """`s B` in `dtype`: scaling `B` costs less than scaling the product."""
-        return ops.cast(self.scaling, dtype) * ops.cast(self.b, dtype)
+    def pair(
+        self, dtype: str, part: Callable[[keras.Variable], Tensor] = ops.convert_to_tensor
+    ) -> Pair:
+        """`A`, or the `part` of it that is asked for, and `s B` in `dtype`.
+
+        Beside a counterpart they are those of `A B - A0 B0`. Scaling `B` costs less than scaling
+        the product.
+        """
+
+        def scaled(a: keras.Variable, b: keras.Variable) -> Pair:
+            return part(a), ops.cast(self.scaling, dtype) * ops.cast(b, dtype)
+
+        pair = scaled(self.a, self.b)
+        if self.counterpart is None:
+            return pair
+        frozen = scaled(*self.counterpart)
+        return beside_counterpart(pair, frozen, self.rank_axis, ops.concatenate)
 
     @property
     def variables(self) -> tuple[keras.Variable, ...]:
         active = () if self.magnitude is None else (self.magnitude.active,)
-        return *self.factors, self.scaling, self.rate, *active
+        return *self.factors, self.scaling, self.rate, *active, *(self.counterpart or ())
 
     def put(self, adapter: LayerAdapter, has_dropout: bool) -> None:
         """Move an adapter in; `has_dropout` is whether the layer reads the dropout rate at all."""
         self.adapter, fills = adapter, adapter.spec.rank == self.rank
-        for factor, variable in zip(adapter.factors, self.factors, strict=False):
+        for variable, factor in self._pairs(adapter):
             factor.enter(variable, fills or factor is adapter.magnitude)
         if self.magnitude is not None and adapter.magnitude is None:
             _zero(self.magnitude.values)
+        if adapter.counterpart is None:
+            for variable in self.counterpart or ():
+                _zero(variable)
         self.refresh(has_dropout)
 
     def refresh(self, has_dropout: bool = True) -> None:
@@ -205,7 +261,7 @@ class Slot:
     def park(self) -> None:
         """Move the adapter out. The slot's values stay in effect until `put` or `clear`."""
         if self.adapter is not None:
-            for factor in self.adapter.factors:
+            for _, factor in self._pairs(self.adapter):
                 factor.leave()
         self.adapter = None
 
@@ -213,6 +269,22 @@ class Slot:
         """Set all variables to zero: the slot adds nothing and gets no gradient."""
         for variable in self.variables:
             _zero(variable)
+
+    def _pairs(self, adapter: LayerAdapter) -> list[tuple[keras.Variable, Factor]]:
+        """The variables with the factors of an adapter that belong in them."""
+        frozen = zip(self.counterpart or (), adapter.counterpart or (), strict=False)
+        return [*zip(self.factors, adapter.factors, strict=False), *frozen]
+
+
+def _made_counterpart(
+    new: NewVariable, suffix: str, adapter: LayerAdapter, shapes: tuple[Shape, Shape]
+) -> tuple[keras.Variable, keras.Variable]:
+    pairs = zip(adapter.counterpart or (None, None), shapes, strict=True)
+    left, right = ("zeros" if x is None else x.initializer(shape) for x, shape in pairs)
+    return (
+        new(f"lora_a0{suffix}", shapes[0], left, False, exact=True),
+        new(f"lora_b0{suffix}", shapes[1], right, False, exact=True),
+    )
 
 
 def _scales(adapter: LayerAdapter, shape: Shape) -> np.ndarray:

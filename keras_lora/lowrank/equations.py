@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -26,6 +26,7 @@ from keras import ops
 
 Tensor = Any
 Shape = tuple[int, ...]
+Pair = tuple[Tensor, Tensor]
 Update = tuple[Tensor, Tensor, Tensor | None]  # `A`, `B`, which has the scale, and DoRA's gain `g`
 
 _ROUNDING = 2.0**-23  # of float32
@@ -217,6 +218,24 @@ class EinsumSplit:
         size = dict(zip(self.outputs, gain.shape, strict=True))
         gain = transposed(gain, self.outputs, order)
         return times(x, ops.reshape(gain, [size.get(c, 1) for c in axes]))
+
+
+def beside_counterpart(
+    pair: Pair, counterpart: Pair, axis: int, join: Callable[..., Tensor]
+) -> Pair:
+    """`A B - A0 B0` as one product of twice the rank: `[A - A0 | A0] [B ; B - B0]`.
+
+    The same as `[A | A0] [B ; -B0]`, but exactly zero at the start, and with no two large products
+    that cancel: what was learned keeps its digits in 16 bits.
+
+    Args:
+        pair: `A`, with the rank as its last axis, and `B`.
+        counterpart: `A0` and `B0`, likewise.
+        axis: Where the rank is among the axes of `B`.
+        join: Concatenates tensors of this kind.
+    """
+    (a, b), (a0, b0) = pair, counterpart
+    return join([a - a0, a0], -1), join([b, b - b0], axis)
 
 
 def joint_gain(gains: Sequence[Tensor]) -> Tensor:

@@ -151,8 +151,8 @@ def save_keras_hub_lora(
         factors = {
             layer_path: (adapter.scaling * np.array(adapter.a, "float64"), np.array(adapter.b))
             for layer_path, layer in tree.adapted_by_path.items()
-            for adapter in [layer.adapters.get(name)]
-            if adapter is not None
+            if name in layer.adapters
+            for adapter in [layer.bank.ordinary(name)]
         }
     return write_keras_hub_lora(path, model, factors, target_layer_names=target_layer_names)
 

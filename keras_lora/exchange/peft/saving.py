@@ -179,7 +179,7 @@ def _hugging_face_values(
         ValueError: layers or values that the Hugging Face model does not have.
     """
     problems, model = Problems(), tree.root
-    adapters = {path: layer.adapters[name] for path, layer in layers.items()}
+    adapters = {path: layer.bank.ordinary(name) for path, layer in layers.items()}
     modules = _modules(layers, name, weights, exchanged_kernels(model, weights), problems)
     saved = gather(values_beside(tree, name), slices, problems)
     modules = _with_magnitudes(model, adapters, modules, weights, problems)
@@ -219,7 +219,7 @@ def _modules(
 
 
 def _part(layer: LoRALayer, name: str, block: Block) -> KernelPart:
-    adapter = layer.adapters[name]
+    adapter = layer.bank.ordinary(name)
     factors = np.array(adapter.a), np.array(adapter.b)
     a, b = site_of(layer).split().matrices(*factors, site_of(layer).shape)
     return KernelPart(block, a[0], b[0], adapter.acting_spec, family_of(layer) == "embedding")

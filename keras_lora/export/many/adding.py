@@ -25,6 +25,7 @@ from keras_lora.files.adapter_files import (
 )
 from keras_lora.files.atomic import replaced
 from keras_lora.files.matching import check_fields, spec_of_layer
+from keras_lora.files.ordinary import as_ordinary
 from keras_lora.layers import check_adapter_name
 
 _ASSETS = "assets"
@@ -125,14 +126,17 @@ def _values(directory: PathLike, tensors: Sequence[AdapterTensor], base: str) ->
     files = _read(directory)
     by_key = {tensor.key: tensor for tensor in tensors}
     paths = {key.rpartition("/")[0] for key in files.tensors if _is_factor(by_key.get(key))}
-    specs = {path: spec_of_layer(directory, files.config, path) for path in sorted(paths)}
-    problems = [*_other_base(files, base), *_misfits(files, by_key, specs)]
+    specs, found = {}, files.tensors
+    for path in sorted(paths):
+        spec, axis = spec_of_layer(directory, files.config, path), _rank_axis(by_key, path)
+        specs[path], found = as_ordinary(path, spec, found, axis)
+    problems = [*_other_base(files, base), *_misfits(found, by_key, specs)]
     if problems:
         fix = "export the model with this adapter among the others"
         raise invalid_file(
             directory, "an adapter that the export has room for", "; ".join(problems), fix
         )
-    values = {key: value.astype("float32") for key, value in files.tensors.items()}
+    values = {key: value.astype("float32") for key, value in found.items()}
     for path, spec in specs.items():
         values[f"{path}/lora_b"] *= np.float32(spec.scaling)
     return values
@@ -155,11 +159,17 @@ def _other_base(files: AdapterFiles, base: str) -> list[str]:
     return [f"an adapter of another base, {received.get('name')!r} ({received.get('class')})"]
 
 
+def _rank_axis(tensors: Mapping[str, AdapterTensor], path: str) -> int:
+    return tensors[f"{path}/lora_b"].shape.index(None)
+
+
 def _misfits(
-    files: AdapterFiles, expected: Mapping[str, AdapterTensor], specs: Mapping[str, AdapterSpec]
+    tensors: Mapping[str, Array],
+    expected: Mapping[str, AdapterTensor],
+    specs: Mapping[str, AdapterSpec],
 ) -> list[str]:
     found = []
-    for key, tensor in files.tensors.items():
+    for key, tensor in tensors.items():
         path = key.rpartition("/")[0]
         if key.endswith(f"/{MAGNITUDE}"):
             found.append(f"{key}: DoRA needs the norms of the base's weights, which are not read")
@@ -168,7 +178,7 @@ def _misfits(
         elif tensor.shape != expected[key].shape_at(specs[path].rank if path in specs else 0):
             found.append(f"{key}: shape {tensor.shape}, expected {expected[key].shape}")
     factors = [f"{path}/{factor}" for path in specs for factor in ("lora_a", "lora_b")]
-    return found + [f"{key}: missing" for key in factors if key not in files.tensors]
+    return found + [f"{key}: missing" for key in factors if key not in tensors]
 
 
 def _is_factor(tensor: AdapterTensor | None) -> bool:

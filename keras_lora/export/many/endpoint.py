@@ -180,7 +180,7 @@ class ServedAdapters:
 
     def _values(self, name: str) -> dict[str, Array]:
         """An adapter's values by key, as they are served."""
-        values = adapter_tensors(self.tree, name)
+        values = adapter_tensors(self.tree, name, ordinary=True)
         for layer in self.layers:
             layer.scale_values(name, values)
         broken = [key for key, value in values.items() if not np.isfinite(value).all()]

@@ -79,7 +79,7 @@ class ServedLayer:
         """
         if self.factors is None or name not in self.layer.adapters:
             return
-        adapter, b = self.layer.adapters[name], self.factors[1].key
+        adapter, b = self.layer.bank.ordinary(name), self.factors[1].key
         values[b] = np.float32(adapter.scaling) * values[b]
         if self.gain is not None and adapter.spec.use_dora:
             split = site_of(self.layer).split()

@@ -1,0 +1,73 @@
+"""What a start is: how the factors `A` and `B` of an adapter begin.
+
+    h = x W0 + s (x A B - x A0 B0)        A begins at A0, B at B0
+
+A fresh adapter computes what its base does, and `W0` is never changed: `A0 B0` is zero, or it is
+taken off again as the frozen counterpart of `A B`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+from keras import ops
+
+from keras_lora.lowrank.equations import Shape, Tensor
+
+# Called as `initializer(shape, dtype)`, when the factor is first needed.
+Initializer = Callable[[Shape, str], Tensor]
+
+
+@dataclass(frozen=True)
+class FrozenMatrix:
+    """What a start may know of `W0`, as a matrix for each index of its shared axes.
+
+    Attributes:
+        shape: `(shared, d, k)`: `d` inputs and `k` outputs.
+        values: Gives `W0` in that shape, in float32 or wider; computed when it is called.
+    """
+
+    shape: tuple[int, int, int]
+    values: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Started:
+    """How `A` and `B` begin.
+
+    Attributes:
+        a: The initializer of `A`.
+        b: The initializer of `B`.
+    """
+
+    a: Initializer
+    b: Initializer
+
+    def drawn_once(self) -> Started:
+        """The same, with the same values at each call: for `A` and for `A0`."""
+        return Started(_once(self.a), _once(self.b))
+
+
+def _once(draw: Initializer) -> Initializer:
+    values = cache(lambda shape: ops.convert_to_numpy(draw(shape, "float32")))
+    return lambda shape, dtype: ops.convert_to_tensor(values(tuple(shape)), dtype)
+
+
+class Start(ABC):
+    """Abstract: a way to begin the factors of an adapter.
+
+    Attributes:
+        has_counterpart: Whether `A0 B0` is not zero, so that a frozen copy is taken off.
+        yields: Whether a kind that begins in a way of its own, as embeddings do, goes before.
+    """
+
+    has_counterpart: ClassVar[bool] = False
+    yields: ClassVar[bool] = False
+
+    @abstractmethod
+    def started(self, w: FrozenMatrix, rank: int, scaling: float) -> Started:
+        """How `A`, `(d, rank)` as a matrix, and `B`, `(rank, k)`, begin; `scaling` is `s`."""
