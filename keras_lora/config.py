@@ -58,6 +58,9 @@ class AdapterSpec:
               randomised SVD with 4 power iterations. `"olora"`: orthonormal `B0` from the QR
               decomposition of `W0`. Both need a positive `alpha`, and compute with
               `s (A B - A0 B0)`, where `A0` and `B0` are frozen copies.
+            - `"eva"`: `A` along the directions in which the layer's inputs vary most, `B` zero;
+              `"lora_ga"`: both along the gradient of `W0`, with frozen copies. They need
+              `apply_lora(model, config, data=batches)`, and adapt linear layers alone.
 
     Raises:
         ValueError: a value outside the above.

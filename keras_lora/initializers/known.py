@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from keras_lora.checks import invalid
 from keras_lora.initializers.drawn import Gaussian, Lookup, Orthogonal, Uniform
+from keras_lora.initializers.measured import EVA, LoRAGA
 from keras_lora.initializers.spectral import OLoRA, PiSSA
 from keras_lora.initializers.starts import Start
 
@@ -14,6 +15,8 @@ STARTS: dict[str, Start] = {
     "orthogonal": Orthogonal(),
     "pissa": PiSSA(),
     "olora": OLoRA(),
+    "eva": EVA(),
+    "lora_ga": LoRAGA(),
 }
 _WITH_ITERATIONS = "pissa"  # may be followed by `:N`
 _LATER = {"loftq": "it is for a quantized base, which adapters do not take yet"}
@@ -41,4 +44,4 @@ def start_of(init: str) -> Start:
 
 def stand_in(start: Start) -> Start:
     """A start in the place of one that costs work, for a layer that gets its values from a file."""
-    return Uniform() if start.has_counterpart else start
+    return Uniform() if start.has_counterpart or start.measures else start

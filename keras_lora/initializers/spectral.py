@@ -58,7 +58,7 @@ class PiSSA(Start):
             roots = np.sqrt(values[:, None, :rank] / scaling)
             return u[..., :rank] * roots, roots.swapaxes(1, 2) * v[:, :rank]
 
-        return _started(w, rank, pair)
+        return together(rank, pair)
 
 
 @final
@@ -83,7 +83,7 @@ class OLoRA(Start):
             q, _ = np.linalg.qr(matrices[:, :rank].swapaxes(1, 2))
             return matrices @ q, q.swapaxes(1, 2)
 
-        return _started(w, rank, pair)
+        return together(rank, pair)
 
 
 def randomized_svd(
@@ -112,17 +112,20 @@ def randomized_svd(
     return basis @ u, values, v
 
 
-def _started(w: FrozenMatrix, rank: int, pair: Callable[[], tuple[Array, Array]]) -> Started:
+def together(rank: int, pair: Callable[[], tuple[Array, Array]]) -> Started:
     """Both factors from one computation; zeros where the matrices have no more directions."""
-    _, d, k = w.shape
-    padding = [(0, 0), (0, 0), (0, max(0, rank - min(d, k)))]
     once = cache(pair)
 
     def a(shape: Shape, dtype: str) -> Tensor:
-        return ops.convert_to_tensor(np.pad(once()[0], padding).reshape(shape), dtype)
+        return ops.convert_to_tensor(padded(once()[0], 2, rank).reshape(shape), dtype)
 
     def b(shape: Shape, dtype: str) -> Tensor:
-        b_t = np.pad(once()[1].swapaxes(1, 2), padding)
-        return ops.convert_to_tensor(b_t.swapaxes(1, 2).reshape(shape), dtype)
+        return ops.convert_to_tensor(padded(once()[1], 1, rank).reshape(shape), dtype)
 
     return Started(a, b)
+
+
+def padded(factor: Array, axis: int, rank: int) -> Array:
+    """A factor with zeros for the directions that are missing."""
+    missing = rank - factor.shape[axis]
+    return np.pad(factor, [(0, missing if axis == i else 0) for i in range(3)])

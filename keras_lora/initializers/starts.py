@@ -12,12 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import numpy as np
 from keras import ops
 
 from keras_lora.lowrank.equations import Shape, Tensor
 
+Measure = Literal["inputs", "gradient"]
 # Called as `initializer(shape, dtype)`, when the factor is first needed.
 Initializer = Callable[[Shape, str], Tensor]
 
@@ -29,10 +31,13 @@ class FrozenMatrix:
     Attributes:
         shape: `(shared, d, k)`: `d` inputs and `k` outputs.
         values: Gives `W0` in that shape, in float32 or wider; computed when it is called.
+        measured: What a start that `measures` has measured on data: inputs `(shared, n, d)` that
+            have the right-singular vectors of all inputs, or the gradient `(shared, d, k)`.
     """
 
     shape: tuple[int, int, int]
     values: Callable[[], Tensor]
+    measured: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,12 @@ class Start(ABC):
     Attributes:
         has_counterpart: Whether `A0 B0` is not zero, so that a frozen copy is taken off.
         yields: Whether a kind that begins in a way of its own, as embeddings do, goes before.
+        measures: What is measured on data before: the inputs of the layer, or the gradient of `W0`.
     """
 
     has_counterpart: ClassVar[bool] = False
     yields: ClassVar[bool] = False
+    measures: ClassVar[Measure | None] = None
 
     @abstractmethod
     def started(self, w: FrozenMatrix, rank: int, scaling: float) -> Started:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 
@@ -14,6 +15,7 @@ from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import changing
 from keras_lora.inject.identity import check_variables
 from keras_lora.inject.keras_hub_writers import guard_keras_hub_writers
+from keras_lora.inject.measuring import check_data, measured
 from keras_lora.inject.plan import Plan, PlannedLayer, make_plan, warn_of_high_ranks
 from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.switching import (
@@ -44,6 +46,7 @@ def apply_lora(
     config: LoRAConfig | None = None,
     name: str = DEFAULT_ADAPTER,
     inplace: bool = True,
+    data: Any = None,
 ) -> keras.Model:
     """Adapt a built model: freeze it and add trainable low-rank factors to its targets.
 
@@ -76,6 +79,9 @@ def apply_lora(
         inplace: False leaves the model untouched and adapts a copy; for models that can be made
             from their `get_config`. The copy is compiled as the model is, a KerasHub task with
             its defaults.
+        data: For `init="eva"` and `"lora_ga"`, which begin with what they measure on data: batches
+            as a dataset gives them to `fit`, of which eight at most are used. `"lora_ga"` asks for
+            a compiled model, and for memory for the gradients of all target matrices.
 
     Returns:
         The adapted model: `model` itself, or the copy.
@@ -102,6 +108,7 @@ def apply_lora(
         raise invalid("config", "a LoRAConfig", config)
     with turn(model, "apply_lora") as tree:
         plan = make_plan(tree, config, name)
+        measure = check_data(tree, plan, config.init, data)
         if inplace:
             changed = tree
         elif tree.adapted:
@@ -111,7 +118,7 @@ def apply_lora(
             plan = make_plan(changed, config, name)
         warn_of_high_ranks(plan)
         warn_of_heads(changed, config.targets, [layer.target for layer in plan.layers])
-        install(changed, plan)
+        install(changed, plan if measure is None else measured(changed, plan, measure, data))
     return changed.root
 
 
@@ -170,7 +177,7 @@ def _add_to_layer(plan: Plan, planned: PlannedLayer) -> None:
     adapted = layer if isinstance(layer, LoRALayer) else attach(layer)
     bank = adapted.banks[planned.target.matrix]
     if planned.factors is None:
-        bank.add(plan.name, spec, plan.adapter)
+        bank.add(plan.name, spec, plan.adapter, measured=planned.measured)
     else:
         bank.put(plan.name, layer_adapter(spec, planned.factors, plan.adapter))
 

@@ -23,15 +23,20 @@ def freeze(tree: Tree, selected: Iterable[keras.Variable]) -> None:
     A layer without any of them is frozen as a layer too: a frozen `BatchNormalization` must not
     move its statistics.
     """
-    chosen = {id(v) for v in selected}
     for item in [*tree.layers, *tree.root.variables]:
         remember_flag(item)
+    let_train(tree, selected)
+    for item in [*tree.layers, *tree.root.variables]:
+        setattr(item, _FROZEN, not item.trainable)
+
+
+def let_train(tree: Tree, selected: Iterable[keras.Variable]) -> None:
+    """`freeze`, without a note of the flags from before."""
+    chosen = {id(v) for v in selected}
     for layer in tree.layers:
         layer.trainable = any(id(v) in chosen for v in layer.variables)
     for variable in tree.root.variables:
         variable.trainable = id(variable) in chosen
-    for item in [*tree.layers, *tree.root.variables]:
-        setattr(item, _FROZEN, not item.trainable)
 
 
 def thawed_by_others(items: Iterable[Item]) -> list[Item]:

@@ -27,12 +27,13 @@ from keras_lora.walker import (
 class PlannedLayer:
     """A layer that an adapter is to be on, with its spec and factors for that layer.
 
-    `factors` is None where they are yet to be drawn.
+    `factors` is None where they are yet to be drawn; `measured` is what they are drawn from.
     """
 
     target: Target
     spec: AdapterSpec
     factors: Sequence[Any] | None = None
+    measured: Any = None
 
 
 @dataclass(frozen=True)

@@ -98,13 +98,14 @@ class AdapterBank:
         spec: AdapterSpec,
         adapter: Adapter | None = None,
         start: Start | None = None,
+        measured: Any = None,
     ) -> LayerAdapter:
         """Make the factors of a new adapter, by the start of its spec or another one.
 
-        It is not active before `activate`.
+        It is not active before `activate`. `measured` is what the start has measured on data.
         """
         start = self.site.kind.start_of(spec.init) if start is None else start
-        started = start.started(self.site.frozen_matrix(), spec.rank, spec.scaling)
+        started = start.started(self.site.frozen_matrix(measured), spec.rank, spec.scaling)
         if spec.has_counterpart:
             started = started.drawn_once()
         a, b = started.a, started.b

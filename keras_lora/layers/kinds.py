@@ -112,11 +112,11 @@ class Site:
         """`W0` in the wide dtype."""
         return ops.cast(self.weight(), self.wide_dtype)
 
-    def frozen_matrix(self) -> FrozenMatrix:
-        """`W0` as starts see it."""
+    def frozen_matrix(self, measured: Any = None) -> FrozenMatrix:
+        """`W0` as starts see it, with what they have measured on data."""
         split = self.split()
         shape = split.stacked_shape(self.shape)
-        return FrozenMatrix(shape, lambda: split.stacked(self.wide_matrix()))
+        return FrozenMatrix(shape, lambda: split.stacked(self.wide_matrix()), measured)
 
     def split(self, input_rank: int | None = None) -> EinsumSplit:
         """How the matrix is factored.

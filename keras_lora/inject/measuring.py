@@ -1,0 +1,223 @@
+"""What starts measure on data before an adapter is added: inputs of layers, gradients of matrices.
+
+The model computes as it is, without the new adapter, and is left as it was: values, flags,
+optimizer and compiled functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora.checks import invalid
+from keras_lora.initializers import randomized_svd, start_of
+from keras_lora.initializers.starts import Measure
+from keras_lora.inject.freezing import flags_kept, let_train
+from keras_lora.inject.plan import Plan, PlannedLayer
+from keras_lora.layers import Site
+from keras_lora.layers.factors import read, write
+from keras_lora.walker import Tree
+
+_BATCHES = 8
+_ITERATIONS = 4
+# Of a scale of 16 bits, so that small gradients are not rounded to zero; it is taken off exactly.
+_LOSS_SCALE = 256.0
+
+
+def check_data(tree: Tree, plan: Plan, init: str, data: Any) -> Measure | None:
+    """What the start of a config measures; None for one that needs no data.
+
+    Raises:
+        ValueError: data that is missing, not needed or of no form that `fit` takes, or layers or a
+            model that cannot be measured.
+    """
+    measure = start_of(init).measures
+    if (data is None) is not (measure is None):
+        expected = "None" if measure is None else "a few batches"
+        raise invalid("data", f"{expected} for init={init!r}", type(data))
+    if measure is None:
+        return None
+    if isinstance(data, tuple | Mapping | str) or not _is_batches(data):
+        fix = "put the batches in a list: data=[(x, y)]"
+        raise invalid("data", "batches, as a dataset gives them to fit", type(data), fix)
+    _check_sites(plan, init)
+    if measure == "gradient":
+        _check_model(tree)
+    elif tree.adapted:
+        _refuse_adapted(tree, init)
+    return measure
+
+
+def _is_batches(data: Any) -> bool:
+    return not hasattr(data, "shape") and (
+        hasattr(data, "__iter__") or hasattr(data, "num_batches")
+    )
+
+
+def _check_sites(plan: Plan, init: str) -> None:
+    others = [x.target.path for x in plan.layers if x.target.site.kind.family != "linear"]
+    if others:
+        fix = "exclude them, or give them an adapter of their own with another start"
+        raise invalid("init", f"a start that {others} can take, which are not linear", init, fix)
+
+
+def _check_model(tree: Tree) -> None:
+    model = tree.root
+    if tree.adapted:
+        _refuse_adapted(tree, "lora_ga")
+    if not getattr(model, "compiled", False):
+        fix = "call model.compile(optimizer, loss) before"
+        raise invalid("model", "a compiled model for init='lora_ga', for its loss", model.name, fix)
+
+
+def _refuse_adapted(tree: Tree, init: str) -> None:
+    names = sorted({name for bank in tree.banks for name in bank.adapters})
+    fix = "add this adapter first, or load it into the adapted model from its files"
+    raise invalid("init", f"a start without data for a model with the adapters {names}", init, fix)
+
+
+def measured(tree: Tree, plan: Plan, measure: Measure, data: Any) -> Plan:
+    """The plan, with what its start has measured on each layer.
+
+    Raises:
+        ValueError: layers that the data does not reach.
+    """
+    with _left_as_it_was(tree.root):
+        found = (_inputs if measure == "inputs" else _gradients)(tree, plan.layers, data)
+    missing = [x.target.path for x in plan.layers if not np.any(found.get(x.target.path, 0))]
+    if missing:
+        received = f"no {'inputs' if measure == 'inputs' else 'gradient'} of {missing}"
+        raise invalid("data", "batches that reach each target", received, "exclude these layers")
+    layers = [dataclasses.replace(x, measured=found[x.target.path]) for x in plan.layers]
+    return dataclasses.replace(plan, layers=layers)
+
+
+def _batches(data: Any) -> Iterable[Any]:
+    count = getattr(data, "num_batches", None)
+    return (
+        islice(data, _BATCHES)
+        if count is None
+        else map(data.__getitem__, range(min(count, _BATCHES)))
+    )
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: keras.Model) -> Iterator[None]:
+    """Afterwards states, seeds and metrics have the values from before."""
+    variables = [*model.non_trainable_variables, *getattr(model, "metrics_variables", ())]
+    values = [read(v) for v in variables]
+    try:
+        yield
+    finally:
+        if isinstance(model, keras.Model):
+            model.reset_metrics()
+        for variable, value in zip(variables, values, strict=True):
+            write(variable, value)
+
+
+def _inputs(tree: Tree, layers: Sequence[PlannedLayer], data: Any) -> dict[str, np.ndarray]:
+    """Of each layer, by path, vectors with the right-singular vectors of its inputs."""
+    model, found = tree.root, dict[str, np.ndarray]()
+    preprocess = getattr(model, "preprocess_samples", None)  # of a KerasHub task
+    with contextlib.ExitStack() as stack:
+        for planned in layers:
+            stack.enter_context(_watching(planned, found))
+        for batch in _batches(data):
+            sample = keras.utils.unpack_x_y_sample_weight(batch)
+            x = sample[0] if preprocess is None else _first(preprocess(*sample))
+            model(x, training=False)
+    return found
+
+
+def _first(sample: Any) -> Any:
+    return keras.utils.unpack_x_y_sample_weight(sample)[0]
+
+
+@contextlib.contextmanager
+def _watching(planned: PlannedLayer, found: dict[str, np.ndarray]) -> Iterator[None]:
+    """Within the context the layer's inputs are added to what is found of it."""
+    layer, path = planned.target.layer, planned.target.path
+    call: Callable[..., Any] = layer.call
+
+    def watched(*args: Any, **options: Any) -> Any:
+        new = _vectors(planned.target.site, args[0] if args else options["inputs"])
+        every = np.concatenate([found[path], new], 1) if path in found else new
+        found[path] = _directions(every, planned.spec.rank)
+        return call(*args, **options)
+
+    vars(layer)["call"] = watched
+    try:
+        yield
+    finally:
+        del vars(layer)["call"]
+
+
+def _vectors(site: Site, x: Any) -> np.ndarray:
+    """Inputs as `(shared, n, d)`."""
+    split = site.split(len(x.shape))
+    d, _ = split.matrix_shape(site.shape)
+    values = np.asarray(ops.convert_to_numpy(x)).astype("float32")
+    order = f"{split.input}->{split.shared}{split.batch}{split.contracted}"
+    return np.einsum(order, values).reshape(split.stacked_shape(site.shape)[0], -1, d)
+
+
+def _directions(x: np.ndarray, rank: int) -> np.ndarray:
+    """Fewer vectors, with the largest singular values of all of them and the same directions.
+
+    More than the rank are kept: what is small in one batch may be large in the next ones.
+
+    Reference: Ross et al. 2008, "Incremental Learning for Robust Visual Tracking", section 3.1.
+    """
+    normal = keras.initializers.RandomNormal(stddev=1.0)
+    _, values, v = randomized_svd(x, 2 * rank, _ITERATIONS, normal)
+    return values[..., None] * v
+
+
+def _gradients(tree: Tree, layers: Sequence[PlannedLayer], data: Any) -> dict[str, np.ndarray]:
+    """Of each layer, by path, the sum over the batches of the gradient of `W0`."""
+    model, sums = tree.root, _Sums()
+    sites = {id(x.target.site.matrix): (x.target.path, x.target.site) for x in layers}
+    optimizer, function = model.optimizer, model.train_function
+    with flags_kept([*tree.layers, *tree.root.variables]):
+        let_train(tree, [site.matrix for _, site in sites.values()])
+        matrices = model.trainable_variables
+        model.optimizer, model.train_function = sums, None
+        try:
+            for batch in _batches(data):
+                model.train_on_batch(*keras.utils.unpack_x_y_sample_weight(batch))
+        finally:
+            model.optimizer, model.train_function = optimizer, function
+    pairs = [(*sites[id(v)], total) for v, total in zip(matrices, sums.of(matrices), strict=True)]
+    return {p: ops.convert_to_numpy(site.split().stacked(total)) for p, site, total in pairs}
+
+
+class _Sums(keras.optimizers.Optimizer):
+    """Sums gradients, in the place of an optimizer; the variables stay as they are."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, loss_scale_factor=_LOSS_SCALE, name="gradient_sums")
+        self._sums = list[keras.Variable]()
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        if not self.built:
+            super().build(variables)
+            self._sums += [self.add_variable(v.shape, "zeros", "float32") for v in variables]
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+        if trainable_variables is not None:
+            self.build(trainable_variables)
+        for total, gradient in zip(self._sums, grads, strict=True):
+            if gradient is not None:
+                total.assign_add(ops.cast(gradient, "float32") / _LOSS_SCALE)
+
+    def of(self, variables: Sequence[keras.Variable]) -> list[Any]:
+        """The sums in this order, which is that of training; zeros if there were no batches."""
+        self.build(variables)
+        return list(map(ops.convert_to_tensor, self._sums))
