@@ -84,13 +84,15 @@ def _carry_state(original: Layer, layer: Layer) -> None:
     """
     stored: dict[str, Any] = {}
     try:
-        with _as_plain([original] if isinstance(original, LoRALayer) else []):
+        if isinstance(original, LoRALayer):
+            original.save_base_variables(stored)
+        else:
             original.save_own_variables(stored)
-            layer.load_own_variables(stored)
-            if hasattr(original, "save_assets"):  # as Keras asks: the base class has none
-                with tempfile.TemporaryDirectory() as folder:
-                    original.save_assets(folder)
-                    layer.load_assets(folder)
+        layer.load_own_variables(stored)
+        if hasattr(original, "save_assets"):  # as Keras asks: the base class has none
+            with tempfile.TemporaryDirectory() as folder:
+                original.save_assets(folder)
+                layer.load_assets(folder)
     except Exception as error:
         raise ValueError(
             "inplace=False: expected layers whose state can be written and read. Received: "

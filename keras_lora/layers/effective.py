@@ -1,16 +1,48 @@
 """Adapted classes of layers whose matrix is a plain attribute, which Keras stores as it is.
 
+The layer's own code reads the attribute, which is the effective matrix `W` then. Where the code
+reads it many times, as a loop over time does, `forming` forms it once.
+
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_check_load_own_variables`: whether a file has the variables of the base.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, final
 
 import keras
+from keras import ops
 
 from keras_lora.layers.guarded import Adapting
+from keras_lora.lowrank.equations import Tensor
+
+# The effective matrices that a thread has formed, by bank.
+_FORMED: ContextVar[Mapping[Any, Tensor]] = ContextVar(
+    "formed_matrices", default=MappingProxyType({})
+)
+
+
+@contextlib.contextmanager
+def forming(layers: Iterable[Any]) -> Iterator[None]:
+    """Within the context, in this thread, each effective matrix of adapted layers is formed once.
+
+    In the layers' compute dtype, as Keras reads a variable within a call.
+    """
+    formed = dict(_FORMED.get())
+    for layer in layers:
+        for bank in layer.banks.values():
+            if bank not in formed and bank.computation.changes_output:
+                formed[bank] = ops.cast(bank.kernel, layer.compute_dtype)
+    token = _FORMED.set(formed)
+    try:
+        yield
+    finally:
+        _FORMED.reset(token)
 
 
 @final
@@ -26,7 +58,9 @@ class EffectiveMatrix:
         if self._name not in vars(layer):
             raise AttributeError(f"{self._name} of a layer that is not built")
         banks = layer.banks.values()
-        return next(bank.kernel for bank in banks if bank.site.kind.matrix == self._name)
+        bank = next(bank for bank in banks if bank.site.kind.matrix == self._name)
+        matrix = _FORMED.get().get(bank)
+        return bank.kernel if matrix is None else matrix
 
     def __set__(self, layer: Any, value: Any) -> None:
         vars(layer)[self._name] = value  # in `build` of the plain layer

@@ -6,10 +6,12 @@ a row of `KINDS` and a final class (CONTRIBUTING.md adds one).
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_kernel`, `_embeddings`: the frozen matrix itself, since `kernel` and `embeddings` of an
         adapted layer give the effective one.
+    `ConvLSTMCell`: the cells of `ConvLSTM1D` to `ConvLSTM3D`, whose class has no public name.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -25,6 +27,9 @@ from keras_lora.lowrank.products import Products, einsum_products
 
 Layer: TypeAlias = "keras.layers.Layer"
 Family = Literal["linear", "embedding", "convolution", "recurrent", "weight"]
+
+CONV_LSTM_CELL: Any = keras.layers.ConvLSTM1D.__init__.__globals__["ConvLSTM"]
+CONV_LSTM_CELL = CONV_LSTM_CELL.__init__.__globals__["ConvLSTMCell"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +195,16 @@ _CONVOLUTION = Kind(equation=convolution_equation, family="convolution", product
 _TRANSPOSED = Kind(
     equation=transposed_equation, matrix="kernel", family="convolution", products=_transposed
 )
+# A cell forms its effective matrices once for all time steps: see `recurrent`.
+_INPUT_CELL = Kind(equation=dense_equation, matrix="kernel", family="recurrent", has_dropout=False)
+_STATE_CELL = dataclasses.replace(
+    _INPUT_CELL, matrix="recurrent_kernel", bias=None, constraint="recurrent_constraint"
+)
+_CELL = {"kernel": _INPUT_CELL, "recurrent_kernel": _STATE_CELL}
+_CONVOLVING_CELL = {
+    name: dataclasses.replace(kind, equation=convolution_equation) for name, kind in _CELL.items()
+}
+
 _DEPTHWISE = Kind(
     equation=depthwise_equation,
     matrix="kernel",
@@ -213,6 +228,10 @@ KINDS: dict[type, Mapping[str, Kind]] = {
     keras.layers.Conv3DTranspose: {"": _TRANSPOSED},
     keras.layers.DepthwiseConv1D: {"": _DEPTHWISE},
     keras.layers.DepthwiseConv2D: {"": _DEPTHWISE},
+    keras.layers.LSTMCell: _CELL,
+    keras.layers.GRUCell: _CELL,
+    keras.layers.SimpleRNNCell: _CELL,
+    CONV_LSTM_CELL: _CONVOLVING_CELL,
 }
 
 

@@ -184,12 +184,14 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
     @property
     def active_adapters(self) -> tuple[str, ...]:
         """The names of the adapters that are active in `call` and `kernel`."""
-        return self.bank.active if self.built else self._lora.pending_active
+        if not self.built:
+            return self._lora.pending_active
+        return tuple(dict.fromkeys(n for bank in self.banks.values() for n in bank.active))
 
     @property
     def slots(self) -> Sequence[Slot]:
         """The variables that the layer computes with; at least a slot for each active adapter."""
-        return tuple(self.bank.slots)
+        return tuple(slot for bank in self.banks.values() for slot in bank.slots)
 
     @property
     def base_class(self) -> type:
@@ -217,8 +219,9 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         return [v for v in self.weights if id(v) not in ours]
 
     def fold(self) -> None:
-        """`W0 <- W`, the effective kernel."""
-        self.bank.fold()
+        """`W0 <- W`, the effective kernel; of every matrix."""
+        for bank in self.banks.values():
+            bank.fold()
 
     def without_adapters(self) -> contextlib.AbstractContextManager[None]:
         """Within the context, in this thread, the layer is its base, bit for bit."""
@@ -270,10 +273,14 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
 
         So a checkpoint of the base loads into the adapted layer.
         """
-        with self.without_adapters():  # the base class stores `self.kernel`
-            super().save_own_variables(store)
+        self.save_base_variables(store)
         for key, value in (adapter_values(self._lora) | active_values(self._lora)).items():
             store[key] = value
+
+    def save_base_variables(self, store: Any) -> None:
+        """Store what the plain layer would store."""
+        with self.without_adapters():  # the base class stores `self.kernel`
+            super().save_own_variables(store)
 
     def load_own_variables(self, store: Any) -> None:
         """Load the base and, where the file has them, the adapters.

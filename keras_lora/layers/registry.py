@@ -22,9 +22,15 @@ from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.convolution import LoRAConv1D, LoRAConv2D, LoRAConv3D
 from keras_lora.layers.depthwise import LoRADepthwiseConv1D, LoRADepthwiseConv2D
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
-from keras_lora.layers.kinds import KINDS, Kind, Site, kinds_of, only
+from keras_lora.layers.kinds import CONV_LSTM_CELL, KINDS, Kind, Site, kinds_of, only
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.recurrent import (
+    LoRAConvLSTMCell,
+    LoRAGRUCell,
+    LoRALSTMCell,
+    LoRASimpleRNNCell,
+)
 from keras_lora.layers.state import LoRAState
 from keras_lora.layers.transposed import (
     LoRAConv1DTranspose,
@@ -45,6 +51,10 @@ _LORA_CLASSES: dict[type, type[LoRALayer]] = {
     keras.layers.Conv3DTranspose: LoRAConv3DTranspose,
     keras.layers.DepthwiseConv1D: LoRADepthwiseConv1D,
     keras.layers.DepthwiseConv2D: LoRADepthwiseConv2D,
+    keras.layers.LSTMCell: LoRALSTMCell,
+    keras.layers.GRUCell: LoRAGRUCell,
+    keras.layers.SimpleRNNCell: LoRASimpleRNNCell,
+    CONV_LSTM_CELL: LoRAConvLSTMCell,
 }
 
 
@@ -112,11 +122,29 @@ def lora_class_for(layer_class: Any) -> type[LoRALayer] | None:
     return type(f"LoRA{layer_class.__name__}", (lora_class, layer_class), {})
 
 
+# The attributes of a class that say what its layers compute.
+_COMPUTATION = (
+    "call",
+    "convolution_op",
+    "quantized_call",
+    "kernel",
+    "recurrent_kernel",
+    "embeddings",
+)
+
+
 def overrides(layer_class: type, base: type) -> bool:
     """Whether a class overrides the computation of its base."""
     return any(
         getattr(layer_class, name, None) is not getattr(base, name, None)
-        for name in ("call", "convolution_op", "quantized_call", "kernel", "embeddings")
+        for name in (
+            "call",
+            "convolution_op",
+            "quantized_call",
+            "kernel",
+            "recurrent_kernel",
+            "embeddings",
+        )
     )
 
 

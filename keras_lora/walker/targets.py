@@ -287,7 +287,8 @@ def _named(
 ) -> list[Target]:
     for pattern in patterns:
         hits = [n for n in nodes if matches(pattern, n.path)]
-        if not hits:
+        found = any(_is_named(pattern, t) for t in candidates)
+        if not hits and not found:
             raise unmatched("targets", [pattern], [t.path for t in candidates])
         refused = [n for n in hits if n in left_out]
         if refused:
@@ -295,12 +296,18 @@ def _named(
                 f"Expected layers that can be adapted. Received: {listed(refused)}, asked for as "
                 f"{pattern!r}: {_why_left_out(refused[0])}"
             )
-        if not any(matches(pattern, t.path) for t in candidates):
+        if not found:
             raise ValueError(
                 f"Expected a layer of {_KINDS}. Received: {listed(hits)}, asked for as "
                 f"{pattern!r}. {_how_to_name(hits[0], candidates)}"
             )
-    return [t for t in candidates if any(matches(p, t.path) for p in patterns)]
+    return [t for t in candidates if any(_is_named(p, t) for p in patterns)]
+
+
+def _is_named(pattern: str, target: Target) -> bool:
+    """Whether a pattern matches a matrix or, where the layer has several, the layer."""
+    layer_path = target.path.removesuffix(f"/{target.matrix}")
+    return matches(pattern, target.path) or matches(pattern, layer_path)
 
 
 def _how_to_name(node: Node, candidates: Sequence[Target]) -> str:

@@ -1,0 +1,176 @@
+"""Recurrent cells: adapted, they compute what plain ones do with the kernels `W0 + s A B`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from support.cases import numpy_of
+
+import keras_lora as kl
+from keras_lora.layers import AdapterBank
+
+RANK, ALPHA = 2, 3
+Shape = tuple[int, ...]
+STEPS: Shape = (7, 3)
+Make = Callable[[], keras.layers.Layer]
+
+# The shape of an input without its batch, and the layer.
+CASES: dict[str, tuple[Shape, Make]] = {
+    "LSTM": (STEPS, lambda: layers.LSTM(5, return_sequences=True)),
+    "LSTM, one product for each gate": (STEPS, lambda: layers.LSTM(5, implementation=1)),
+    "LSTM without bias, unrolled": (STEPS, lambda: layers.LSTM(5, use_bias=False, unroll=True)),
+    "LSTM with dropouts": (STEPS, lambda: layers.LSTM(5, dropout=0.5, recurrent_dropout=0.5)),
+    "GRU": (STEPS, lambda: layers.GRU(5)),
+    "GRU, reset before": (STEPS, lambda: layers.GRU(5, reset_after=False)),
+    "SimpleRNN": (STEPS, lambda: layers.SimpleRNN(5)),
+    "Bidirectional": (STEPS, lambda: layers.Bidirectional(layers.GRU(5))),
+    "stacked cells": (STEPS, lambda: layers.RNN([layers.LSTMCell(5), layers.GRUCell(2)])),
+    "ConvLSTM1D": ((5, 7, 3), lambda: layers.ConvLSTM1D(2, 3)),
+    "ConvLSTM2D": ((2, 7, 5, 3), lambda: layers.ConvLSTM2D(2, (3, 2), padding="same")),
+}
+
+
+def made(name: str) -> keras.Model:
+    keras.utils.set_random_seed(7)
+    shape, make = CASES[name]
+    return keras.Sequential([keras.Input(shape), make()], name="net")
+
+
+def inputs(name: str) -> np.ndarray:
+    return np.random.default_rng(5).normal(size=(2, *CASES[name][0])).astype("float32")
+
+
+def banks(model: keras.Model) -> Iterator[AdapterBank]:
+    for layer in kl.lora_layers(model).values():
+        yield from layer.banks.values()
+
+
+def randomize(model: keras.Model) -> None:
+    rng = np.random.default_rng(11)
+    for bank in banks(model):
+        for adapter in bank.adapters.values():
+            for factor in adapter.factors:
+                factor.assign(rng.normal(scale=0.4, size=factor.shape))
+
+
+def adapted(name: str, **options: Any) -> keras.Model:
+    config = kl.LoRAConfig(rank=RANK, alpha=ALPHA, targets="all", **options)
+    model = kl.apply_lora(made(name), config)
+    randomize(model)
+    return model
+
+
+def pairs(model: keras.Model, plain: keras.Model) -> dict[int, keras.Variable]:
+    """The variables of a plain model, by the ids of the adapted model's."""
+    base = [v for v in model.weights if "lora" not in v.path]
+    return {id(v): other for v, other in zip(base, plain.weights, strict=True)}
+
+
+def reference(name: str, model: keras.Model) -> keras.Model:
+    """A plain model with the effective kernels, from float64."""
+    plain = made(name)
+    plain_of = pairs(model, plain)
+    for bank in banks(model):
+        w = numpy_of(bank.site.matrix).astype("float64")
+        a, b = (numpy_of(f).astype("float64") for f in bank.adapters["default"].factors)
+        plain_of[id(bank.site.matrix)].assign(w + ALPHA / RANK * np.tensordot(a, b, 1))
+    return plain
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_adapted_layer_is_a_plain_one_with_the_effective_kernels(name: str) -> None:
+    base, x = made(name), inputs(name)
+    model = kl.apply_lora(made(name), kl.LoRAConfig(rank=RANK, alpha=ALPHA, targets="all"))
+    np.testing.assert_array_equal(numpy_of(model(x)), numpy_of(base(x)))
+    randomize(model)
+    expected = numpy_of(reference(name, model)(x))
+    np.testing.assert_allclose(numpy_of(model(x)), expected, rtol=1e-5, atol=1e-6)
+    with kl.merged(model):
+        np.testing.assert_allclose(numpy_of(model(x)), expected, rtol=1e-5, atol=1e-6)
+    kl.unload_lora(model)
+    np.testing.assert_array_equal(numpy_of(model(x)), numpy_of(base(x)))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "Bidirectional", "stacked cells", "ConvLSTM2D"])
+def test_training_follows_the_gradient_of_the_kernels(name: str) -> None:
+    """With `SGD`: `dA = s G B^T` and `dB = s A^T G`, with the gradient `G` of a plain kernel."""
+    model, x = adapted(name), inputs(name)
+    plain = reference(name, model)
+    before = [[numpy_of(f) for f in bank.adapters["default"].factors] for bank in banks(model)]
+    plain_of = pairs(model, plain)
+    kernels = {key: numpy_of(v).astype("float64") for key, v in plain_of.items()}
+    for network in (model, plain):
+        network.compile(keras.optimizers.SGD(0.1), "mse")
+        network.fit(x, np.zeros(numpy_of(network(x)).shape), verbose=0)
+    for bank, (a, b) in zip(banks(model), before, strict=True):
+        key = id(bank.site.matrix)
+        step = ALPHA / RANK * (numpy_of(plain_of[key]) - kernels[key])
+        rows, columns = step.reshape(-1, b.shape[1]), a.reshape(-1, RANK)
+        expected = (a + (rows @ b.T).reshape(a.shape), b + columns.T @ rows)
+        for found, value in zip(bank.adapters["default"].factors, expected, strict=True):
+            np.testing.assert_allclose(numpy_of(found), value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_a_kernel_is_formed_once_a_call(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = keras.Sequential(
+        [keras.Input(STEPS), layers.LSTM(5, unroll=True, dtype=dtype, name="lstm")]
+    )
+    kl.apply_lora(model, kl.LoRAConfig(rank=RANK, targets="all"))
+    read: list[Any] = []
+    kernel: Any = AdapterBank.kernel
+    counted = property(lambda bank: (read.append(bank), kernel.fget(bank))[1])
+    monkeypatch.setattr(AdapterBank, "kernel", counted)
+    output = model(np.ones((2, *STEPS), "float32"))
+    assert len(read) == 2
+    assert keras.backend.standardize_dtype(output.dtype) == model.layers[0].compute_dtype
+
+
+def test_a_state_is_kept_from_batch_to_batch() -> None:
+    def stateful() -> keras.Model:
+        keras.utils.set_random_seed(7)
+        return keras.Sequential(
+            [keras.Input(batch_shape=(2, *STEPS)), layers.GRU(5, stateful=True)], name="net"
+        )
+
+    model, plain = stateful(), stateful()
+    kl.apply_lora(model, kl.LoRAConfig(rank=RANK, targets="all"))
+    x = inputs("GRU")
+    for _ in range(2):
+        np.testing.assert_array_equal(numpy_of(model(x)), numpy_of(plain(x)))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True, "bias": "lora_only"}])
+def test_files_bring_an_adapter_back(options: dict[str, Any], tmp_path: Path) -> None:
+    name = "Bidirectional"
+    model, x = adapted(name, **options), inputs(name)
+    expected = numpy_of(model(x))
+    kl.save_adapter(model, tmp_path / "adapter")
+    loaded = made(name)
+    kl.load_adapter(loaded, tmp_path / "adapter")
+    np.testing.assert_array_equal(numpy_of(loaded(x)), expected)
+    model.save_weights(tmp_path / "m.weights.h5")
+    randomize(loaded)
+    loaded.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_array_equal(numpy_of(loaded(x)), expected)
+    kl.set_adapter(loaded, None)
+    np.testing.assert_array_equal(numpy_of(loaded(x)), numpy_of(made(name)(x)))
+    kl.merge_lora(model).save(tmp_path / "m.keras")
+    merged = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_allclose(numpy_of(merged(x)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_presets_and_names_select_matrices() -> None:
+    model = keras.Sequential([keras.Input(STEPS), layers.LSTM(5, name="lstm"), layers.Dense(3)])
+    paths = [target.path for target in kl.find_targets(model, "all")]
+    assert paths == ["lstm/lstm_cell/kernel", "lstm/lstm_cell/recurrent_kernel"]
+    (target,) = kl.find_targets(model, ["recurrent_kernel"])
+    assert target.kernel_shape == (5, 20)
+    kl.apply_lora(model, kl.LoRAConfig(rank=RANK, targets=["recurrent_kernel"]))
+    assert [tuple(v.shape) for v in model.trainable_variables] == [(5, RANK), (RANK, 20)]
