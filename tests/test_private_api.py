@@ -30,6 +30,23 @@ def test_kernel_attributes(layer_class: type) -> None:
     assert layer.lora_rank is None
 
 
+def test_the_loops_of_recurrent_layers_read_the_kernels_of_a_cell() -> None:
+    for layer_class in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU):
+        assert "inner_loop" in vars(layer_class), layer_class
+    looped = []
+
+    class Looped(keras.layers.SimpleRNN):
+        def inner_loop(self, *args: Any, **kwargs: Any) -> Any:
+            looped.append(self.cell)
+            return super().inner_loop(*args, **kwargs)
+
+    layer = Looped(5)
+    layer(np.ones((2, 7, 3), "float32"))
+    assert looped == [layer.cell]
+    assert vars(layer.cell)["recurrent_kernel"] is layer.cell.recurrent_kernel
+    assert type(keras.layers.ConvLSTM2D(5, 3).cell).__name__ == "ConvLSTMCell"
+
+
 @pytest.mark.parametrize("layer_class", [keras.layers.Embedding, keras.layers.ReversibleEmbedding])
 def test_table_attributes(layer_class: type) -> None:
     layer = layer_class(13, 5)

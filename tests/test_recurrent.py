@@ -97,8 +97,11 @@ def test_an_adapted_layer_is_a_plain_one_with_the_effective_kernels(name: str) -
     np.testing.assert_array_equal(numpy_of(model(x)), numpy_of(base(x)))
 
 
-@pytest.mark.parametrize("name", ["LSTM", "Bidirectional", "stacked cells", "ConvLSTM2D"])
-def test_training_follows_the_gradient_of_the_kernels(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "eager"),
+    [("LSTM", False), ("GRU", True), ("Bidirectional", True), ("ConvLSTM2D", True)],
+)
+def test_training_follows_the_gradient_of_the_kernels(name: str, eager: bool) -> None:
     """With `SGD`: `dA = s G B^T` and `dB = s A^T G`, with the gradient `G` of a plain kernel."""
     model, x = adapted(name), inputs(name)
     plain = reference(name, model)
@@ -106,7 +109,7 @@ def test_training_follows_the_gradient_of_the_kernels(name: str) -> None:
     plain_of = pairs(model, plain)
     kernels = {key: numpy_of(v).astype("float64") for key, v in plain_of.items()}
     for network in (model, plain):
-        network.compile(keras.optimizers.SGD(0.1), "mse")
+        network.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=eager)
         network.fit(x, np.zeros(numpy_of(network(x)).shape), verbose=0)
     for bank, (a, b) in zip(banks(model), before, strict=True):
         key = id(bank.site.matrix)
@@ -123,10 +126,14 @@ def test_a_kernel_is_formed_once_a_call(dtype: str, monkeypatch: pytest.MonkeyPa
         [keras.Input(STEPS), layers.LSTM(5, unroll=True, dtype=dtype, name="lstm")]
     )
     kl.apply_lora(model, kl.LoRAConfig(rank=RANK, targets="all"))
-    read: list[Any] = []
+    read: list[AdapterBank] = []
     kernel: Any = AdapterBank.kernel
-    counted = property(lambda bank: (read.append(bank), kernel.fget(bank))[1])
-    monkeypatch.setattr(AdapterBank, "kernel", counted)
+
+    def counted(bank: AdapterBank) -> Any:
+        read.append(bank)
+        return kernel.fget(bank)
+
+    monkeypatch.setattr(AdapterBank, "kernel", property(counted))
     output = model(np.ones((2, *STEPS), "float32"))
     assert len(read) == 2
     assert keras.backend.standardize_dtype(output.dtype) == model.layers[0].compute_dtype
@@ -174,3 +181,36 @@ def test_presets_and_names_select_matrices() -> None:
     assert target.kernel_shape == (5, 20)
     kl.apply_lora(model, kl.LoRAConfig(rank=RANK, targets=["recurrent_kernel"]))
     assert [tuple(v.shape) for v in model.trainable_variables] == [(5, RANK), (RANK, 20)]
+
+
+def test_a_model_whose_config_lists_its_cells_is_saved_whole_or_refused(tmp_path: Path) -> None:
+    name = "stacked cells"
+    model, x = adapted(name), inputs(name)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(numpy_of(loaded(x)), numpy_of(model(x)))
+    for config in (
+        kl.LoRAConfig(rank=2, targets=["recurrent_kernel"]),
+        kl.LoRAConfig(rank=2, targets="all", rank_pattern={"recurrent_kernel": 1}),
+    ):
+        model = kl.apply_lora(made(name), config)
+        with pytest.raises(ValueError, match="adapters that no `.keras` file"):
+            model.save(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match="adapters that no `.keras` file"):
+        adapted("LSTM").save(tmp_path / "m.keras")
+
+
+def test_adapters_of_other_forms_are_refused(tmp_path: Path) -> None:
+    model = adapted("LSTM")
+    with pytest.raises(ValueError, match="lstm_cell"):
+        kl.save_peft_adapter(model, tmp_path / "peft")
+    with pytest.raises(ValueError, match="lstm_cell"):
+        kl.export_saved_model(model, tmp_path / "many", adapters=["default"])
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(ValueError, match="kernel_constraint"):
+        kl.find_targets(
+            keras.Sequential(
+                [keras.Input(STEPS), layers.LSTM(5, kernel_constraint="non_neg", name="lstm")]
+            ),
+            "all",
+        )

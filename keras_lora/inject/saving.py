@@ -89,7 +89,7 @@ def _refuse(name: str) -> NoReturn:
 def _config_holds(tree: Tree) -> bool:
     """Whether a model made from the config would have the same adapters and the same flags."""
     layers = tree.adapted
-    if not all(is_registered(layer) for layer in layers):
+    if not all(is_registered(layer) and _banks_alike(layer) for layer in layers):
         return False
     if any(_mixed_flags(tree, layer) for layer in tree.layers[1:]):
         return False
@@ -101,6 +101,15 @@ def _config_holds(tree: Tree) -> bool:
         return _count_adapted(tree.root.get_config()) == len(layers)
     except Exception:  # a user's get_config may fail in any way
         return False
+
+
+def _banks_alike(layer: LoRALayer) -> bool:
+    """Whether a layer's config, which says its adapters once, is true of each of its matrices."""
+    first, *others = [
+        ({n: a.acting_spec for n, a in bank.adapters.items()}, bank.active, bank.room)
+        for bank in layer.banks.values()
+    ]
+    return all(bank == first for bank in others)
 
 
 def _mixed_flags(tree: Tree, layer: Layer) -> bool:

@@ -41,6 +41,12 @@ from keras_lora.layers.owned import (
     remove_owner,
 )
 from keras_lora.layers.padding import goes_by_element, parts_of
+from keras_lora.layers.recurrent import (
+    LoRAConvLSTMCell,
+    LoRAGRUCell,
+    LoRALSTMCell,
+    LoRASimpleRNNCell,
+)
 from keras_lora.layers.registry import (
     attach,
     detach,
@@ -76,13 +82,17 @@ __all__ = [
     "LoRAConv2DTranspose",
     "LoRAConv3D",
     "LoRAConv3DTranspose",
+    "LoRAConvLSTMCell",
     "LoRADense",
     "LoRADepthwiseConv1D",
     "LoRADepthwiseConv2D",
     "LoRAEinsumDense",
     "LoRAEmbedding",
+    "LoRAGRUCell",
+    "LoRALSTMCell",
     "LoRALayer",
     "LoRAReversibleEmbedding",
+    "LoRASimpleRNNCell",
     "MixedBatch",
     "OwnedValues",
     "Site",

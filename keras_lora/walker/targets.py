@@ -22,7 +22,7 @@ from keras_lora.walker.heads import output_heads, possible_heads
 from keras_lora.walker.names import listed, match_names, matches, shortened, unmatched
 from keras_lora.walker.tree import Layer, Node, Tree, site_path
 
-_KINDS = "Dense, EinsumDense, Embedding, ReversibleEmbedding or a convolution"
+_KINDS = "Dense, EinsumDense, Embedding, ReversibleEmbedding, a convolution or a recurrent cell"
 _FAMILIES = {"all-linear": "linear", "attention": "linear", "convolutions": "convolution"}
 
 
@@ -35,8 +35,8 @@ class Target:
             the same name is `name#2`.
         layer: The layer itself.
         kind: The Keras class that it is adapted as: `"Dense"`, `"EinsumDense"`, `"Embedding"`,
-            `"ReversibleEmbedding"`, a convolution such as `"Conv2D"`, or one given to
-            `register_lora_class`.
+            `"ReversibleEmbedding"`, a convolution such as `"Conv2D"`, a cell such as `"LSTMCell"`,
+            or one given to `register_lora_class`.
         kernel_shape: Shape of its kernel; of an embedding `(vocabulary, dim)`.
         parent_class: Class name of the layer that contains it.
         matrix: Which matrix of the layer, where the layer has several; then `path` ends in it.
@@ -80,8 +80,8 @@ def find_targets(
               too. A layer computes attention if sublayers of it are named as projections to
               queries and keys: `query`, `q_proj`, `to_q`, `qkv`; its own name says nothing;
             - `"convolutions"`: every convolution except an output head;
-            - `"all"`: every layer of a kind that can be adapted, embeddings and convolutions too,
-              except the output head;
+            - `"all"`: every layer of a kind that can be adapted, embeddings, convolutions and
+              recurrent cells too, except the output head;
             - a list of names. A name is a whole path or its end, at a `/` or `.`: `"query"` hits
               `block_0/attention/query` and never `block_0/subquery`;
             - `"re:PATTERN"`, a regular expression that the whole path must match;
