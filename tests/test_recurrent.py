@@ -167,7 +167,7 @@ def test_files_bring_an_adapter_back(options: dict[str, Any], tmp_path: Path) ->
     loaded.load_weights(tmp_path / "m.weights.h5")
     np.testing.assert_array_equal(numpy_of(loaded(x)), expected)
     kl.set_adapter(loaded, None)
-    np.testing.assert_array_equal(numpy_of(loaded(x)), numpy_of(made(name)(x)))
+    np.testing.assert_allclose(numpy_of(loaded(x)), numpy_of(made(name)(x)), rtol=1e-4, atol=1e-7)
     kl.merge_lora(model).save(tmp_path / "m.keras")
     merged = keras.saving.load_model(tmp_path / "m.keras")
     np.testing.assert_allclose(numpy_of(merged(x)), expected, rtol=1e-5, atol=1e-6)
