@@ -30,6 +30,9 @@ _OTHER_NAMES = {
     "init_lora_weights": "init",
 }
 
+# Fields that version 0.1.0 does not know. At their defaults no file has them: 0.1.0 reads it then.
+_LATER_FIELDS = ("freeze_a",)
+
 Targets = str | Sequence[str] | Callable[[Any], bool]
 
 
@@ -62,6 +65,9 @@ class AdapterSpec:
               `"lora_ga"`: both along the gradient of `W0`, with frozen copies. They need
               `apply_lora(model, config, data=batches)`, and adapt linear layers alone.
 
+        freeze_a: Train `B` alone (LoRA-FA): `A` stays as it starts, and has no gradient, for which
+            the inputs of the layer would be kept. Not for embeddings, whose `A` starts at zero.
+
     Raises:
         ValueError: a value outside the above.
 
@@ -71,7 +77,8 @@ class AdapterSpec:
     2.0
 
     References: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rsLoRA),
-    https://arxiv.org/abs/2312.03732; Liu et al. 2024 (DoRA), https://arxiv.org/abs/2402.09353.
+    https://arxiv.org/abs/2312.03732; Liu et al. 2024 (DoRA), https://arxiv.org/abs/2402.09353;
+    Zhang et al. 2023 (LoRA-FA), https://arxiv.org/abs/2308.03303.
     """
 
     rank: int
@@ -80,13 +87,14 @@ class AdapterSpec:
     use_rslora: bool = False
     use_dora: bool = False
     init: str = DEFAULT_INIT
+    freeze_a: bool = False
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
         check_alpha(self.alpha)
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise invalid("dropout", "a number in [0, 1)", self.dropout, "try dropout=0.05")
-        for name in ("use_rslora", "use_dora"):
+        for name in ("use_rslora", "use_dora", "freeze_a"):
             if not is_flag(getattr(self, name)):
                 raise invalid(name, "True or False", getattr(self, name))
         start_of(self.init)
@@ -95,6 +103,10 @@ class AdapterSpec:
     @property
     def scaling(self) -> float:
         return scaling(self.alpha, self.rank, self.use_rslora)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, which JSON can contain."""
+        return _to_write(self)
 
     @property
     def has_counterpart(self) -> bool:
@@ -121,6 +133,7 @@ class LoRAConfig:
             every variable called `bias` in the model (`"all"`).
         layers_to_save: Names of layers that train in full beside the adapters, such as a
             fresh classifier head.
+        freeze_a: Train `B` alone (LoRA-FA); see `AdapterSpec`.
 
     Raises:
         ValueError: a value outside the above; the message says which values are expected.
@@ -144,6 +157,7 @@ class LoRAConfig:
     init: str = DEFAULT_INIT
     bias: Literal["none", "lora_only", "all"] = "none"
     layers_to_save: Sequence[str] = ()
+    freeze_a: bool = False
 
     def __new__(cls, *args: Any, **fields: Any) -> LoRAConfig:
         """Refuse, with the names to write, fields that the class does not have."""
@@ -181,6 +195,7 @@ class LoRAConfig:
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             init=self.init,
+            freeze_a=self.freeze_a,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -196,8 +211,7 @@ class LoRAConfig:
                 self.targets,
                 "list the paths: targets=[t.path for t in find_targets(model, function)]",
             )
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in _to_write(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoRAConfig:
@@ -231,6 +245,12 @@ def check_start(init: str, alphas: Iterable[float]) -> None:
     wrong = [alpha for alpha in alphas if alpha <= 0] if start_of(init).has_counterpart else []
     if wrong:
         raise invalid("alpha", f"a positive number for init={init!r}", wrong[0])
+
+
+def _to_write(config: AdapterSpec | LoRAConfig) -> dict[str, Any]:
+    """The fields by name, without later ones at their defaults."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {k: v for k, v in values.items() if v or k not in _LATER_FIELDS}
 
 
 def _make_plain(config: AdapterSpec | LoRAConfig) -> None:

@@ -52,8 +52,11 @@ def test_a_broken_run_goes_on_to_the_weights_and_logs_of_an_unbroken_one(
         np.testing.assert_allclose(history[name], values[-len(history[name]) :], rtol=1e-5)
 
 
-def test_a_broken_run_with_dora_goes_on_too(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, use_dora=True)
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"freeze_a": True}])
+def test_a_broken_run_with_other_adapters_goes_on_too(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, **options)
     unbroken, broken, model = (adapted(functional, seed, config=config) for seed in (1, 1, 2))
     fit(unbroken)
     with pytest.raises(BrokenError):

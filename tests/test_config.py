@@ -87,7 +87,7 @@ FOREIGN: list[tuple[str, Any, Any]] = [
     *((f, value, 0.5) for f in ("alpha", "dropout") for value in NUMBERS),
     *(("alpha", value, 3) for value in INTEGERS),
     *(("alpha_pattern", {"up": value}, {"up": 0.5}) for value in NUMBERS),
-    *((f, value, True) for f in ("use_rslora", "use_dora") for value in FLAGS),
+    *((f, value, True) for f in ("use_rslora", "use_dora", "freeze_a") for value in FLAGS),
     *((f, [n], ("up",)) for f in ("targets", "exclude", "layers_to_save") for n in NAMES),
     ("targets", np.str_("all"), "all"),
     ("init", Choice.INIT, "gaussian"),

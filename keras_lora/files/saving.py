@@ -183,7 +183,7 @@ def adapter_tensors(tree: Tree, name: str, *, ordinary: bool) -> dict[str, np.nd
 def _description(tree: Tree, name: str, beside: Sequence[str], ordinary: bool) -> dict[str, Any]:
     """What `adapter_config.json` says; `beside` has the keys of variables of the base."""
     layers = _parts(tree, name, ordinary)
-    specs = {path: dataclasses.asdict(adapter.acting_spec) for path, adapter in layers.items()}
+    specs = {path: adapter.acting_spec.to_dict() for path, adapter in layers.items()}
     common = next(iter(specs.values()))
     keys, whole = tree.variable_keys, whole_adapters(tree, [name]).get(name)
     model = tree.root

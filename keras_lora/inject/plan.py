@@ -63,7 +63,7 @@ def make_plan(tree: Tree, config: LoRAConfig, name: str) -> Plan:
         PlannedLayer(t, config.spec(rank=ranks.get(t.path), alpha=alphas.get(t.path)))
         for t in targets
     ]
-    _check_dora(layers)
+    _check_kinds(layers)
     full = [v for node in trained for v in own_trainable_variables(tree, node.layer)]
     whole = Adapter(config, unique([*_biases(tree, targets, config.bias), *full]))
     owned = unique([*whole.trained, *(v for node in trained for v in node.layer.weights)])
@@ -87,7 +87,7 @@ def plan_factors(
     for layer in layers:
         check_target(layer.target)
     _raise_wrong(sorted(layer.target.path for layer in layers if not _takes(layer)))
-    _check_dora(layers)
+    _check_kinds(layers)
     return plan_of(name, adapter, layers, values)
 
 
@@ -129,7 +129,16 @@ def _takes(layer: PlannedLayer) -> bool:
     return [tuple(factor.shape) for factor in factors] == expected
 
 
-def _check_dora(layers: Sequence[PlannedLayer]) -> None:
+def _check_kinds(layers: Sequence[PlannedLayer]) -> None:
+    """Refuse options that the kind of a layer does not have."""
+    still = [x.target.path for x in layers if x.spec.freeze_a and x.target.site.kind.start]
+    if still:
+        raise invalid(
+            "freeze_a",
+            f"False for {still}, whose A starts at zero, so that B alone would learn nothing",
+            True,
+            "exclude them, or give them an adapter of their own without it",
+        )
     refused = [
         x.target.path for x in layers if x.spec.use_dora and not x.target.site.kind.takes_dora
     ]

@@ -62,6 +62,8 @@ def _misfit(
     if bank is None:
         return f"{path}: not adapted in this model"
     names = [n for n in active if n == name or n in bank.adapters]
+    if name in bank.active and bank.adapters[name].spec.freeze_a != spec.freeze_a:
+        return f"{path}: freeze_a={spec.freeze_a}, where the active adapter has the opposite"
     specs = [spec if n == name else bank.adapters[n].spec for n in names]
     if bank.fits([dataclasses.replace(spec, dropout=0.0) for spec in specs]):
         return None

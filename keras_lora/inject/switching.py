@@ -130,7 +130,7 @@ def switch(tree: Tree, names: Sequence[str], trainable: bool = True) -> None:
     settle_ranks(tree)
     fit = _all_fit(banks, names) and not any(bank.traced_by_name for bank in banks)
     with strategy_scope(tree):
-        if fit and not thawed and _same_flags(banks, trained, extra, trainable):
+        if fit and not thawed and _same_flags(banks, names, trained, extra, trainable):
             with moving_moments(tree, known_models(tree)):
                 _move(banks, owned, names, trainable)
         else:
@@ -310,9 +310,10 @@ def _all_fit(banks: Iterable[AdapterBank], names: Sequence[str]) -> bool:
 
 def _same_flags(
     banks: Iterable[AdapterBank],
+    names: Sequence[str],
     trained: Iterable[keras.Variable],
     extra: Iterable[keras.Variable],
     trainable: bool,
 ) -> bool:
-    slots = [v for bank in banks for slot in bank.slots for v in slot.factors]
+    slots = [v for x in banks for v in x.training([n for n in names if n in x.adapters])]
     return {id(v) for v in trained} == {id(v) for v in [*extra, *(slots if trainable else [])]}

@@ -70,7 +70,7 @@ class LayerAdapter:
 
     @property
     def factors(self) -> tuple[Factor, ...]:
-        """The values that train: `A`, `B` and, for DoRA, `m`."""
+        """`A`, `B` and, for DoRA, `m`."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     def ordinary(self, rank_axis: int) -> LayerAdapter:
@@ -86,6 +86,11 @@ class LayerAdapter:
         alpha = spec.scaling / scaling(1.0, 2 * spec.rank, spec.use_rslora)
         spec = dataclasses.replace(spec, rank=2 * spec.rank, alpha=alpha, init=DEFAULT_INIT)
         return dataclasses.replace(self, spec=spec, a=Factor(a), b=Factor(b), counterpart=None)
+
+    @property
+    def trained(self) -> tuple[Factor, ...]:
+        """The values that train while the adapter does."""
+        return self.factors[1:] if self.spec.freeze_a else self.factors
 
     @property
     def parameters(self) -> int:

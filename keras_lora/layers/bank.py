@@ -193,9 +193,15 @@ class AdapterBank:
         return any(v.trainable for slot in self.slots for v in slot.factors)
 
     def train(self, trainable: bool) -> None:
-        for slot in self.slots:
-            for variable in slot.factors:
-                variable.trainable = trainable
+        trained = {id(v) for v in self.training()} if trainable else ()
+        for variable in [v for slot in self.slots for v in slot.factors]:
+            variable.trainable = id(variable) in trained
+
+    def training(self, names: Sequence[str] | None = None) -> list[keras.Variable]:
+        """The variables of slots that train with these adapters; by default the active ones."""
+        adapters = [self._adapters[name] for name in (self._active if names is None else names)]
+        frozen = {id(s.a) for s, x in zip(self.slots, adapters, strict=False) if x.spec.freeze_a}
+        return [v for slot in self.slots for v in slot.factors if id(v) not in frozen]
 
     @property
     def kernel(self) -> Tensor:
@@ -294,7 +300,8 @@ class AdapterBank:
 
     def _track(self, variables: Sequence[keras.Variable]) -> None:
         trains = self.trains
-        self.train(True)  # otherwise Keras lists the factors as non-trainable
+        for factor in [factor for slot in self.slots for factor in slot.factors]:
+            factor.trainable = True  # otherwise Keras lists the factors as non-trainable
         with self._unlocked():
             for variable in variables:
                 self.site.layer._track_variable(variable)

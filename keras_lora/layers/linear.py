@@ -19,8 +19,8 @@ class LoRADense(LoRALayer, keras.layers.Dense):
 
     Args:
         units: Number of outputs `k`.
-        rank, alpha, dropout, use_rslora, use_dora, init, adapters, active, train_bias: See
-            `LoRALayer`.
+        rank, alpha, dropout, use_rslora, use_dora, init, freeze_a, adapters, active, train_bias:
+            See `LoRALayer`.
         **kwargs: Any argument of `keras.layers.Dense`.
 
     Input shape:
@@ -62,8 +62,8 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
     Args:
         equation: Any equation that `keras.layers.EinsumDense` accepts.
         output_shape: As in `keras.layers.EinsumDense`.
-        rank, alpha, dropout, use_rslora, use_dora, init, adapters, active, train_bias: See
-            `LoRALayer`.
+        rank, alpha, dropout, use_rslora, use_dora, init, freeze_a, adapters, active, train_bias:
+            See `LoRALayer`.
         **kwargs: Any argument of `keras.layers.EinsumDense`.
 
     Input shape:

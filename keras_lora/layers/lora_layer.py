@@ -64,7 +64,8 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         use_rslora: `s = alpha / sqrt(r)`.
         use_dora: Also train a magnitude of each output.
         init: How `A` and `B` start; see `AdapterSpec`.
-        adapters: `{name: AdapterSpec fields}` instead of the six above, for several adapters.
+        freeze_a: Train `B` alone; see `AdapterSpec`.
+        adapters: `{name: AdapterSpec fields}` instead of the seven above, for several adapters.
         active: Names of the active adapters; all of them by default.
         train_bias: Train the bias beside the adapters.
         room: What the slots have room for, where that is more than `active`: from `get_config`.
@@ -105,6 +106,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         use_rslora: bool = False,
         use_dora: bool = False,
         init: str = "kaiming_uniform",
+        freeze_a: bool = False,
         adapters: Mapping[str, Mapping[str, Any]] | None = None,
         active: Sequence[str] | None = None,
         train_bias: bool = False,
@@ -119,6 +121,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
                 use_rslora=use_rslora,
                 use_dora=use_dora,
                 init=init,
+                freeze_a=freeze_a,
             )
             specs = {DEFAULT_ADAPTER: spec}
         else:
@@ -135,6 +138,9 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         takes_dora = all(kind.takes_dora for kind in kinds.values())
         if not takes_dora and any(spec.use_dora for spec in specs.values()):
             raise invalid("use_dora", f"False for a {type(self).__qualname__}", True)
+        starts = [kind.start for kind in kinds.values() if kind.start is not None]
+        if starts and any(spec.freeze_a for spec in specs.values()):
+            raise invalid("freeze_a", "False for a layer whose A starts at zero", True)
         super().__init__(*args, **kwargs)
         check_adaptable(self)
         self._lora = LoRAState.of(self, _adapted_class(type(self)), kinds)
@@ -262,7 +268,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         room = banks[0].room if self.built else self._lora.pending_room
         return {
             **super().get_config(),
-            "adapters": {name: dataclasses.asdict(spec) for name, spec in specs.items()},
+            "adapters": {name: spec.to_dict() for name, spec in specs.items()},
             "active": list(banks[0].active if self.built else self._lora.pending_active),
             "train_bias": self._trains_bias(),
             "room": dataclasses.asdict(room) if room else None,

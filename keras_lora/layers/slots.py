@@ -185,13 +185,13 @@ class Slot:
 
     @property
     def factors(self) -> tuple[keras.Variable, ...]:
-        """The variables that train."""
+        """The variables of `A`, `B` and the magnitude."""
         pair = self.a, self.b
         return pair if self.magnitude is None else (*pair, self.magnitude.values)
 
     @property
     def held(self) -> list[tuple[keras.Variable, Factor]]:
-        """The variables that train with the factors of the adapter in them."""
+        """The variables with the factors of the adapter in them."""
         return list(zip(self.factors, self.adapter.factors, strict=False)) if self.adapter else []
 
     def update(

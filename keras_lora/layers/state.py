@@ -60,7 +60,7 @@ class LoRAState:
 
     @property
     def frozen(self) -> list[keras.Variable]:
-        """The base's variables that train with none of the active adapters."""
+        """What trains with none of the active adapters: of the base, and `A` that is frozen."""
         layer = next(iter(self.banks.values())).site.layer
         if not layer.built:
             return []
@@ -71,4 +71,7 @@ class LoRAState:
         trained = {id(v) for whole in acting if whole is not None for v in whole.trained}
         if self.train_bias:
             trained |= {id(bank.site.bias) for bank in self.banks.values()}
+        for bank in self.banks.values():
+            ours -= {id(v) for slot in bank.slots for v in slot.factors}
+            trained |= {id(v) for v in bank.training()}
         return [v for v in layer.weights if id(v) not in ours | trained]

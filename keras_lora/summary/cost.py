@@ -184,7 +184,7 @@ def _left(tree: Tree, banks: Collection[AdapterBank]) -> Mapping[str, int]:
 
 def _trained_factors(bank: AdapterBank) -> list[Factor]:
     names = bank.active if bank.trains else ()
-    return [factor for name in names for factor in bank.adapters[name].factors]
+    return [factor for name in names for factor in bank.adapters[name].trained]
 
 
 def _cost(variables: Sequence[keras.Variable | Factor]) -> Cost:

@@ -106,8 +106,8 @@ def _variables(model: keras.Model, keys: Mapping[int, str]) -> dict[str, keras.V
     """The variables that training changes, by key."""
     owned = [item.variable for item in all_owned(model.variables)]
     slots = [slot for bank in Tree.of(model).banks for slot in bank.slots]
-    # What starts take off again is the same in a new process only where nothing was drawn.
-    frozen = [v for slot in slots for v in slot.counterpart or ()]
+    # What starts take off again, or a frozen A, is drawn anew in a new process.
+    frozen = [v for slot in slots for v in (*slot.factors, *(slot.counterpart or ()))]
     trained = {keys[id(v)]: v for v in [*model.trainable_variables, *owned, *frozen]}
     return (
         {f"values/{key}": variable for key, variable in trained.items()}
