@@ -33,7 +33,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"target_modules": ["wte", "wpe"]},
         r"wpe: the model has no embedding layer that is this module; .*wte: its matrix",
     ),
-    "lora_bias": ("llama", {"lora_bias": True, "bias": "none"}, "a bias of B"),
+    "lora_bias": (
+        "llama",
+        {"lora_bias": True, "bias": "none"},
+        r"q_proj\.bias: the layer has no bias in Keras for lora_bias",
+    ),
     "head": ("llama", {"target_modules": ["lm_head"]}, "lm_head: the model has no kernel"),
     "experts": (
         "mixtral",

@@ -124,6 +124,35 @@ def test_heads_and_biases_go_with_an_adapter_both_ways(base: Path, tmp_path: Pat
     assert_logits_agree(task, theirs)
 
 
+@pytest.mark.parametrize(
+    ("name", "modules", "bias"),
+    [
+        ("bert", ["query", "output.dense"], "none"),
+        ("bert", ["value"], "lora_only"),
+        ("gpt2", ["attn.c_attn", "c_fc"], "none"),
+    ],
+)
+def test_a_bias_of_b_becomes_a_trained_bias(
+    name: str, modules: list[str], bias: str, base: Path, tmp_path: Path
+) -> None:
+    theirs = wrapped(base, target_modules=modules, lora_bias=True, bias=bias)
+    theirs.save_pretrained(tmp_path / "peft")
+    assert any(key.endswith("lora_B.bias") for key in tensors(tmp_path / "peft"))
+    backbone = keras_model(base)
+    before = state(backbone)
+    kl.load_peft_adapter(backbone, tmp_path / "peft")
+    assert {v.name for v in backbone.trainable_variables} == {"lora_a", "lora_b", "bias"}
+    assert_agree(name, backbone, theirs)
+    kl.load_peft_adapter(backbone, tmp_path / "peft", "again")  # beside the first one
+    kl.set_adapter(backbone, "again")
+    assert_agree(name, backbone, theirs)
+    kl.save_peft_adapter(backbone, tmp_path / "back", "again")
+    back = peft.PeftModel.from_pretrained(hub_model(base), tmp_path / "back").eval()
+    assert_agree(name, backbone, back)
+    kl.unload_lora(backbone)
+    assert state(backbone) == before
+
+
 @pytest.mark.parametrize("name", ["gpt2"])
 def test_the_prefix_of_a_task_comes_from_transformers(base: Path, tmp_path: Path) -> None:
     task = keras_hub.models.GPT2CausalLM(keras_model(base), preprocessor=None)

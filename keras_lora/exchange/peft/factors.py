@@ -169,8 +169,6 @@ def _unsupported(module: PeftModule) -> list[str]:
     """Why no adapter of this package can express a module."""
     if module.kind == "convolution":
         return ["a convolution, which keras_lora does not adapt yet"]
-    if module.bias is not None:
-        return ["a bias of B (lora_bias), which adapters of keras_lora do not have"]
     if module.embedding and module.magnitude is not None:
         return ["DoRA of an embedding, which keras_lora does not have"]
     return []

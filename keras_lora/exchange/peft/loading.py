@@ -22,6 +22,7 @@ from keras_lora.exchange.peft.values import (
     check_copies,
     find_slices,
     scatter,
+    with_added_biases,
 )
 from keras_lora.exchange.peft_files import (
     PeftAdapter,
@@ -111,6 +112,7 @@ def load_peft_adapter(
         values = scatter(
             {rename(k): v for k, v in adapter.saved.items() if k not in copies}, slices, problems
         )
+        values = with_added_biases(values, modules, slices, problems)
         everywhere = find_slices(model, weights, heads or {}, of_adapted=True)
         check_copies({rename(k): adapter.saved[k] for k in copies}, everywhere, problems)
         expected = f"an adapter for the {weights.model_type!r} model {model.name!r}"

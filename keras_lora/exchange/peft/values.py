@@ -15,6 +15,7 @@ from keras import ops
 from keras_lora.checks import invalid
 from keras_lora.exchange.converters import Block, HuggingFaceWeights
 from keras_lora.exchange.converters.tensors import Array
+from keras_lora.exchange.peft_files import PeftModule
 from keras_lora.exchange.problems import Problems
 from keras_lora.layers import BASE, LoRALayer, owned, site_of
 from keras_lora.lowrank.equations import Shape
@@ -120,6 +121,36 @@ def scatter(
     return values
 
 
+def with_added_biases(
+    values: Sequence[tuple[keras.Variable, Array]],
+    modules: Mapping[str, PeftModule],
+    slices: ParameterSlices,
+    problems: Problems,
+) -> list[tuple[keras.Variable, Array]]:
+    """The values, and those of the biases to which modules add one of `B` (`lora_bias`).
+
+        h = x W0^T + b + s ((x a^T) b_B^T + bias)    <->    b + s bias, a trained bias
+
+    Modules whose layers have no bias in Keras are added to `problems`.
+    """
+    added = {f"{n}.bias": m.scaling * m.bias for n, m in modules.items() if m.bias is not None}
+    problems.add(
+        *(f"{key}: the layer has no bias in Keras for lora_bias" for key in added.keys() - slices)
+    )
+    found = {id(variable): (variable, value) for variable, value in values}
+    known = {key: added[key] for key in added.keys() & slices}
+    for variable, update in scatter(known, slices, problems):
+        _, value = found.get(id(variable), (variable, _of_base(variable)))
+        found[id(variable)] = variable, value + update
+    return list(found.values())
+
+
+def _of_base(variable: keras.Variable) -> Array:
+    item = owned(variable)
+    value = np.array(ops.convert_to_numpy(variable)) if item is None else item.value(BASE)
+    return value.astype("float32")
+
+
 def check_copies(copies: Mapping[str, Array], slices: ParameterSlices, problems: Problems) -> None:
     """Compare the copies of base parameters in an adapter's file with the base of the model.
 
@@ -129,9 +160,7 @@ def check_copies(copies: Mapping[str, Array], slices: ParameterSlices, problems:
     """
     for key in sorted(copies.keys() & slices.keys()):
         for variable, value in scatter({key: copies[key]}, slices, problems):
-            item = owned(variable)
-            ours = np.array(ops.convert_to_numpy(variable)) if item is None else item.value(BASE)
-            if not np.allclose(value, ours.astype("float32"), rtol=2**-7, atol=1e-6):
+            if not np.allclose(value, _of_base(variable), rtol=2**-7, atol=1e-6):
                 problems.add(f"{key}: the adapter was trained with other values of this parameter")
 
 
