@@ -141,9 +141,7 @@ def LoRAPlus(optimizer: Any, ratio: float = 16.0) -> Any:  # noqa: N802 (reads a
 @contextlib.contextmanager
 def without_rates(models: Iterable[keras.Model]) -> Iterator[None]:
     """Within the context the optimizers of models are plain."""
-    optimizers = [x for m in models if (x := getattr(m, "optimizer", None)) is not None]
-    parts = [part for x in optimizers for part in parts_of(x)]
-    rated = [(part, type(part)) for part in parts if isinstance(part, RatesByGroup)]
+    rated = [(part, type(part)) for part in _parts(models) if isinstance(part, RatesByGroup)]
     for part, _ in rated:
         part.__class__ = part.plain_class
     try:
@@ -162,10 +160,15 @@ def build_rated(model: keras.Model) -> None:
         optimizer.build(model.trainable_variables)
 
 
-def remove_rates(optimizer: Any) -> None:
-    """Make an optimizer plain, also one that is built."""
-    for part in [] if optimizer is None else parts_of(optimizer):
+def remove_rates(models: Iterable[keras.Model]) -> None:
+    """Make the optimizers of models plain, also those that are built."""
+    for part in _parts(models):
         _set(part, Rates())
+
+
+def _parts(models: Iterable[keras.Model]) -> list[Any]:
+    optimizers = [x for m in models if (x := getattr(m, "optimizer", None)) is not None]
+    return [part for optimizer in optimizers for part in parts_of(optimizer)]
 
 
 def _check(optimizer: Any) -> None:

@@ -20,20 +20,23 @@ from keras_lora.walker import Tree
 
 
 @contextlib.contextmanager
-def leaving(tree: Tree, merged: bool = False) -> Iterator[None]:
+def leaving(tree: Tree, merged: bool = False) -> Iterator[list[keras.Model]]:
     """Around a verb that takes adapters out of a model: afterwards put every model in order that
     was adapted with one of its layers.
 
-    `merged` is whether the active values of heads and biases stay, as those of the base.
+    `merged` is whether the active values of heads and biases stay, as those of the base. The list
+    has, in the end, the models that are plain.
     """
     others = [model for model in known_models(tree) if model is not tree.root]
-    yield
+    plain: list[keras.Model] = []
+    yield plain
     trees = [tree, *map(Tree.of, others)]
     for known in trees:
         names = {BASE, *adapter_names(known)}
         for variable in known.root.variables:
             _drop_values(variable, names, merged)
     _release(trees)
+    plain += [known.root for known in trees if not known.adapted]
 
 
 def _drop_values(variable: keras.Variable, names: set[str], merged: bool) -> None:

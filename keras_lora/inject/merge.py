@@ -22,7 +22,6 @@ from keras_lora.inject.switching import (
     adapted,
     adapter_names,
     check_adapted,
-    known_models,
 )
 from keras_lora.inject.trial import check_readers
 from keras_lora.inject.turns import CHOOSING, context, turn
@@ -78,10 +77,11 @@ def _merge(tree: Tree) -> None:
     dropped = sorted({*adapter_names(tree)} - {*active_names(tree)})
     if dropped:
         warn(f"Merging drops the adapters that are not active: {dropped}.")
-    with _leaving_plain(tree), changing(tree, layers), leaving(tree, merged=True):
+    with changing(tree, layers), leaving(tree, merged=True) as plain:
         for bank in tree.banks:
             bank.fold()
         _strip(tree)
+    remove_rates(plain)
 
 
 def unload_lora(model: keras.Model) -> keras.Model:
@@ -115,9 +115,10 @@ def unload_lora(model: keras.Model) -> keras.Model:
 def unload(tree: Tree) -> None:
     """`unload_lora` for a model whose tree is known."""
     check_adapted(tree)
-    with _leaving_plain(tree), changing(tree, tree.adapted), leaving(tree):
+    with changing(tree, tree.adapted), leaving(tree) as plain:
         activate(tree, [])
         _strip(tree)
+    remove_rates(plain)
 
 
 @contextlib.contextmanager
@@ -193,16 +194,6 @@ def _merged_copy(tree: Tree) -> keras.Model:
             for name, bank in layer.banks.items():
                 sites[name].matrix.assign(ops.stop_gradient(bank.kernel))
     return copy
-
-
-@contextlib.contextmanager
-def _leaving_plain(tree: Tree) -> Iterator[None]:
-    """Around a verb that leaves a plain model: afterwards its optimizer is plain too."""
-    models = known_models(tree)
-    yield
-    for model in models:
-        if not Tree.of(model).adapted:
-            remove_rates(getattr(model, "optimizer", None))
 
 
 def _strip(tree: Tree) -> None:

@@ -184,8 +184,7 @@ class AdapterBank:
     def make_room(self, room: Room) -> None:
         """Make empty slots before any adapter is active."""
         zeros = [list(map(np.zeros, self.shapes(spec).values())) for spec in room.specs]
-        empty = list(map(layer_adapter, room.specs, zeros))
-        self._take(self._made_slots(empty))
+        self._take(self._made_slots(list(map(layer_adapter, room.specs, zeros))))
         self.activate([], room.trainable)
 
     @property

@@ -40,15 +40,15 @@ class RunState:
         best: float | None,
         ended: int | None,
     ) -> RunState:
-        keys = Tree.of(model).variable_keys
-        variables = _variables(model, keys) | _metrics(model)
+        tree = Tree.of(model)
+        variables = _variables(model, tree) | _metrics(model)
         return cls(
             epoch,
             batches,
             best,
             ended,
             type(model.optimizer).__name__,
-            _trained(model, keys),
+            _trained(model, tree.variable_keys),
             {key: _array(variable) for key, variable in variables.items()},
         )
 
@@ -70,8 +70,8 @@ class RunState:
         Raises:
             AdapterFileError: the state is of another run; everything that differs is listed.
         """
-        keys = Tree.of(model).variable_keys
-        expected = {key: tuple(v.shape) for key, v in _variables(model, keys).items()}
+        tree = Tree.of(model)
+        expected = {key: tuple(v.shape) for key, v in _variables(model, tree).items()}
         saved = {k: x.shape for k, x in self.values.items() if not k.startswith(_METRICS)}
         wrong = [
             f"{key}: {saved.get(key, 'nothing')}, expected {expected.get(key, 'nothing')}"
@@ -80,13 +80,13 @@ class RunState:
         ]
         if self.optimizer != type(model.optimizer).__name__:
             wrong.append(f"{self.optimizer}, expected {type(model.optimizer).__name__}")
-        if not wrong and list(self.trained) != _trained(model, keys):
+        if not wrong and list(self.trained) != _trained(model, tree.variable_keys):
             wrong.append("another order of the variables that train")
         if wrong:
             raise _mismatch(directory, wrong)
 
     def assign(self, model: keras.Model) -> None:
-        for key, variable in _variables(model, Tree.of(model).variable_keys).items():
+        for key, variable in _variables(model, Tree.of(model)).items():
             variable.assign(self.values[key].astype(variable.dtype))
 
     def assign_metrics(self, model: keras.Model) -> None:
@@ -102,10 +102,11 @@ class RunState:
             variable.assign(self.values[key].astype(variable.dtype))
 
 
-def _variables(model: keras.Model, keys: Mapping[int, str]) -> dict[str, keras.Variable]:
+def _variables(model: keras.Model, tree: Tree) -> dict[str, keras.Variable]:
     """The variables that training changes, by key."""
+    keys = tree.variable_keys
     owned = [item.variable for item in all_owned(model.variables)]
-    slots = [slot for bank in Tree.of(model).banks for slot in bank.slots]
+    slots = [slot for bank in tree.banks for slot in bank.slots]
     # What starts take off again, or a frozen A, is drawn anew in a new process.
     frozen = [v for slot in slots for v in (*slot.factors, *(slot.counterpart or ()))]
     trained = {keys[id(v)]: v for v in [*model.trainable_variables, *owned, *frozen]}
