@@ -63,6 +63,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/merged.py
 	$(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/saved_model.py
+	$(BIN)/python benchmarks/recurrent.py
 
 clean:
 	rm -rf $(VENV) .assets dist site

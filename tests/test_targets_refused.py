@@ -26,10 +26,16 @@ def test_names_of_hugging_face_are_translated(name: str, closest: list[str]) -> 
 
 
 def test_a_layer_without_matrices_that_can_be_adapted_says_what_else_to_do() -> None:
-    lstm = keras.layers.LSTM(3, name="cells")
-    model = keras.Sequential([keras.Input((4, 5)), lstm, keras.layers.Dense(2)])
-    with pytest.raises(ValueError, match=r"layers_to_save=\['cells'\].*register_lora_class"):
-        kl.find_targets(model, ["cells"])
+    layers = keras.layers
+    model = keras.Sequential(
+        [keras.Input((4, 5)), layers.PReLU(name="slopes"), layers.LSTM(3, name="lstm")]
+    )
+    with pytest.raises(ValueError, match=r"layers_to_save=\['slopes'\].*register_lora_class"):
+        kl.find_targets(model, ["slopes"])
+    with pytest.raises(ValueError, match=r"To name the layers inside.*'re:\.\*lstm/\.\*'"):
+        kl.find_targets(model, ["lstm"])
+    paths = [target.path for target in kl.find_targets(model, "re:.*lstm/.*")]
+    assert paths == ["lstm/lstm_cell/kernel", "lstm/lstm_cell/recurrent_kernel"]
 
 
 def test_a_kernel_without_inputs_is_refused() -> None:
