@@ -66,8 +66,8 @@ class LoRAConv2D(LoRALayer, keras.layers.Conv2D):
     and each group of outputs applies it to its own inputs. `A` starts random and `B` at zero, so a
     fresh layer computes what its base does.
 
-    In 32 bits the sum `W0 + s A B` is formed once a call and used in one convolution. Only the
-    gradients of `A` and `B` are computed, never that of a whole kernel.
+    In 32 bits the sum `W0 + s A B` is formed once a call and used in one convolution. For all but
+    small kernels no gradient of the kernel is computed, but those of `A` and `B` directly.
 
     Args:
         filters: Number of outputs.

@@ -21,8 +21,8 @@ Operation = Callable[[Tensor, Tensor], Tensor]
 class Convolution(FormingProducts):
     """The products of a convolution: with `A` one to `r` channels, with `B` one of size 1.
 
-    A kernel is formed and used once, and its gradient is that of `A` and `B`: nothing of the
-    output's size is added, and no gradient of the kernel's shape is taken.
+    A kernel is formed and used once, so nothing of the output's size is added. Where that costs
+    less, no gradient of the kernel's shape is taken, but those of `A` and `B`:
 
         y = conv(x, W0 + A B)        dB = conv(x, A)^T dy        dA = dconv(x, A)/dA . (dy B^T)
 
@@ -54,16 +54,26 @@ class Convolution(FormingProducts):
         return times(product, by_channel(self.layer, gain, len(product.shape)))
 
     def joint(self, x: Tensor, terms: Sequence[Term], training: bool) -> Tensor | None:
-        has_gain = any(term.gain is not None for term in terms)
-        if loses_digits(self.w) or (training and has_gain):
+        thin, has_gain = training and self._thin(terms), any(t.gain is not None for t in terms)
+        if loses_digits(self.w) or (thin and has_gain):
             return None
         w = self.split.effective(self.w, [term[1:] for term in terms])
-        if not training:
+        if not thin:
             return self.operation(x, w)
         y, still = self.operation(x, ops.stop_gradient(w)), ops.stop_gradient(x)
         for term in terms:
             y = self._with_gradient(y, self._hidden(still, term.a), term.b)
         return y
+
+    def _thin(self, terms: Sequence[Term]) -> bool:
+        """Whether the gradients of `A` and `B` alone cost less than that of the kernel `A B`.
+
+        By products counted for each output position: `2 r (d + k)` and `d k`. Thin ones take three
+        times as long on two processors (`benchmarks/convolutions.py`).
+        """
+        inputs, outputs = self.split.matrix_shape(tuple(self.w.shape))
+        rank = sum(term.a.shape[-1] for term in terms)
+        return 3 * 2 * rank * (inputs * self.groups + outputs) < inputs * outputs
 
     def _hidden(self, x: Tensor, a: Tensor) -> Tensor:
         """`x A`, of each group."""
