@@ -42,6 +42,8 @@ from keras_lora.layers import (
     LoRALayer,
     LoRALSTMCell,
     LoRAReversibleEmbedding,
+    LoRASeparableConv1D,
+    LoRASeparableConv2D,
     LoRASimpleRNNCell,
     register_lora_class,
 )
@@ -82,6 +84,8 @@ __all__ = [
     "LoRALayer",
     "LoRAPlus",
     "LoRAReversibleEmbedding",
+    "LoRASeparableConv1D",
+    "LoRASeparableConv2D",
     "LoRASimpleRNNCell",
     "LoRASummary",
     "RuntimeReport",

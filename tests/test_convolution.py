@@ -240,6 +240,7 @@ def test_weights_of_the_base_go_into_the_adapted_layer(case: Case, tmp_path: Pat
     with pytest.warns(UserWarning, match="base"):
         model.load_weights(tmp_path / "m.weights.h5")
     assert relative(model(x), base(x)) <= 1e-6
+    assert relative(kl.merge_lora(adapted(case), inplace=False)(x), adapted(case)(x)) <= 1e-5
 
 
 @pytest.mark.parametrize(("size", "channels"), [(1, 5), (3, 1)])

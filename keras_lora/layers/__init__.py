@@ -59,6 +59,7 @@ from keras_lora.layers.registry import (
     sites_of,
     supported_base,
 )
+from keras_lora.layers.separable import LoRASeparableConv1D, LoRASeparableConv2D
 from keras_lora.layers.transposed import (
     LoRAConv1DTranspose,
     LoRAConv2DTranspose,
@@ -92,6 +93,8 @@ __all__ = [
     "LoRALSTMCell",
     "LoRALayer",
     "LoRAReversibleEmbedding",
+    "LoRASeparableConv1D",
+    "LoRASeparableConv2D",
     "LoRASimpleRNNCell",
     "MixedBatch",
     "OwnedValues",

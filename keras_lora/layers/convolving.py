@@ -137,6 +137,15 @@ def transposed_products(layer: Any, split: EinsumSplit, w: Tensor) -> Convolutio
     return Convolution(layer, split, ops.stop_gradient(w), operation, down)
 
 
+def pointwise_products(layer: Any, split: EinsumSplit, w: Tensor) -> Convolution:
+    """The products of the second step of a separable convolution, of size and stride 1."""
+
+    def operation(x: Tensor, kernel: Tensor) -> Tensor:
+        return ops.conv(x, kernel, data_format=layer.data_format)
+
+    return Convolution(layer, split, ops.stop_gradient(w), operation, lambda a: a)
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Depthwise(FormingProducts):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import keras
@@ -21,7 +21,12 @@ from keras import ops
 
 from keras_lora.checks import invalid
 from keras_lora.initializers import EMBEDDING_START, FrozenMatrix, Start, start_of
-from keras_lora.layers.convolving import Depthwise, convolution_products, transposed_products
+from keras_lora.layers.convolving import (
+    Depthwise,
+    convolution_products,
+    pointwise_products,
+    transposed_products,
+)
 from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor, split_equation
 from keras_lora.lowrank.products import Products, einsum_products
 
@@ -171,6 +176,10 @@ def _transposed(site: Site, _: Tensor) -> Products:
     return transposed_products(site.layer, site.split(), site.weight())
 
 
+def _pointwise(site: Site, _: Tensor) -> Products:
+    return pointwise_products(site.layer, site.split(), site.weight())
+
+
 def _depthwise(site: Site, _: Tensor) -> Products:
     return Depthwise(site.layer, site.split(), ops.stop_gradient(site.weight()))
 
@@ -213,6 +222,16 @@ _DEPTHWISE = Kind(
     products=_depthwise,
     must_save=True,
 )
+_SEPARABLE = {
+    "depthwise_kernel": replace(_DEPTHWISE, matrix="depthwise_kernel", bias=None),
+    "pointwise_kernel": Kind(
+        equation=convolution_equation,
+        matrix="pointwise_kernel",
+        constraint="pointwise_constraint",
+        family="convolution",
+        products=_pointwise,
+    ),
+}
 
 # For each layer class the kinds of its matrices, by name; a layer's only matrix is named "".
 KINDS: dict[type, Mapping[str, Kind]] = {
@@ -232,6 +251,8 @@ KINDS: dict[type, Mapping[str, Kind]] = {
     keras.layers.GRUCell: _CELL,
     keras.layers.SimpleRNNCell: _CELL,
     CONV_LSTM_CELL: _CONVOLVING_CELL,
+    keras.layers.SeparableConv1D: _SEPARABLE,
+    keras.layers.SeparableConv2D: _SEPARABLE,
 }
 
 

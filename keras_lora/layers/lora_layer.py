@@ -36,7 +36,7 @@ from keras_lora.layers.rematerialized import Rematerialized
 from keras_lora.layers.slots import Room, Slot
 from keras_lora.layers.state import LoRAState
 from keras_lora.lowrank.equations import Tensor
-from keras_lora.lowrank.products import Products, adapted_sum
+from keras_lora.lowrank.products import adapted_sum
 
 DEFAULT_ADAPTER = "default"
 
@@ -246,11 +246,6 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         """
         return self.bank.kernel
 
-    def products(self, inputs: Tensor) -> Products:
-        """How `W0`, and the updates of the adapters, act on these inputs."""
-        bank = self.bank
-        return bank.computation.products(bank.site, inputs)
-
     def adapted_product(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """`x W0 + sum_i s_i (drop_i(x) A_i) B_i`: the layer before bias and activation.
 
@@ -259,7 +254,8 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         """
         bank = self.bank
         terms = bank.computation.terms(bank.site, inputs, training)
-        return adapted_sum(self.products(inputs), inputs, terms, training)
+        products = bank.computation.products(bank.site, inputs)
+        return adapted_sum(products, inputs, terms, training)
 
     def get_config(self) -> dict[str, Any]:
         banks = list(self.banks.values())

@@ -31,6 +31,7 @@ from keras_lora.layers.recurrent import (
     LoRALSTMCell,
     LoRASimpleRNNCell,
 )
+from keras_lora.layers.separable import LoRASeparableConv1D, LoRASeparableConv2D
 from keras_lora.layers.state import LoRAState
 from keras_lora.layers.transposed import (
     LoRAConv1DTranspose,
@@ -55,6 +56,8 @@ _LORA_CLASSES: dict[type, type[LoRALayer]] = {
     keras.layers.GRUCell: LoRAGRUCell,
     keras.layers.SimpleRNNCell: LoRASimpleRNNCell,
     CONV_LSTM_CELL: LoRAConvLSTMCell,
+    keras.layers.SeparableConv1D: LoRASeparableConv1D,
+    keras.layers.SeparableConv2D: LoRASeparableConv2D,
 }
 
 

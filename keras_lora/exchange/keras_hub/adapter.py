@@ -150,9 +150,9 @@ def save_keras_hub_lora(
         _warn_of_values(tree, name)
         factors = {
             layer_path: (adapter.scaling * np.array(adapter.a, "float64"), np.array(adapter.b))
-            for layer_path, layer in tree.adapted_by_path.items()
-            if name in layer.adapters
-            for adapter in [layer.bank.ordinary(name)]
+            for layer_path, bank in tree.banks_by_path.items()
+            if name in bank.adapters
+            for adapter in [bank.ordinary(name)]
         }
     return write_keras_hub_lora(path, model, factors, target_layer_names=target_layer_names)
 

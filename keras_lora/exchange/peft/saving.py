@@ -156,7 +156,11 @@ def _full_names(
 def _layers_of(tree: Tree, name: str) -> dict[str, LoRALayer]:
     """The layers of an adapter, by path."""
     check_names(tree, [name])
-    found = {p: layer for p, layer in tree.adapted_by_path.items() if name in layer.adapters}
+    found = {
+        path: layer
+        for path, layer in tree.adapted_by_path.items()
+        if any(name in bank.adapters for bank in layer.banks.values())
+    }
     others = [p for p, layer in found.items() if family_of(layer) not in ("linear", "embedding")]
     if others:
         raise ValueError(
