@@ -124,7 +124,7 @@ def test_what_is_learned_beside_a_large_counterpart_is_not_lost(dtype: str, init
     expected = x @ delta(BY_ID["dense"], adapter(model))
     adapted = kl.lora_layers(model)["case"]
     ((_, a, b, _),) = adapted.bank.computation.terms(adapted.bank.site, x, False)
-    received = adapted.products(x).update(keras.ops.cast(x, "bfloat16"), a, b)
+    received = adapted.bank.site.products(x).update(keras.ops.cast(x, "bfloat16"), a, b)
     assert relative(received, expected) <= 3e-2
 
 
