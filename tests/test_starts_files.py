@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from rich.console import Console
 from support.broken_runs import CONFIG, BreakAfter, BrokenError, adapted, assert_same, fit, trained
 from support.cases import numpy_of, relative
 from support.models import data, functional
@@ -120,6 +121,16 @@ def test_an_adapter_with_a_counterpart_takes_the_place_of_its_like_alone(tmp_pat
     plain = adapted(functional, config=dataclasses.replace(PISSA, init="gaussian"))
     with pytest.raises(kl.AdapterFileError, match=r"up: a start with a counterpart, 'pissa:1'"):
         kl.load_adapter(plain, tmp_path / "a", replace=True)
+
+
+def test_a_summary_counts_the_counterpart_as_what_never_trains() -> None:
+    model = adapted(functional, config=PISSA)
+    summary = kl.lora_summary(model, Console(quiet=True))
+    size = sum(x.size for x in counterparts(model))
+    rows = sum(row.parameters for row in summary.rows)
+    assert size == rows
+    base = functional().count_params()
+    assert summary.model_parameters == base + rows + size
 
 
 def test_a_copy_and_a_layer_made_by_hand_have_counterparts() -> None:

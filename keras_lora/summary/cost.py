@@ -161,11 +161,14 @@ def _summary(model: keras.Model, whole: bool = False) -> LoRASummary:
     ]
     ours = {id(v) for bank in banks.values() for v in bank.variables}
     base = [v for v in model.weights if id(v) not in ours]
+    adapters = [adapter for bank in banks.values() for adapter in bank.adapters.values()]
+    # A counterpart is a part of the model that never trains.
+    factors = [factor for adapter in adapters for factor in adapter.named_factors.values()]
     # The factors of adapters, not those of their slots, which may be of a higher rank.
     trained = [f for bank in banks.values() for f in _trained_factors(bank)]
     return LoRASummary(
         rows,
-        sum(map(_size, base)) + sum(row.parameters for row in rows),
+        sum(map(_size, [*base, *factors])),
         _cost([*trained, *(v for v in model.trainable_variables if id(v) not in ours)]),
         _cost([v for v in base if original_flag(v)]),
         whole,
