@@ -6,7 +6,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Notices of a library that looks for a GPU are no news on a machine without one.
 export CUDA_VISIBLE_DEVICES ?= -1
 
-.PHONY: demo many-tasks causal-lm test quick lint test-tensorflow test-backends docs architectures bench \
+.PHONY: demo many-tasks causal-lm test quick lint test-tensorflow test-backends docs architectures support bench \
 	clean
 
 demo: $(VENV)/.demo
@@ -56,6 +56,10 @@ docs: $(VENV)/.dev
 # Of every architecture, what PEFT's adapters can be; a test compares the page with it.
 architectures: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python docs/architectures.py
+
+# Which kind of layer takes which option; a test compares the page with it.
+support: $(VENV)/.dev
+	$(BIN)/python docs/support_matrix.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step_time.py

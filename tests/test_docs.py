@@ -71,9 +71,13 @@ def test_the_serving_guide_is_true_from_fit_to_curl(
 
 
 @pytest.mark.slow
-def test_the_table_of_architectures_is_what_its_script_makes(fork: Fork, tmp_path: Path) -> None:
-    script = (ROOT / "docs" / "architectures.py").read_text()
-    status, output = fork(script, tmp_path / "page.md")
+@pytest.mark.parametrize(
+    ("script", "page"), [("architectures", "architectures"), ("support_matrix", "support")]
+)
+def test_a_table_is_what_its_script_makes(
+    script: str, page: str, fork: Fork, tmp_path: Path
+) -> None:
+    status, output = fork((ROOT / "docs" / f"{script}.py").read_text(), tmp_path / "page.md")
     assert status == 0, output
-    written = (ROOT / "docs" / "architectures.md").read_text()
-    assert written == (tmp_path / "page.md").read_text(), "run `make architectures`"
+    written = (ROOT / "docs" / f"{page}.md").read_text()
+    assert written == (tmp_path / "page.md").read_text(), f"run `make {page}`"
