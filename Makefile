@@ -63,6 +63,7 @@ support: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/convolutions.py
 	$(BIN)/python benchmarks/injection.py
 	$(BIN)/python benchmarks/merged.py
 	$(BIN)/python benchmarks/adapters.py

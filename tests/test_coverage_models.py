@@ -75,7 +75,8 @@ def test_application(name: str) -> None:
     with pytest.raises(ValueError, match=r"output head \['predictions'\].*Write targets='all'"):
         kl.find_targets(model)
     assert_convolutions(model)
-    check_adapting(model, inputs, ["predictions"])
+    # One application with all its convolutions; the step of a large one takes long to trace.
+    check_adapting(model, inputs, "convolutions" if name == "MobileNetV2" else ["predictions"])
 
 
 @pytest.mark.slow
