@@ -153,6 +153,26 @@ def test_a_state_is_kept_from_batch_to_batch() -> None:
         np.testing.assert_array_equal(numpy_of(model(x)), numpy_of(plain(x)))
 
 
+class Counting:
+    """A cell that is no layer."""
+
+    state_size = output_size = 1
+    compute_dtype = "float32"
+
+    def call(self, inputs: Any, states: Any) -> Any:  # noqa: ARG002
+        return states[0], [states[0] + 1]
+
+    __call__ = call
+
+    def get_initial_state(self, batch_size: Any = None) -> Any:
+        return [keras.ops.zeros((batch_size, 1))]
+
+
+def test_cells_of_others_compute_as_ever() -> None:
+    output = layers.RNN(Counting())(np.ones((2, *STEPS), "float32"))
+    np.testing.assert_array_equal(numpy_of(output), [[6.0], [6.0]])
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True, "bias": "lora_only"}])
 def test_files_bring_an_adapter_back(options: dict[str, Any], tmp_path: Path) -> None:
     name = "Bidirectional"

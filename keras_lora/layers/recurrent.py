@@ -127,8 +127,9 @@ def form_before_loops() -> None:
 def _forming_first(loop: Any) -> Any:
     @functools.wraps(loop)
     def inner_loop(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        cells = [x for x in layer.cell._flatten_layers() if isinstance(x, RecurrentCell)]
-        with forming(cells):
+        cell = layer.cell  # need not be a layer
+        inside = cell._flatten_layers() if isinstance(cell, keras.layers.Layer) else ()
+        with forming(x for x in inside if isinstance(x, RecurrentCell)):
             return loop(layer, *args, **kwargs)
 
     return inner_loop
