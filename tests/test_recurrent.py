@@ -91,6 +91,9 @@ def test_an_adapted_layer_is_a_plain_one_with_the_effective_kernels(name: str) -
     randomize(model)
     expected = numpy_of(reference(name, model)(x))
     np.testing.assert_allclose(numpy_of(model(x)), expected, rtol=1e-5, atol=1e-6)
+    if name != "LSTM with dropouts":
+        found = numpy_of(model(x, training=True))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     with kl.merged(model):
         np.testing.assert_allclose(numpy_of(model(x)), expected, rtol=1e-5, atol=1e-6)
     kl.unload_lora(model)
@@ -99,7 +102,7 @@ def test_an_adapted_layer_is_a_plain_one_with_the_effective_kernels(name: str) -
 
 @pytest.mark.parametrize(
     ("name", "eager"),
-    [("LSTM", False), ("GRU", True), ("Bidirectional", True), ("ConvLSTM2D", True)],
+    [("LSTM", False), *((name, True) for name in CASES if "dropouts" not in name)],
 )
 def test_training_follows_the_gradient_of_the_kernels(name: str, eager: bool) -> None:
     """With `SGD`: `dA = s G B^T` and `dB = s A^T G`, with the gradient `G` of a plain kernel."""
@@ -118,6 +121,14 @@ def test_training_follows_the_gradient_of_the_kernels(name: str, eager: bool) ->
         expected = (a + (rows @ b.T).reshape(a.shape), b + columns.T @ rows)
         for found, value in zip(bank.adapters["default"].factors, expected, strict=True):
             np.testing.assert_allclose(numpy_of(found), value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"dropout": 0.5}])
+def test_training_computes_what_inference_does(name: str, options: dict[str, Any]) -> None:
+    model, x = adapted(name, **options), inputs(name)
+    found, expected = (numpy_of(model(x, training=training)) for training in (True, False))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])

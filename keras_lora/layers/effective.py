@@ -45,6 +45,17 @@ def forming(layers: Iterable[Any]) -> Iterator[None]:
         _FORMED.reset(token)
 
 
+@contextlib.contextmanager
+def unformed(layers: Iterable[Any]) -> Iterator[None]:
+    """Within the context, in this thread, the matrices of adapted layers are `W0`."""
+    base = {bank: bank.site.matrix for layer in layers for bank in layer.banks.values()}
+    token = _FORMED.set({**_FORMED.get(), **base})
+    try:
+        yield
+    finally:
+        _FORMED.reset(token)
+
+
 @final
 class EffectiveMatrix:
     """The effective matrix, where the plain layer has `W0` as an attribute of that name."""

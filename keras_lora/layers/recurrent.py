@@ -1,8 +1,13 @@
 """The final classes of recurrent cells: `LoRALSTMCell`, `LoRAGRUCell`, `LoRASimpleRNNCell` and
 `LoRAConvLSTMCell`.
 
-A cell reads its kernels at each time step. So this module wraps the loops of Keras's recurrent
-layers, which form the effective kernels first.
+A cell reads its kernels and its bias at each time step. What it needs of the adapters is formed
+before the first step: this module wraps the loops of Keras's recurrent layers.
+
+The gradient of a formed kernel costs as much as that of a kernel that trains. So in training a cell
+that adds its bias to both products, of its whole inputs, has the updates in the bias:
+
+    z = x W0 + h U0 + (b + s (x A) B + s (h A') B')
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `inner_loop`: the loop over time, which Keras does not document.
@@ -11,15 +16,45 @@ Private Keras API in this file, and why (`tests/test_private_api.py` watches eac
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, TypeAlias, final
 
 import keras
+from keras import ops
 
-from keras_lora.layers.effective import BaseVariables, EffectiveMatrix, forming
+from keras_lora.layers.bank import AdapterBank
+from keras_lora.layers.effective import BaseVariables, EffectiveMatrix, forming, unformed
 from keras_lora.layers.kinds import CONV_LSTM_CELL
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.lowrank.equations import Tensor
+
+_FUSED = 2  # the `implementation` with one product for all gates
+
+# `A` and `s B` of each active adapter.
+Factors: TypeAlias = "Sequence[tuple[Tensor, Tensor]]"
+
+_NONE: Mapping[Any, Any] = MappingProxyType({})
+# Of a thread: the factors that are formed, by bank, and what is added for a bias, by cell.
+_FACTORS: ContextVar[Mapping[Any, Factors | None]] = ContextVar("formed_factors", default=_NONE)
+_ADDED: ContextVar[Mapping[Any, Tensor]] = ContextVar("added_for_a_bias", default=_NONE)
+
+
+@final
+class Bias:
+    """The bias of a cell, or what is added in its place."""
+
+    def __get__(self, cell: Any, owner: type | None = None) -> Any:
+        if cell is None:
+            return self
+        added = _ADDED.get().get(cell)
+        return vars(cell).get("bias") if added is None else added
+
+    def __set__(self, cell: Any, value: Any) -> None:
+        vars(cell)["bias"] = value  # in `build` of the plain cell
 
 
 class RecurrentCell(LoRALayer, BaseVariables):
@@ -28,17 +63,69 @@ class RecurrentCell(LoRALayer, BaseVariables):
         W = W0 + s A B        U = U0 + s A' B'
 
     `W0` is `kernel`, which acts on the input, and `U0` is `recurrent_kernel`, which acts on the
-    state. The sums are formed once for all time steps, and cuDNN's kernels stay usable where Keras
+    state. They are formed once for all time steps, and cuDNN's kernels stay usable where Keras
     uses them. The adapters have no dropout, which would need products of its own at each step; the
     dropouts of the cell itself act as before.
     """
 
     kernel = EffectiveMatrix()
     recurrent_kernel = EffectiveMatrix()
+    bias = Bias()
 
     def call(self, inputs: Tensor, states: Any, training: bool = False) -> Any:
-        with forming([self]):
+        updates = self._updates([inputs, states[0]]) if training and self.adds_bias else None
+        with forming([self]) if updates is None else self._adding(*updates):
             return super().call(inputs, states, training)
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the bias is added to both products, of the whole inputs."""
+        return self.use_bias and not self.dropout and not self.recurrent_dropout
+
+    def with_bias(self, update: Tensor, recurrent_update: Tensor) -> Tensor:
+        """The bias and the updates of both products, as the cell adds them."""
+        return ops.add(self.bias, ops.add(update, recurrent_update))
+
+    def _updates(self, values: Sequence[Tensor]) -> list[Tensor] | None:
+        """`s (x A) B` of each matrix; None if they are not all that the adapters do."""
+        known, factors = _FACTORS.get(), list[Factors]()
+        for bank in self.banks.values():
+            formed = known[bank] if bank in known else _factors(bank)
+            if formed is None:
+                return None
+            factors.append(formed)
+        return list(map(_update, values, factors)) if any(factors) else None
+
+    @contextlib.contextmanager
+    def _adding(self, *updates: Tensor) -> Iterator[None]:
+        token = _ADDED.set({**_ADDED.get(), self: self.with_bias(*updates)})
+        try:
+            with unformed([self]):
+                yield
+        finally:
+            _ADDED.reset(token)
+
+
+def _update(x: Tensor, factors: Factors) -> Tensor:
+    return sum((ops.matmul(ops.matmul(x, a), b) for a, b in factors), start=0)
+
+
+def _factors(bank: AdapterBank) -> Factors | None:
+    """None with DoRA, of which the update is not all."""
+    # Of the input only the number of axes counts, and it has two, as the matrix.
+    terms = bank.computation.terms(bank.site, bank.site.matrix, False)
+    return None if any(t.gain is not None for t in terms) else [(t.a, t.b) for t in terms]
+
+
+@contextlib.contextmanager
+def _forming_factors(cells: Iterable[RecurrentCell]) -> Iterator[None]:
+    """Within the context, in this thread, the factors of cells that add their bias are formed."""
+    banks = [bank for cell in cells if cell.adds_bias for bank in cell.banks.values()]
+    token = _FACTORS.set({**_FACTORS.get(), **{bank: _factors(bank) for bank in banks}})
+    try:
+        yield
+    finally:
+        _FACTORS.reset(token)
 
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRALSTMCell")
@@ -81,6 +168,10 @@ class LoRALSTMCell(RecurrentCell, keras.layers.LSTMCell):
     Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735.
     """
 
+    @property
+    def adds_bias(self) -> bool:
+        return super().adds_bias and self.implementation == _FUSED
+
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRAGRUCell")
 class LoRAGRUCell(RecurrentCell, keras.layers.GRUCell):
@@ -91,6 +182,14 @@ class LoRAGRUCell(RecurrentCell, keras.layers.GRUCell):
     >>> LoRAGRUCell(5, rank=2).active_adapters
     ('default',)
     """
+
+    @property
+    def adds_bias(self) -> bool:
+        return super().adds_bias and self.implementation == _FUSED and self.reset_after
+
+    def with_bias(self, update: Tensor, recurrent_update: Tensor) -> Tensor:
+        bias = ops.convert_to_tensor(self.bias)  # one for each product
+        return ops.stack([bias[0] + update, bias[1] + recurrent_update])
 
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRASimpleRNNCell")
@@ -117,6 +216,8 @@ class LoRAConvLSTMCell(RecurrentCell, CONV_LSTM_CELL):
     ('default',)
     """
 
+    adds_bias = False  # the products are convolutions
+
 
 def form_before_loops() -> None:
     """Wrap the loops of Keras's recurrent layers; called once, when this module is imported."""
@@ -129,7 +230,8 @@ def _forming_first(loop: Any) -> Any:
     def inner_loop(layer: Any, *args: Any, **kwargs: Any) -> Any:
         cell = layer.cell  # need not be a layer
         inside = cell._flatten_layers() if isinstance(cell, keras.layers.Layer) else ()
-        with forming(x for x in inside if isinstance(x, RecurrentCell)):
+        cells = [x for x in inside if isinstance(x, RecurrentCell)]
+        with forming(cells), _forming_factors(cells):
             return loop(layer, *args, **kwargs)
 
     return inner_loop
