@@ -29,7 +29,7 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from encoder import compiled
+from encoder import compiled, with_everything
 from timing import Bars, Step, interleaved, print_bars, print_times, ratio
 
 import keras_lora as kl
@@ -68,10 +68,6 @@ def with_the_first_alone(model: keras.Model) -> None:
     first = next(layer for layer in model.layers if layer.weights)
     for layer in model.layers:
         layer.trainable = layer is first
-
-
-def with_everything(model: keras.Model) -> None:
-    """Full fine-tuning: all of a new model trains."""
 
 
 VARIANTS: dict[str, Callable[[keras.Model], None]] = {

@@ -50,3 +50,7 @@ def fixed_batch(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         "padding_mask": np.ones(shape, "int32"),
     }
     return x, rng.integers(0, CLASSES, args.batch)
+
+
+def with_everything(model: keras.Model) -> None:
+    """Full fine-tuning: all of a new model trains."""

@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
+from encoder import with_everything
 from timing import Step, interleaved, print_bars, print_times, ratio
 
 import keras_lora as kl
@@ -46,10 +47,6 @@ def with_keras_lora(model: keras.Model) -> None:
 
 def with_frozen_kernels(model: keras.Model) -> None:
     model.get_layer("lstm").trainable = False
-
-
-def with_everything(model: keras.Model) -> None:
-    """Full fine-tuning: all of a new model trains."""
 
 
 VARIANTS: dict[str, Callable[[keras.Model], None]] = {

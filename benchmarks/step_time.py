@@ -33,7 +33,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from encoder import CLASSES, HEAD, add_shape, classifier, compiled, fixed_batch
+from encoder import (
+    CLASSES,
+    HEAD,
+    add_shape,
+    classifier,
+    compiled,
+    fixed_batch,
+    with_everything,
+)
 from timing import Bars, Seconds, Step, interleaved, print_bars, print_times, ratio
 
 import keras_lora as kl
@@ -64,10 +72,6 @@ def with_enable_lora(model: keras.Model) -> None:
 
 def with_nothing_but_positions(model: keras.Model) -> None:
     train_only(model, lambda v: "position_embedding" in v.path)
-
-
-def with_everything(model: keras.Model) -> None:
-    """Full fine-tuning: all of a new model trains."""
 
 
 VARIANTS: dict[str, Callable[[keras.Model], None]] = {
