@@ -57,7 +57,7 @@ def application(name: str) -> tuple[keras.Model, np.ndarray]:
 
 def assert_convolutions(model: keras.Model) -> None:
     """`"convolutions"` selects all but the one that makes the output."""
-    every = [x.name for x in model.layers if type(x) in CONVOLUTIONS]
+    every = [x.name for x in model._flatten_layers() if type(x) in CONVOLUTIONS]
     heads = {"conv_preds", "logits"}  # of the applications that end in a convolution
     found = {t.layer.name for t in kl.find_targets(model, "convolutions")}
     assert found == {*every} - heads

@@ -128,11 +128,11 @@ def test_a_failure_halfway_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = state(model)
     original, calls = AdapterBank.add, []
 
-    def failing(self: AdapterBank, name: str, *options: Any) -> Any:
+    def failing(self: AdapterBank, name: str, *args: Any, **options: Any) -> Any:
         calls.append(name)
         if len(calls) == 4:
             raise MemoryError("no memory left")
-        return original(self, name, *options)
+        return original(self, name, *args, **options)
 
     monkeypatch.setattr(AdapterBank, "add", failing)
     with pytest.raises(MemoryError):

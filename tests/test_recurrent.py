@@ -123,6 +123,14 @@ def test_training_follows_the_gradient_of_the_kernels(name: str, eager: bool) ->
             np.testing.assert_allclose(numpy_of(found), value, rtol=1e-3, atol=1e-5)
 
 
+def test_a_cell_is_made_from_its_config() -> None:
+    """Not that of a `ConvLSTM`, whose config lacks an argument in Keras."""
+    for name in ("LSTM", "GRU", "SimpleRNN"):
+        (cell,) = kl.lora_layers(adapted(name)).values()
+        made = type(cell).from_config(cell.get_config())
+        assert made.get_config() == cell.get_config()
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"dropout": 0.5}])
 def test_training_computes_what_inference_does(name: str, options: dict[str, Any]) -> None:

@@ -210,13 +210,23 @@ class LoRAConvLSTMCell(RecurrentCell, CONV_LSTM_CELL):
     As in a convolution, `A` has the kernel's positions and inputs: for `kernel` `(h, w, d, r)`,
     for `recurrent_kernel` `(h, w, filters, r)`; `B` is `(r, 4 filters)`. See `LoRALSTMCell`.
 
+    Args:
+        rank: The number of axes of the convolutions, as in Keras; that of an adapter is in
+            `adapters`.
+        *args: As the cell takes them.
+        **kwargs: Any argument of the cell, and those of `LoRALayer`.
+
     Example:
 
-    >>> LoRAConvLSTMCell(rank=2, filters=5, kernel_size=3).active_adapters
-    ('default',)
+    >>> adapters = {"fr": {"rank": 2, "alpha": 4}}
+    >>> LoRAConvLSTMCell(rank=2, filters=5, kernel_size=3, adapters=adapters).active_adapters
+    ('fr',)
     """
 
     adds_bias = False  # the products are convolutions
+
+    def __init__(self, rank: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(rank, *args, **kwargs)
 
 
 def form_before_loops() -> None:
