@@ -15,8 +15,6 @@ from keras_lora_cli.app import command
 from keras_lora_cli.output import Answer, steps
 from keras_lora_cli.paths import Kind
 
-_PRESETS = ("attention", "all-linear", "convolutions", "all")
-
 
 @command(
     "keras-lora inspect adapters/reviews",
@@ -244,5 +242,7 @@ def check(
 def _targets(given: Sequence[str] | None) -> str | Sequence[str]:
     if not given:
         return "all-linear"
-    alone = len(given) == 1 and (given[0] in _PRESETS or given[0].startswith("re:"))
+    from keras_lora.config import PRESETS
+
+    alone = len(given) == 1 and (given[0] in PRESETS or given[0].startswith("re:"))
     return given[0] if alone else given

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 
 from keras_lora.layers.convolving import channel_bias
+from keras_lora.layers.effective import BaseVariables, EffectiveMatrix
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.lowrank.equations import Tensor
 
 
+class ConvolutionLayer(LoRALayer):
+    """Abstract base of adapted convolutions: the bias is one of channels."""
+
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        return self.adapted_output(inputs, training, channel_bias(self))
+
+
+class EffectiveConvolution(ConvolutionLayer, BaseVariables):
+    """Abstract base of those whose kernel is a plain attribute."""
+
+    kernel: Any = EffectiveMatrix()
+
+
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRAConv1D")
-class LoRAConv1D(LoRALayer, keras.layers.Conv1D):
+class LoRAConv1D(ConvolutionLayer, keras.layers.Conv1D):
     """A `Conv1D` layer with a frozen kernel and trainable low-rank adapters.
 
         y = act(conv(x, W0) + b + s conv(x, A) B)
@@ -49,12 +65,9 @@ class LoRAConv1D(LoRALayer, keras.layers.Conv1D):
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self.adapted_output(inputs, training, channel_bias(self))
-
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRAConv2D")
-class LoRAConv2D(LoRALayer, keras.layers.Conv2D):
+class LoRAConv2D(ConvolutionLayer, keras.layers.Conv2D):
     """A `Conv2D` layer with a frozen kernel and trainable low-rank adapters.
 
         y = act(conv(x, W0) + b + s conv(x, A) B)
@@ -103,12 +116,9 @@ class LoRAConv2D(LoRALayer, keras.layers.Conv2D):
     https://github.com/KohakuBlueleaf/LyCORIS.
     """
 
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self.adapted_output(inputs, training, channel_bias(self))
-
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRAConv3D")
-class LoRAConv3D(LoRALayer, keras.layers.Conv3D):
+class LoRAConv3D(ConvolutionLayer, keras.layers.Conv3D):
     """A `Conv3D` layer with a frozen kernel and trainable low-rank adapters.
 
         y = act(conv(x, W0) + b + s conv(x, A) B)
@@ -147,6 +157,3 @@ class LoRAConv3D(LoRALayer, keras.layers.Conv3D):
 
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
-
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self.adapted_output(inputs, training, channel_bias(self))

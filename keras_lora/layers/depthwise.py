@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 
-from keras_lora.layers.convolving import channel_bias
-from keras_lora.layers.effective import BaseVariables, EffectiveMatrix
-from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.lowrank.equations import Tensor
+from keras_lora.layers.convolution import EffectiveConvolution
 
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRADepthwiseConv1D")
-class LoRADepthwiseConv1D(LoRALayer, BaseVariables, keras.layers.DepthwiseConv1D):
+class LoRADepthwiseConv1D(EffectiveConvolution, keras.layers.DepthwiseConv1D):
     """A `DepthwiseConv1D` layer with a frozen kernel and trainable low-rank adapters.
 
         y = act(dconv(x, W0 + s A B) + b)
@@ -51,14 +46,9 @@ class LoRADepthwiseConv1D(LoRALayer, BaseVariables, keras.layers.DepthwiseConv1D
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
-    kernel: Any = EffectiveMatrix()
-
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self.adapted_output(inputs, training, channel_bias(self))
-
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRADepthwiseConv2D")
-class LoRADepthwiseConv2D(LoRALayer, BaseVariables, keras.layers.DepthwiseConv2D):
+class LoRADepthwiseConv2D(EffectiveConvolution, keras.layers.DepthwiseConv2D):
     """A `DepthwiseConv2D` layer with a frozen kernel and trainable low-rank adapters.
 
         y = act(dconv(x, W0 + s A B) + b)
@@ -98,8 +88,3 @@ class LoRADepthwiseConv2D(LoRALayer, BaseVariables, keras.layers.DepthwiseConv2D
 
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
-
-    kernel: Any = EffectiveMatrix()
-
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self.adapted_output(inputs, training, channel_bias(self))

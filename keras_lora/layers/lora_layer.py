@@ -252,10 +252,11 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         With DoRA it is `x W0 + sum_i (g_i - 1) drop_i(x) W0 + g_i s_i (drop_i(x) A_i) B_i` with
         `g_i = m_i / |W0 + s_i A_i B_i|`, the norm being a constant in the gradient.
         """
-        bank = self.bank
-        terms = bank.computation.terms(bank.site, inputs, training)
-        products = bank.computation.products(bank.site, inputs)
-        return adapted_sum(products, inputs, terms, training)
+        for bank in self.banks.values():  # of several matrices, one after the other
+            computation, site = bank.computation, bank.site
+            terms = computation.terms(site, inputs, training)
+            inputs = adapted_sum(computation.products(site, inputs), inputs, terms, training)
+        return inputs
 
     def get_config(self) -> dict[str, Any]:
         banks = list(self.banks.values())
@@ -297,15 +298,14 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         if self._lora.checked is not None:
             self._lora.checked += saved_active(self._lora, saved)
             return
-        untrained = [(bank, bank.untrained_magnitudes()) for bank in self.banks.values()]
+        untrained = [(x, m) for x in self.banks.values() for m in x.untrained_magnitudes()]
         super().load_own_variables({key: store[key] for key in keys if key not in saved})
         for bank in self.banks.values():
             bank.measure()
         if not saved:
             warn(BASE_ONLY)
-            for bank, magnitudes in untrained:
-                for magnitude in magnitudes:
-                    magnitude.assign(bank.norms())
+            for bank, magnitude in untrained:
+                magnitude.assign(bank.norms())
         assign_values(self._lora, saved)
 
     def adapted_output(self, inputs: Tensor, training: bool | None, bias: Tensor | None) -> Tensor:
@@ -316,10 +316,10 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
             training: Whether dropout applies.
             bias: `b`, in a shape that adds to the product; None for a layer without bias.
         """
-        computation = self.bank.computation
-        if not computation.changes_output:
+        computations = [bank.computation for bank in self.banks.values()]
+        if not any(computation.changes_output for computation in computations):
             return super().call(inputs)
-        x = computation.add_bias(self.adapted_product(inputs, training), bias)
+        x = computations[-1].add_bias(self.adapted_product(inputs, training), bias)
         return x if self.activation is None else self.activation(x)
 
     def _trains_bias(self) -> bool:

@@ -120,8 +120,11 @@ def _factors(bank: AdapterBank) -> Factors | None:
 @contextlib.contextmanager
 def _forming_factors(cells: Iterable[RecurrentCell]) -> Iterator[None]:
     """Within the context, in this thread, the factors of cells that add their bias are formed."""
-    banks = [bank for cell in cells if cell.adds_bias for bank in cell.banks.values()]
-    token = _FACTORS.set({**_FACTORS.get(), **{bank: _factors(bank) for bank in banks}})
+    formed = dict(_FACTORS.get())
+    for bank in [bank for cell in cells if cell.adds_bias for bank in cell.banks.values()]:
+        if bank not in formed:  # the loop of an `LSTM` goes on to that of `RNN`
+            formed[bank] = _factors(bank)
+    token = _FACTORS.set(formed)
     try:
         yield
     finally:
@@ -237,12 +240,14 @@ def form_before_loops() -> None:
 
 def _forming_first(loop: Any) -> Any:
     @functools.wraps(loop)
-    def inner_loop(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    def inner_loop(
+        layer: Any, sequences: Tensor, initial_state: Any, mask: Any, training: bool = False
+    ) -> Any:
         cell = layer.cell  # need not be a layer
         inside = cell._flatten_layers() if isinstance(cell, keras.layers.Layer) else ()
         cells = [x for x in inside if isinstance(x, RecurrentCell)]
-        with forming(cells), _forming_factors(cells):
-            return loop(layer, *args, **kwargs)
+        with forming(cells), _forming_factors(cells if training else ()):
+            return loop(layer, sequences, initial_state, mask, training)
 
     return inner_loop
 

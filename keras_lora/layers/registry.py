@@ -139,15 +139,7 @@ _COMPUTATION = (
 def overrides(layer_class: type, base: type) -> bool:
     """Whether a class overrides the computation of its base."""
     return any(
-        getattr(layer_class, name, None) is not getattr(base, name, None)
-        for name in (
-            "call",
-            "convolution_op",
-            "quantized_call",
-            "kernel",
-            "recurrent_kernel",
-            "embeddings",
-        )
+        getattr(layer_class, name, None) is not getattr(base, name, None) for name in _COMPUTATION
     )
 
 

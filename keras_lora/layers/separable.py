@@ -5,33 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-from keras import ops
 
-from keras_lora.layers.convolving import channel_bias
+from keras_lora.layers.convolution import ConvolutionLayer
 from keras_lora.layers.effective import BaseVariables, EffectiveMatrix
-from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.lowrank.equations import Tensor
-from keras_lora.lowrank.products import adapted_sum
 
 
-def changes_output(layer: LoRALayer) -> bool:
-    """Whether an adapter of either kernel takes part."""
-    return any(bank.computation.changes_output for bank in layer.banks.values())
+class SeparableConvolution(ConvolutionLayer, BaseVariables):
+    """Abstract base of adapted separable convolutions, in which both kernels are adapted."""
 
-
-def separable_output(layer: Any, inputs: Tensor, training: bool | None) -> Tensor:
-    """Both steps, with the adapters of their kernels, bias and activation."""
-    product, bias = inputs, channel_bias(layer)
-    for bank in layer.banks.values():
-        computation, site = bank.computation, bank.site
-        terms = computation.terms(site, product, training)
-        product = adapted_sum(computation.products(site, product), product, terms, training)
-    y = product if bias is None else ops.add(product, bias)
-    return y if layer.activation is None else layer.activation(y)
+    depthwise_kernel: Any = EffectiveMatrix()
+    pointwise_kernel: Any = EffectiveMatrix()
 
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRASeparableConv1D")
-class LoRASeparableConv1D(LoRALayer, BaseVariables, keras.layers.SeparableConv1D):
+class LoRASeparableConv1D(SeparableConvolution, keras.layers.SeparableConv1D):
     """A `SeparableConv1D` layer with two frozen kernels and trainable low-rank adapters of both.
 
         y = act(conv(dconv(x, D + s A B), P + s A' B') + b)
@@ -70,17 +57,9 @@ class LoRASeparableConv1D(LoRALayer, BaseVariables, keras.layers.SeparableConv1D
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
-    depthwise_kernel: Any = EffectiveMatrix()
-    pointwise_kernel: Any = EffectiveMatrix()
-
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        if not changes_output(self):
-            return super().call(inputs)
-        return separable_output(self, inputs, training)
-
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRASeparableConv2D")
-class LoRASeparableConv2D(LoRALayer, BaseVariables, keras.layers.SeparableConv2D):
+class LoRASeparableConv2D(SeparableConvolution, keras.layers.SeparableConv2D):
     """A `SeparableConv2D` layer with two frozen kernels and trainable low-rank adapters of both.
 
         y = act(conv(dconv(x, D + s A B), P + s A' B') + b)
@@ -118,11 +97,3 @@ class LoRASeparableConv2D(LoRALayer, BaseVariables, keras.layers.SeparableConv2D
 
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
-
-    depthwise_kernel: Any = EffectiveMatrix()
-    pointwise_kernel: Any = EffectiveMatrix()
-
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        if not changes_output(self):
-            return super().call(inputs)
-        return separable_output(self, inputs, training)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 
-from keras_lora.layers.convolving import channel_bias
-from keras_lora.layers.effective import BaseVariables, EffectiveMatrix
-from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.lowrank.equations import Tensor
+from keras_lora.layers.convolution import EffectiveConvolution
 
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRAConv1DTranspose")
-class LoRAConv1DTranspose(LoRALayer, BaseVariables, keras.layers.Conv1DTranspose):
+class LoRAConv1DTranspose(EffectiveConvolution, keras.layers.Conv1DTranspose):
     """A `Conv1DTranspose` layer with a frozen kernel and trainable low-rank adapters.
 
         y = act(conv_t(x, W0) + b + s conv_t(x, A) B)
@@ -52,14 +47,9 @@ class LoRAConv1DTranspose(LoRALayer, BaseVariables, keras.layers.Conv1DTranspose
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
-    kernel: Any = EffectiveMatrix()
-
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self.adapted_output(inputs, training, channel_bias(self))
-
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRAConv2DTranspose")
-class LoRAConv2DTranspose(LoRALayer, BaseVariables, keras.layers.Conv2DTranspose):
+class LoRAConv2DTranspose(EffectiveConvolution, keras.layers.Conv2DTranspose):
     """A `Conv2DTranspose` layer with a frozen kernel and trainable low-rank adapters.
 
         y = act(conv_t(x, W0) + b + s conv_t(x, A) B)
@@ -100,14 +90,9 @@ class LoRAConv2DTranspose(LoRALayer, BaseVariables, keras.layers.Conv2DTranspose
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
-    kernel: Any = EffectiveMatrix()
-
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self.adapted_output(inputs, training, channel_bias(self))
-
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRAConv3DTranspose")
-class LoRAConv3DTranspose(LoRALayer, BaseVariables, keras.layers.Conv3DTranspose):
+class LoRAConv3DTranspose(EffectiveConvolution, keras.layers.Conv3DTranspose):
     """A `Conv3DTranspose` layer with a frozen kernel and trainable low-rank adapters.
 
         y = act(conv_t(x, W0) + b + s conv_t(x, A) B)
@@ -145,8 +130,3 @@ class LoRAConv3DTranspose(LoRALayer, BaseVariables, keras.layers.Conv3DTranspose
 
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
-
-    kernel: Any = EffectiveMatrix()
-
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self.adapted_output(inputs, training, channel_bias(self))

@@ -168,7 +168,7 @@ def _misfits(
 def _unsupported(module: PeftModule) -> list[str]:
     """Why no adapter of this package can express a module."""
     if module.kind == "convolution":
-        return ["a convolution, which keras_lora does not adapt yet"]
+        return ["a convolution, which keras_lora does not exchange"]
     if module.embedding and module.magnitude is not None:
         return ["DoRA of an embedding, which keras_lora does not have"]
     return []
