@@ -100,7 +100,8 @@ def merges(case: Case, **options: Any) -> None:
 
 def has_dropout(case: Case) -> None:
     model, x = case.adapted(dropout=0.5), case.inputs()
-    if np.array_equal(np.array(model(x, training=True)), np.array(model(x))):
+    # A layer may order its sums differently in training.
+    if np.allclose(np.array(model(x, training=True)), np.array(model(x)), rtol=1e-3, atol=1e-3):
         raise ValueError("dropout has no effect")
 
 
