@@ -20,6 +20,7 @@ from support.models import (
     state,
 )
 from support.tasks import bytes_of
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 import keras_lora as kl
 
@@ -90,6 +91,25 @@ def test_variables_are_stored_once_and_nothing_names_the_package(tmp_path: Path)
     assert written["kerass"] > 1.7 * written["ours"]
     for file in (tmp_path / "ours").rglob("*"):
         assert not file.is_file() or b"lora" not in file.read_bytes()
+
+
+def test_a_model_is_traced_once_and_its_graph_is_stored_once(tmp_path: Path) -> None:
+    calls = []
+
+    class Counted(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            calls.append(x)
+            return keras.ops.cumsum(x, axis=1)
+
+    hidden = keras.layers.Dense(7)
+    model = keras.Sequential([keras.Input((5,)), hidden, Counted(), keras.layers.Dense(3)])
+    kl.apply_lora(model, kl.LoRAConfig(rank=2))
+    calls.clear()
+    kl.export_saved_model(model, tmp_path / "1")
+    assert len(calls) == 1
+    content = (tmp_path / "1/saved_model.pb").read_bytes()
+    functions = SavedModel.FromString(content).meta_graphs[0].graph_def.library.function
+    assert [node.op for each in functions for node in each.node_def].count("Cumsum") == 1
 
 
 def test_the_graph_of_a_merged_model_is_as_large_as_the_base(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from support.models import composite, data, functional, subclassed
+from tensorflow.python.saved_model import save_context
 
 import keras_lora as kl
 from keras_lora.export.keras_hub.operations import server_operations
@@ -304,3 +305,18 @@ def test_tensorflow_asks_a_layer_for_its_children() -> None:
     layer.__class__ = Asked
     assert list(tf.train.TrackableView(layer).descendants())
     assert found == ["checkpoint"]
+
+
+def test_a_function_that_is_traced_to_be_saved_is_not_traced_again(tmp_path: Path) -> None:
+    traces = []
+
+    def twice(x: Any) -> Any:
+        traces.append(x)
+        return 2 * x
+
+    module, options = tf.Module(), tf.saved_model.SaveOptions()
+    module.twice = tf.function(twice, input_signature=[tf.TensorSpec((None,))])
+    with save_context.save_context(options):
+        signature = module.twice.get_concrete_function()
+    tf.saved_model.save(module, str(tmp_path / "1"), signature, options)
+    assert len(traces) == 1

@@ -1,4 +1,9 @@
-"""The signatures of a SavedModel: functions from named tensors to named tensors."""
+"""The signatures of a SavedModel: functions from named tensors to named tensors.
+
+Private API of TensorFlow: `save_context`. What is traced outside of it is traced again when it is
+saved, and the SavedModel has both: twice the time and twice the graph. That is so for
+`keras.export.ExportArchive`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,9 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.saved_model import save_context
 
-from keras_lora.export.resources import used_resources
+from keras_lora.export.resources import below, unique, used_resources
 from keras_lora.export.signatures import input_specs, output_names
 
 
@@ -58,32 +64,26 @@ def write_endpoints(model: keras.Model, endpoints: Sequence[Endpoint], path: Pat
     Raises:
         ValueError: the endpoints use a table that belongs to no layer of the model.
     """
-    archive = keras.export.ExportArchive()
-    traces = [_add(archive, endpoint) for endpoint in endpoints]
+    options = tf.saved_model.SaveOptions()
+    root, traces = tf.Module(), {}
+    for endpoint in endpoints:
+        function = tf.function(endpoint.call, autograph=False, input_signature=[endpoint.signature])
+        setattr(root, endpoint.name, function)
+        with save_context.save_context(options):
+            traces[endpoint.name] = function.get_concrete_function()
     given = [resource for endpoint in endpoints for resource in endpoint.resources]
-    # The model is not tracked: that would store each variable twice (keras issue 23553).
-    for resource in {id(r): r for r in (*given, *used_resources(model, traces))}.values():
-        archive.track(resource)
+    # The model itself is no part: that would store each variable twice (keras issue 23553).
+    root.all_variables = unique(v for trace in traces.values() for v in trace.variables)
+    root.resources = unique((*below(given), *used_resources(model, list(traces.values()))))
+    signatures = {**traces, "serving_default": traces[endpoints[0].name]}
     try:
-        archive.write_out(path, verbose=False)
+        tf.saved_model.save(root, str(path), signatures, options)
     except AssertionError as error:  # TensorFlow's, for a captured resource that nothing holds
         raise ValueError(
             "Expected tables and other resources that layers of the model have as attributes. "
             f"Received: {model.name!r}, in which {str(error).splitlines()[0]} Keep it as an "
             "attribute of the layer that uses it."
         ) from error
-
-
-def _add(archive: keras.export.ExportArchive, endpoint: Endpoint) -> Any:
-    """Trace an endpoint once: with an `input_signature`, it is again for each name it is served by.
-
-    Returns:
-        The `ConcreteFunction`.
-    """
-    function = tf.function(endpoint.call, autograph=False)
-    trace = function.get_concrete_function(endpoint.signature)
-    archive.add_endpoint(endpoint.name, function)
-    return trace
 
 
 def servable(output: tf.Tensor) -> tf.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -27,17 +27,25 @@ def used_resources(model: keras.Model, traces: Sequence[Any]) -> list[Any]:
     used -= {id(variable.handle) for each in traces for variable in each.variables}
     if not used:
         return []
-    found = {id(r): r for layer in all_layers(model) for r in _resources(layer)}
-    return [resource for resource in found.values() if id(resource.resource_handle) in used]
+    found = unique(r for layer in all_layers(model) for r in _resources(layer))
+    return [resource for resource in found if id(resource.resource_handle) in used]
+
+
+def unique(objects: Iterable[Any]) -> list[Any]:
+    """Each object once."""
+    return list({id(item): item for item in objects}.values())
 
 
 def _resources(layer: Layer) -> Iterator[Any]:
     """The resources that a layer keeps as attributes, in lists and dicts too."""
     kept = (item for item in _leaves(vars(layer)) if isinstance(item, _Resource | tf.Module))
-    for root in (layer, *kept):
-        for item in _View(root).descendants():
-            if isinstance(item, _Resource):
-                yield item
+    return below((layer, *kept))
+
+
+def below(roots: Iterable[Any]) -> Iterator[Any]:
+    """The resources among these objects and what they hold."""
+    for root in roots:
+        yield from (item for item in _View(root).descendants() if isinstance(item, _Resource))
 
 
 class _View(tf.train.TrackableView):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from keras_lora.checks import invalid
 
@@ -47,7 +46,4 @@ def tokenizer_resources(preprocessor: Any) -> Sequence[Any]:
         return ()
     if isinstance(tokenizer, sys.modules["keras_hub"].tokenizers.BytePairTokenizer):
         tokenizer.set_vocabulary_and_merges(tokenizer.vocabulary, tokenizer.merges)
-    # `ExportArchive.track` refuses a layer that was not called, and takes a module with the layer.
-    module = tf.Module()
-    module.tokenizer = tokenizer
-    return (module,)
+    return (tokenizer,)
