@@ -35,9 +35,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy keras_lora keras_lora_cli tests examples benchmarks docs
 
-# Two processes: the tests are many and small, and TensorFlow's threads wait on each other.
 test-tensorflow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules
+	$(BIN)/python tests/run.py
 
 # The invariants of the layers, copies, training and resuming, on the two other backends.
 BACKEND_TESTS := tests/test_layers.py tests/test_starts.py tests/test_starts_data.py tests/test_dora.py \
