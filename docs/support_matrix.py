@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import keras_hub
 import numpy as np
 from keras import layers
+from support.variables import MIXTURES
 
 import keras_lora as kl
 from keras_lora.layers import AdapterBank
@@ -52,6 +54,11 @@ KINDS: dict[str, tuple[Shape, Make]] = {
     "`SeparableConv1D`, `2D`": (IMAGE, lambda: layers.SeparableConv2D(6, 3, name=NAME)),
     "`LSTM`, `GRU`, `SimpleRNN`": (STEPS, lambda: layers.LSTM(6, name=NAME)),
     "`ConvLSTM1D`, `2D`, `3D`": ((3, 6, 6, 4), lambda: layers.ConvLSTM2D(2, 3, name=NAME)),
+    "experts of KerasHub's mixtures": ((7, 5), lambda: MIXTURES["mixtral"](name=NAME)),
+    "a bare variable, a table of positions": (
+        (5, 4),
+        lambda: keras_hub.layers.PositionEmbedding(5, name=NAME),
+    ),
 }
 
 

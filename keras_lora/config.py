@@ -15,7 +15,7 @@ from keras_lora.initializers import start_of
 from keras_lora.lowrank.equations import scaling
 
 DEFAULT_INIT = "kaiming_uniform"
-PRESETS = ("attention", "all-linear", "convolutions", "all")
+PRESETS = ("attention", "all-linear", "convolutions", "experts", "all")
 BIASES = ("none", "lora_only", "all")
 
 # What other libraries call the fields.

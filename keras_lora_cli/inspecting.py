@@ -12,7 +12,6 @@ import keras
 from rich.console import Console
 
 import keras_lora as kl
-from keras_lora.layers import site_of
 from keras_lora.summary import shown_bytes
 from keras_lora_cli.adapters import Adapter, read_adapter
 from keras_lora_cli.bases import Base, load_base
@@ -66,7 +65,7 @@ def _model(
 
 
 def _target(target: kl.Target, rank: int) -> dict[str, Any]:
-    shapes = site_of(target.layer).split().factor_shapes(target.kernel_shape, rank)
+    shapes = target.site.split().factor_shapes(target.kernel_shape, rank)
     return {
         "path": target.path,
         "kind": target.kind,

@@ -29,7 +29,7 @@ def inspect(
         list[str] | None,
         typer.Option(
             help="For a model, the layers to adapt: attention, all-linear (the default), "
-            "convolutions, all, re:PATTERN, or a name. Repeat the option for several names."
+            "convolutions, experts, all, re:PATTERN, or a name. Repeat it for several names."
         ),
     ] = None,
     exclude: Annotated[

@@ -247,7 +247,7 @@ def test_weights_of_the_base_go_into_the_adapted_layer(case: Case, tmp_path: Pat
 def test_a_depthwise_kernel_that_no_rank_makes_smaller_is_refused(size: int, channels: int) -> None:
     conv = layers.DepthwiseConv1D(size, name="thin")
     model = keras.Sequential([keras.Input((7, channels)), conv, layers.Dense(2)])
-    message = rf"'thin': .* {size} positions of {channels} .* layers_to_save=\['thin'\]"
+    message = rf"'thin': .* {size} by {channels} as a matrix.* layers_to_save=\['thin'\]"
     with pytest.raises(ValueError, match=message):
         kl.apply_lora(model, kl.LoRAConfig(rank=1, targets="convolutions"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tensorflow.python.saved_model import save_context
 import keras_lora as kl
 from keras_lora.export.keras_hub.operations import server_operations
 from keras_lora.inject.keras_savers import saver_modules
+from keras_lora.layers.variables import EXPERTS
 
 
 @pytest.mark.parametrize("layer_class", [keras.layers.Dense, keras.layers.EinsumDense])
@@ -46,6 +48,33 @@ def test_the_loops_of_recurrent_layers_read_the_kernels_of_a_cell() -> None:
     assert looped == [layer.cell]
     assert vars(layer.cell)["recurrent_kernel"] is layer.cell.recurrent_kernel
     assert type(keras.layers.ConvLSTM2D(5, 3).cell).__name__ == "ConvLSTMCell"
+
+
+def test_the_own_variables_of_a_layer() -> None:
+    layer = functional().get_layer("up")
+    own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    assert list(map(id, own)) == list(map(id, layer.weights))
+
+
+def test_the_experts_of_mixtures_are_attributes() -> None:
+    for name, attributes in EXPERTS.items():
+        (bank,) = (c for c in expert_classes() if c.__name__ == name)
+        layer = bank(3, 5, 11)
+        layer.build(None)
+        for attribute in attributes:
+            assert len(vars(layer)[attribute].shape) == 3, attribute
+
+
+def expert_classes() -> list[type]:
+    """The classes of KerasHub that have experts."""
+    modules = [
+        importlib.import_module(f"keras_hub.src.models.{name}")
+        for name in (
+            *(f"{x}.{x}_decoder" for x in ("mixtral", "qwen_moe", "qwen3_moe", "qwen3_5_moe")),
+            *("gpt_oss.gpt_oss_decoder", "gemma4.gemma4_moe"),
+        )
+    ]
+    return [x for module in modules for x in vars(module).values() if isinstance(x, type)]
 
 
 @pytest.mark.parametrize("layer_class", [keras.layers.Embedding, keras.layers.ReversibleEmbedding])

@@ -16,6 +16,7 @@ from keras_lora.walker import (
     Node,
     Target,
     Tree,
+    all_targets,
     check_target,
     match_names,
     matches,
@@ -110,7 +111,7 @@ def plan_layers(
     Raises:
         ValueError: a path without a layer that can be adapted.
     """
-    targets = select_targets(tree, lambda target: target.path in factors)
+    targets = [target for target in all_targets(tree) if target.path in factors]
     _raise_wrong(sorted(factors.keys() - {target.path for target in targets}))
     return [PlannedLayer(t, factors[t.path][0], factors[t.path][1:]) for t in targets]
 

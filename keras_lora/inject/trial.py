@@ -39,8 +39,8 @@ def check_plan(tree: Tree, plan: Plan) -> None:
     if sites and check_readers(tree, sites):
         with flags_kept([*tree.layers, *tree.root.variables]):
             tree.root.trainable = False  # what looks at its flag moves nothing
-            assigned = _tried(tree, ()).assigned
-        _check_assigned(tree, assigned, plan.owned)
+            assigned = _tried(tree, (), always=True).assigned
+        _check_assigned(tree, assigned, plan.owned, sites)
 
 
 def check_readers(tree: Tree, sites: Sequence[Site]) -> bool:
@@ -53,8 +53,17 @@ def check_readers(tree: Tree, sites: Sequence[Site]) -> bool:
         ValueError: a layer keeps or reads such a matrix.
     """
     _raise_kept(_keepers(tree, sites), "keeps")
-    watch = _tried(tree, sites)
+    bare = [site for site in sites if site.kind.family == "weight"]
+    watch = _tried(tree, sites, always=bool(bare))
     _raise_kept(watch.read, "reads")
+    unread = [site for site in bare if id(site.matrix) not in watch.own_read]
+    if unread and watch.finished:
+        warn(
+            "Expected variables that the code of their layers reads as attributes when the model "
+            f"is called. Received: {sorted(s.matrix.path for s in unread)}, which it does not "
+            "read so: the adapter has no effect on them until it is merged. Read "
+            f"`self.{unread[0].kind.matrix}` in `call`, or exclude the variable."
+        )
     return bool(watch.assigned)
 
 
@@ -71,7 +80,10 @@ def _raise_kept(found: Mapping[str, str], does: str) -> None:
 
 
 def _check_assigned(
-    tree: Tree, assigned: Mapping[int, Layer], owned: Iterable[keras.Variable]
+    tree: Tree,
+    assigned: Mapping[int, Layer],
+    owned: Iterable[keras.Variable],
+    sites: Sequence[Site],
 ) -> None:
     """Refuse what moves a frozen variable, and warn of state that moves, frozen or not."""
     free = {id(v) for v in owned}
@@ -90,7 +102,8 @@ def _check_assigned(
         "`layers_to_save`, so that the adapter has values of its own, or take them out of the "
         "model (for a SpectralNormalization: put the layer that it wraps in its place)."
     )
-    if any(original_flag(v) for v in moved):
+    adapted = {id(site.matrix) for site in sites}
+    if any(original_flag(v) or id(v) in adapted for v in moved):
         raise ValueError(message)
     warn(message)
 
@@ -126,18 +139,31 @@ def _arguments(model: keras.Model) -> Iterator[tuple[keras.Operation, Any]]:
 
 
 class _Watch(keras.StatelessScope):
-    """Notes which of the watched variables are read, which variables are assigned to, and where."""
+    """Notes which of the watched variables are read, which variables are assigned to, and where.
+
+    Attributes:
+        read: Names of layers with a matrix that another one reads, and of the reader.
+        assigned: The layers that assign to variables, by the id of the variable.
+        own_read: The ids of the matrices that are read as attributes.
+        own: The ids of matrices, by the id of the object that the attribute is in the trial.
+        finished: Whether the model could be tried.
+    """
 
     def __init__(self, owners: Mapping[int, Layer]) -> None:
         super().__init__()
         self._owners = owners
         self.read: dict[str, str] = {}
         self.assigned: dict[int, Layer] = {}
+        self.own_read: set[int] = set()
+        self.own: Mapping[int, int] = {}
+        self.finished = False
 
     def get_current_value(self, variable: keras.Variable) -> Any:
         owner = self._owners.get(id(variable))
         if owner is not None and (reader := _calling_layer()) is not owner:
             self.read[owner.name] = reader.name
+        if id(variable) in self.own:
+            self.own_read.add(self.own[id(variable)])
         return super().get_current_value(variable)
 
     def add_update(self, update: tuple[keras.Variable, Any]) -> None:
@@ -165,28 +191,31 @@ class _Trial(keras.Operation):
             return self._model(*args, **options, training=True)
 
 
-def _tried(tree: Tree, sites: Sequence[Site]) -> _Watch:
+def _tried(tree: Tree, sites: Sequence[Site], always: bool = False) -> _Watch:
+    """A trial, where some code may touch variables."""
     watch = _Watch({id(site.matrix): site.layer for site in sites})
-    if any(may_touch_variables(layer) for layer in tree.layers):
-        with _own_matrices(sites):
+    if always or any(may_touch_variables(layer) for layer in tree.layers):
+        with _own_matrices(sites) as watch.own:
             for args, options in _inputs(tree.root):
                 # A model that takes other inputs cannot be tried.
                 with contextlib.suppress(Exception):
                     _Trial(tree.root, watch).compute_output_spec(*args, **options)
+                    watch.finished = True
                     break
     return watch
 
 
 @contextlib.contextmanager
-def _own_matrices(sites: Sequence[Site]) -> Iterator[None]:
+def _own_matrices(sites: Sequence[Site]) -> Iterator[Mapping[int, int]]:
     """Within the context a layer's own code reads a second object of its matrix, of the same
     memory. So whoever reads the first object reads it as a variable of another layer.
     """
     own = [(vars(site.layer), site.kind.matrix, site.matrix) for site in sites]
-    for attributes, name, matrix in own:
-        attributes[name] = copy.copy(matrix)
+    copies = [copy.copy(matrix) for _, _, matrix in own]
+    for (attributes, name, _), twin in zip(own, copies, strict=True):
+        attributes[name] = twin
     try:
-        yield
+        yield {id(twin): id(matrix) for twin, (_, _, matrix) in zip(copies, own, strict=True)}
     finally:
         for attributes, name, matrix in own:
             attributes[name] = matrix

@@ -65,6 +65,7 @@ from keras_lora.layers.transposed import (
     LoRAConv2DTranspose,
     LoRAConv3DTranspose,
 )
+from keras_lora.layers.variables import check_bare
 
 __all__ = [
     "BASE",
@@ -105,6 +106,7 @@ __all__ = [
     "attach",
     "check_adaptable",
     "check_adapter_name",
+    "check_bare",
     "computing",
     "detach",
     "factor_names",

@@ -18,6 +18,7 @@ from typing import Any, final
 import keras
 from keras import ops
 
+from keras_lora.layers.bank import AdapterBank
 from keras_lora.layers.guarded import Adapting
 from keras_lora.lowrank.equations import Tensor
 
@@ -28,16 +29,19 @@ _FORMED: ContextVar[Mapping[Any, Tensor]] = ContextVar(
 
 
 @contextlib.contextmanager
-def forming(layers: Iterable[Any]) -> Iterator[None]:
+def forming(layers: Iterable[Any], before_call: bool = False) -> Iterator[None]:
     """Within the context, in this thread, each effective matrix of adapted layers is formed once.
 
-    In the layers' compute dtype, as Keras reads a variable within a call.
+    In the dtype in which Keras reads the variable at the moment or, before a layer is called, in
+    the layer's compute dtype.
     """
     formed = dict(_FORMED.get())
     for layer in layers:
         for bank in layer.banks.values():
             if bank not in formed and bank.computation.changes_output:
-                formed[bank] = ops.cast(bank.kernel, layer.compute_dtype)
+                formed[bank] = (
+                    ops.cast(bank.kernel, layer.compute_dtype) if before_call else _as_read(bank)
+                )
     token = _FORMED.set(formed)
     try:
         yield
@@ -56,6 +60,12 @@ def unformed(layers: Iterable[Any]) -> Iterator[None]:
         _FORMED.reset(token)
 
 
+def _as_read(bank: AdapterBank) -> Tensor:
+    """The effective matrix, in the dtype in which Keras reads the variable at the moment."""
+    kernel, matrix = bank.kernel, bank.site.matrix
+    return kernel if kernel is matrix else ops.cast(kernel, ops.convert_to_tensor(matrix).dtype)
+
+
 @final
 class EffectiveMatrix:
     """The effective matrix, where the plain layer has `W0` as an attribute of that name."""
@@ -71,7 +81,7 @@ class EffectiveMatrix:
         banks = layer.banks.values()
         bank = next(bank for bank in banks if bank.site.kind.matrix == self._name)
         matrix = _FORMED.get().get(bank)
-        return bank.kernel if matrix is None else matrix
+        return _as_read(bank) if matrix is None else matrix
 
     def __set__(self, layer: Any, value: Any) -> None:
         vars(layer)[self._name] = value  # in `build` of the plain layer

@@ -31,7 +31,7 @@ from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor, split_equat
 from keras_lora.lowrank.products import Products, einsum_products
 
 Layer: TypeAlias = "keras.layers.Layer"
-Family = Literal["linear", "embedding", "convolution", "recurrent", "weight"]
+Family = Literal["linear", "embedding", "convolution", "recurrent", "expert", "weight"]
 
 CONV_LSTM_CELL: Any = keras.layers.ConvLSTM1D.__init__.__globals__["ConvLSTM"]
 CONV_LSTM_CELL = CONV_LSTM_CELL.__init__.__globals__["ConvLSTMCell"]
@@ -46,9 +46,11 @@ class Kind:
             shapes of `A` and `B` follow from it.
         matrix: The layer's attribute that is the frozen variable `W0`.
         bias: The layer's attribute that is the bias; None for a layer without one.
-        constraint: The layer's attribute that is the constraint on `W0`.
+        constraint: The layer's attribute that is the constraint on `W0`; None where the variable
+            alone says it.
         family: Which presets of `targets` select it, and which adapters of other tools may
-            contain it: `"all-linear"` and `"attention"` select linear ones, `"all"` every family.
+            contain it: `"all-linear"` and `"attention"` select linear ones, `"all"` every family
+            but `"weight"`, of bare variables.
         products: How `W0` acts on an input. The default is the einsum.
         weight: `W0` in floating point, if the variable has another form (quantized).
         start: How factors begin; None where `AdapterSpec.init` says it. A start that does not
@@ -62,7 +64,7 @@ class Kind:
     equation: Callable[[Layer], str]
     matrix: str = "_kernel"
     bias: str | None = "bias"
-    constraint: str = "kernel_constraint"
+    constraint: str | None = "kernel_constraint"
     family: Family = "linear"
     products: Callable[[Site, Tensor], Products] | None = None
     weight: Callable[[Site], Tensor] | None = None

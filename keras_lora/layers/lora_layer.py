@@ -34,7 +34,7 @@ from keras_lora.layers.guarded import Adapting, Guarded
 from keras_lora.layers.kinds import KINDS, kinds_of, only
 from keras_lora.layers.rematerialized import Rematerialized
 from keras_lora.layers.slots import Room, Slot
-from keras_lora.layers.state import LoRAState
+from keras_lora.layers.state import LoRAState, own_weights
 from keras_lora.lowrank.equations import Tensor
 from keras_lora.lowrank.products import adapted_sum
 
@@ -222,7 +222,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
     def base_variables(self) -> list[keras.Variable]:
         """The layer's own variables without those of its adapters."""
         ours = {id(v) for v in self.adapter_variables}
-        return [v for v in self.weights if id(v) not in ours]
+        return [v for v in own_weights(self) if id(v) not in ours]
 
     def fold(self) -> None:
         """`W0 <- W`, the effective kernel; of every matrix."""

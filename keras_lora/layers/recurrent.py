@@ -246,7 +246,7 @@ def _forming_first(loop: Any) -> Any:
         cell = layer.cell  # need not be a layer
         inside = cell._flatten_layers() if isinstance(cell, keras.layers.Layer) else ()
         cells = [x for x in inside if isinstance(x, RecurrentCell)]
-        with forming(cells), _forming_factors(cells if training else ()):
+        with forming(cells, before_call=True), _forming_factors(cells if training else ()):
             return loop(layer, sequences, initial_state, mask, training)
 
     return inner_loop

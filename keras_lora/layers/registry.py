@@ -38,6 +38,7 @@ from keras_lora.layers.transposed import (
     LoRAConv2DTranspose,
     LoRAConv3DTranspose,
 )
+from keras_lora.layers.variables import bare_sites, variables_class
 
 _LORA_CLASSES: dict[type, type[LoRALayer]] = {
     keras.layers.Dense: LoRADense,
@@ -151,7 +152,7 @@ def supported_base(layer_class: type) -> type | None:
 def attach(layer: keras.layers.Layer, state: LoRAState | None = None) -> LoRALayer:
     """Turn a built layer into an adapted one in place, with the adapters of `state` or none."""
     layer_class: Any = type(layer)
-    lora_class: Any = lora_class_for(layer_class)
+    lora_class: Any = lora_class_for(layer_class) or variables_class(layer)
     layer._lora = state or LoRAState.of(layer, layer_class, kinds_of(lora_class))
     # Keras's constructor bound the plain class's method, in the place of the adapted class's.
     layer._lora.quantize = vars(layer).pop("quantize", None)
@@ -194,6 +195,8 @@ def sites_of(layer: keras.layers.Layer) -> Mapping[str, Site]:
     if isinstance(layer, LoRALayer):
         return {name: bank.site for name, bank in layer.banks.items()}
     layer_class: Any = type(layer)
+    if supported_base(layer_class) is None:
+        return bare_sites(layer)
     lora_class: Any = lora_class_for(layer_class)
     kinds = {} if lora_class is None else kinds_of(lora_class)
     return {name: Site(layer, kind, name) for name, kind in kinds.items()}

@@ -1,4 +1,9 @@
-"""What an adapted layer has beside its base."""
+"""What an adapted layer has beside its base.
+
+Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
+    `_trainable_variables`, `_non_trainable_variables`: a layer's variables without those of the
+        layers in it, in the order in which Keras stores them.
+"""
 
 from __future__ import annotations
 
@@ -74,4 +79,9 @@ class LoRAState:
         for bank in self.banks.values():
             ours -= {id(v) for slot in bank.slots for v in slot.factors}
             trained |= {id(v) for v in bank.training()}
-        return [v for v in layer.weights if id(v) not in ours | trained]
+        return [v for v in own_weights(layer) if id(v) not in ours | trained]
+
+
+def own_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The weights of a layer without those of the layers in it."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]

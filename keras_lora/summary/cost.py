@@ -181,7 +181,7 @@ def _left(tree: Tree, banks: Collection[AdapterBank]) -> Mapping[str, int]:
     return Counter(
         target.kind
         for target in all_targets(tree)
-        if target.site.kind.family not in adapted_families
+        if target.site.kind.family not in {*adapted_families, "weight"}
     )
 
 

@@ -1,16 +1,10 @@
 """A model's layers as a tree, from one walk, and the layers that `targets` selects."""
 
 from keras_lora.walker.attention import attention_projections
+from keras_lora.walker.candidates import Target, all_targets, check_target
 from keras_lora.walker.heads import backbone_of, is_backbone, output_heads
 from keras_lora.walker.names import match_names, matches
-from keras_lora.walker.targets import (
-    Target,
-    all_targets,
-    check_target,
-    find_targets,
-    select_targets,
-    warn_of_heads,
-)
+from keras_lora.walker.targets import find_targets, select_targets, warn_of_heads
 from keras_lora.walker.tree import (
     Layer,
     Node,

@@ -3,63 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from keras_lora.checks import warn
 from keras_lora.config import Targets, check_names, check_targets
-from keras_lora.layers import (
-    LoRALayer,
-    Site,
-    check_adaptable,
-    family_of,
-    lora_class_for,
-    plain_class,
-    sites_of,
-    supported_base,
-)
+from keras_lora.layers import family_of
 from keras_lora.walker.attention import attention_projections
+from keras_lora.walker.candidates import (
+    Candidates,
+    Target,
+    candidates,
+    check_target,
+    why_left_out,
+)
 from keras_lora.walker.heads import output_heads, possible_heads
 from keras_lora.walker.names import listed, match_names, matches, shortened, unmatched
-from keras_lora.walker.tree import Layer, Node, Tree, site_path
+from keras_lora.walker.tree import Layer, Node, Tree
 
 _KINDS = "Dense, EinsumDense, Embedding, ReversibleEmbedding, a convolution or a recurrent cell"
-_FAMILIES = {"all-linear": "linear", "attention": "linear", "convolutions": "convolution"}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A layer that can be adapted.
-
-    Attributes:
-        path: Its place in the model, the names of the layers joined by `/`. A second sibling of
-            the same name is `name#2`.
-        layer: The layer itself.
-        kind: The Keras class that it is adapted as: `"Dense"`, `"EinsumDense"`, `"Embedding"`,
-            `"ReversibleEmbedding"`, a convolution such as `"Conv2D"`, a cell such as `"LSTMCell"`,
-            or one given to `register_lora_class`.
-        kernel_shape: Shape of its kernel; of an embedding `(vocabulary, dim)`.
-        parent_class: Class name of the layer that contains it.
-        matrix: Which matrix of the layer, where the layer has several; then `path` ends in it.
-
-    Example:
-
-    >>> import keras, keras_lora as kl
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, name="up")])
-    >>> kl.find_targets(model, ["up"])[0].kernel_shape
-    (3, 5)
-    """
-
-    path: str
-    layer: Layer
-    kind: str
-    kernel_shape: tuple[int, ...]
-    parent_class: str
-    matrix: str = ""
-
-    @property
-    def site(self) -> Site:
-        """The matrix itself."""
-        return sites_of(self.layer)[self.matrix]
+_FAMILIES = {
+    "all-linear": "linear",
+    "attention": "linear",
+    "convolutions": "convolution",
+    "experts": "expert",
+}
 
 
 def find_targets(
@@ -80,12 +46,18 @@ def find_targets(
               too. A layer computes attention if sublayers of it are named as projections to
               queries and keys: `query`, `q_proj`, `to_q`, `qkv`; its own name says nothing;
             - `"convolutions"`: every convolution except an output head;
-            - `"all"`: every layer of a kind that can be adapted, embeddings, convolutions and
-              recurrent cells too, except the output head;
+            - `"experts"`: the experts of KerasHub's mixtures;
+            - `"all"`: every layer of a kind that can be adapted, embeddings, convolutions,
+              recurrent cells and experts too, except the output head;
             - a list of names. A name is a whole path or its end, at a `/` or `.`: `"query"` hits
               `block_0/attention/query` and never `block_0/subquery`;
             - `"re:PATTERN"`, a regular expression that the whole path must match;
-            - a function of a `Target` that returns whether to adapt it.
+            - a function of a `Target` that returns whether to adapt it, for those of `"all"` and
+              heads.
+
+            A name or pattern that matches no layer that can be adapted may name a bare variable of
+            two axes or more, by the path of its layer and its name:
+            `position_embedding/embeddings`. See docs/adapting.md.
 
             The output head is the linear layer or the convolution that makes a model's output. In a
             Functional model it is found by following each output back through operations of one
@@ -137,86 +109,19 @@ def select_targets(
     tree: Tree, targets: Targets = "all-linear", exclude: Sequence[str] = ()
 ) -> list[Target]:
     """`find_targets` for a model whose tree is known."""
-    candidates, left_out = _candidates(tree)
+    found = candidates(tree)
     if isinstance(targets, str) and not targets.startswith("re:"):
-        selected = _preset(tree, targets, candidates, left_out)
+        selected = _preset(tree, targets, found.known, found.left_out)
     elif callable(targets):
-        selected = [t for t in candidates if targets(t)]
+        selected = [t for t in found.known if targets(t)]
     else:
-        patterns = [targets] if isinstance(targets, str) else targets
-        selected = _named(patterns, tree.nodes, candidates, left_out)
+        selected = _named([targets] if isinstance(targets, str) else targets, tree.nodes, found)
     if not selected:
-        raise _nothing_matched(targets, tree.root, candidates)
+        raise _nothing_matched(targets, tree.root, found.known)
     kept = _without(tree, selected, exclude)
     for target in kept:
         check_target(target)
     return kept
-
-
-def check_target(target: Target) -> None:
-    """Refuse a layer that cannot be adapted though its kind can.
-
-    Raises:
-        ValueError: see `check_adaptable`; or the layer's equation has a diagonal.
-    """
-    if not isinstance(target.layer, LoRALayer):
-        check_adaptable(target.layer)
-        target.site.split()
-        _check_saving(target)
-        if 0 in target.kernel_shape:
-            raise ValueError(
-                f"Layer {target.path!r}: expected a kernel without a side of 0. Received: the "
-                f"shape {target.kernel_shape}. Exclude the layer."
-            )
-
-
-def _check_saving(target: Target) -> None:
-    """Refuse a matrix that no rank factors with fewer parameters, where its kind says so."""
-    inputs, outputs = target.site.split().matrix_shape(target.kernel_shape)
-    if target.site.kind.must_save and inputs * outputs <= inputs + outputs:
-        raise ValueError(
-            f"Layer {target.path!r}: expected a kernel with more parameters than factors of rank 1 "
-            f"have. Received: the shape {target.kernel_shape}, {inputs} positions of "
-            f"{outputs} channels. Exclude the layer, or train it in full: "
-            f"layers_to_save=[{target.path!r}]."
-        )
-
-
-def all_targets(tree: Tree) -> list[Target]:
-    """Every layer of a kind that can be adapted, also those that `check_target` refuses."""
-    return _candidates(tree)[0]
-
-
-def _check_built(tree: Tree) -> None:
-    model, nodes = tree.root, tree.nodes
-    supported = [n for n in nodes if supported_base(plain_class(n.layer))]
-    if not model.built or (supported and not any(n.layer.built for n in supported)):
-        raise ValueError(
-            f"Expected a built model. Received: {model.name!r} ({type(model).__name__}), in which "
-            "no layer has weights yet. Call the model on a batch, or model.build(input_shape)."
-        )
-
-
-def _candidates(tree: Tree) -> tuple[list[Target], list[Node]]:
-    """The layers that can be adapted, and those of a fitting kind that cannot.
-
-    A layer cannot if it is not built, or if its class overrides the computation of the Keras layer.
-    """
-    _check_built(tree)
-    targets, left_out = [], []
-    for node in tree.nodes:
-        layer_class = plain_class(node.layer)
-        base = supported_base(layer_class)
-        if base is None:
-            continue
-        if not node.layer.built or lora_class_for(layer_class) is None:
-            left_out.append(node)
-            continue
-        parent = type(node.parent).__name__
-        for name, site in sites_of(node.layer).items():
-            path = site_path(node.path, name)
-            targets.append(Target(path, node.layer, base.__name__, site.shape, parent, name))
-    return targets, left_out
 
 
 def _preset(
@@ -224,14 +129,14 @@ def _preset(
 ) -> list[Target]:
     family, every = _FAMILIES.get(preset), candidates
     if family is not None:
-        candidates = [t for t in candidates if family_of(t.layer) == family]
+        candidates = [t for t in candidates if t.site.kind.family == family]
         left_out = [node for node in left_out if family_of(node.layer) == family]
     if preset == "attention":
         wanted = attention_projections(tree)
         candidates = [t for t in candidates if id(t.layer) in wanted]
         left_out = [node for node in left_out if id(node.layer) in wanted]
     if left_out:
-        reasons = "; ".join(dict.fromkeys(_why_left_out(node) for node in left_out))
+        reasons = "; ".join(dict.fromkeys(why_left_out(node) for node in left_out))
         warn(f"targets={preset!r} leaves out {listed(left_out)}: {reasons}")
     heads = output_heads(tree)
     selected = [t for t in candidates if id(t.layer) not in heads]
@@ -270,56 +175,57 @@ def _only_a_head(
     )
 
 
-def _why_left_out(node: Node) -> str:
-    if not node.layer.built:
-        return "not built: call the part of the model that uses it first."
-    return (
-        "its class overrides the computation of the Keras layer; say how to adapt the class "
-        "with register_lora_class(layer_class, lora_class)."
+def _named(patterns: Sequence[str], nodes: Sequence[Node], found: Candidates) -> list[Target]:
+    selected: dict[str, Target] = {}
+    for pattern in patterns:
+        # A pattern that was written for layers means no variables.
+        named = [t for t in found.layers if _is_named(pattern, t)]
+        _check_left_out(pattern, nodes, found.left_out)
+        named = named or [t for t in found.every if _is_named(pattern, t)]
+        if not named:
+            raise _unnamed(pattern, nodes, found)
+        selected |= {t.path: t for t in named}
+    return [t for t in found.every if t.path in selected]
+
+
+def _check_left_out(pattern: str, nodes: Sequence[Node], left_out: Sequence[Node]) -> None:
+    refused = [n for n in nodes if n in left_out and matches(pattern, n.path)]
+    if refused:
+        raise ValueError(
+            f"Expected layers that can be adapted. Received: {listed(refused)}, asked for as "
+            f"{pattern!r}: {why_left_out(refused[0])}"
+        )
+
+
+def _unnamed(pattern: str, nodes: Sequence[Node], found: Candidates) -> ValueError:
+    hits = [n for n in nodes if matches(pattern, n.path)]
+    if not hits:
+        return unmatched("targets", [pattern], [t.path for t in found.known])
+    return ValueError(
+        f"Expected a layer of {_KINDS}. Received: {listed(hits)}, asked for as "
+        f"{pattern!r}. {_how_to_name(hits[0], found)}"
     )
 
 
-def _named(
-    patterns: Sequence[str],
-    nodes: Sequence[Node],
-    candidates: Sequence[Target],
-    left_out: Sequence[Node],
-) -> list[Target]:
-    for pattern in patterns:
-        hits = [n for n in nodes if matches(pattern, n.path)]
-        found = any(_is_named(pattern, t) for t in candidates)
-        if not hits and not found:
-            raise unmatched("targets", [pattern], [t.path for t in candidates])
-        refused = [n for n in hits if n in left_out]
-        if refused:
-            raise ValueError(
-                f"Expected layers that can be adapted. Received: {listed(refused)}, asked for as "
-                f"{pattern!r}: {_why_left_out(refused[0])}"
-            )
-        if not found:
-            raise ValueError(
-                f"Expected a layer of {_KINDS}. Received: {listed(hits)}, asked for as "
-                f"{pattern!r}. {_how_to_name(hits[0], candidates)}"
-            )
-    return [t for t in candidates if any(_is_named(p, t) for p in patterns)]
-
-
 def _is_named(pattern: str, target: Target) -> bool:
-    """Whether a pattern matches a matrix or, where the layer has several, the layer."""
-    layer_path = target.path.removesuffix(f"/{target.matrix}")
-    return matches(pattern, target.path) or matches(pattern, layer_path)
+    """Whether a pattern matches a matrix or its layer, where all of the layer is known."""
+    whole = target.site.kind.family != "weight" and matches(pattern, target.layer_path)
+    return whole or matches(pattern, target.path)
 
 
-def _how_to_name(node: Node, candidates: Sequence[Target]) -> str:
+def _how_to_name(node: Node, found: Candidates) -> str:
     """What to do instead of naming a layer that is of no kind that can be adapted."""
-    if any(t.path.startswith(f"{node.path}/") for t in candidates):
+    own = [t.path for t in found.every if t.layer is node.layer]
+    named = f"To adapt variables of the layer, name them: targets={own}. " if own else ""
+    if any(t.path.startswith(f"{node.path}/") for t in found.known):
         return (
-            "To name the layers inside a layer, use a pattern: "
+            f"{named}To name the layers inside a layer, use a pattern: "
             f"targets='re:.*{node.layer.name}/.*'."
         )
     return (
-        f"No layer inside it can be adapted either. To train it in full beside the adapters, write "
-        f"layers_to_save=[{node.path!r}]; to adapt its class, see register_lora_class."
+        f"{named or 'No layer inside it can be adapted either. '}To train it in full beside the "
+        f"adapters, write layers_to_save=[{node.path!r}]; to adapt its class, see "
+        "register_lora_class."
     )
 
 

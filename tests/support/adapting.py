@@ -38,7 +38,8 @@ def check_adapting(
     assert difference(model(inputs, training=False), base) <= rounding
     check_step(model, inputs, training)
 
-    randomize(f for x in kl.lora_layers(model).values() for f in x.adapters["default"].factors)
+    banks = [b for layer in kl.lora_layers(model).values() for b in layer.banks.values()]
+    randomize(f for b in banks for adapter in b.adapters.values() for f in adapter.factors)
     adapted = model(inputs, training=False)
     assert difference(adapted, base) >= 1e-3
 

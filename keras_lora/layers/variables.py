@@ -1,0 +1,191 @@
+"""Adapted classes of layers with bare variables: matrices that only the layer's own code knows.
+
+A class is made for each class of such layers. In it the attributes of the matrices are effective
+ones, and all else is as it was: nothing is known of what the code computes with them.
+
+    2 axes: W (d, k)       A (d, r)       B (r, k)
+    3 axes: W (n, d, k)    A (n, d, r)    B (n, r, k)      a matrix for each of n experts
+    more:   W (..., k)     A (..., r)     B (r, k)
+
+Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
+    the attributes of KerasHub's layers of experts, which have no public names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeAlias
+
+import keras
+
+from keras_lora.checks import invalid
+from keras_lora.layers.effective import BaseVariables, EffectiveMatrix, forming
+from keras_lora.layers.guarded import Adapting
+from keras_lora.layers.kinds import KINDS, Kind, Layer, Site, dense_equation
+from keras_lora.layers.lora_layer import LoRALayer
+
+# The banks of experts of KerasHub's mixtures, in the classes that have them.
+_GATED = ("_expert_feedforward_gate_dense", "_expert_feedforward_output_dense")
+EXPERTS: Mapping[str, tuple[str, ...]] = {
+    "MixtralMoeExperts": (*_GATED, "_expert_feedforward_intermediate_dense"),
+    "QwenMoeExperts": _GATED,
+    "Qwen3MoeExperts": _GATED,
+    "Qwen3_5MoeExperts": _GATED,
+    "GptOssExperts": ("gate_up_proj", "down_proj"),
+    "Gemma4MoEBlock": ("gate_proj", "up_proj", "down_proj"),
+}
+_LETTERS = "abcdefghijklmnop"
+
+
+class _Matrix(NamedTuple):
+    """A matrix among a layer's attributes, of which a kind is made."""
+
+    name: str
+    attribute: str
+    axes: int
+    is_expert: bool
+
+
+_Matrices: TypeAlias = "tuple[_Matrix, ...]"
+
+
+class LoRAVariables(LoRALayer, Adapting):
+    """Abstract base of adapted layers whose own code reads their matrices as attributes."""
+
+
+def bare_sites(layer: Layer) -> dict[str, Site]:
+    """The matrices of a plain layer that no row of `KINDS` describes, by name."""
+    kinds = _kinds(_matrices(layer))
+    return {name: Site(layer, kind, name) for name, kind in kinds.items()}
+
+
+def variables_class(layer: Layer) -> type[LoRALayer]:
+    """The class that a plain layer with `bare_sites` is converted to."""
+    layer_class: Any = type(layer)
+    return _made_class(layer_class, _matrices(layer))
+
+
+def check_bare(layer: Layer, site: Site) -> None:
+    """Refuse a bare matrix that cannot be an effective one.
+
+    Raises:
+        ValueError: a constraint, a second attribute with the variable, or an attribute with a
+            name that adapted layers use.
+    """
+    name = f"{layer.path or layer.name}/{site.name}"
+    if site.matrix.constraint is not None:
+        raise invalid(
+            name,
+            "no constraint, which would hold for W0 and not for W0 + AB",
+            site.matrix.constraint,
+            "exclude it",
+        )
+    holding = [attribute for attribute, v in vars(layer).items() if v is site.matrix]
+    if len(holding) > 1:
+        raise invalid(name, "a variable in one attribute of its layer", holding, "exclude it")
+    effective = {matrix.attribute for matrix in _matrices(layer)}
+    taken = sorted(_own_names(layer) & _names_of_ours() - effective)
+    if taken:
+        raise invalid(
+            name,
+            "a layer without attributes of names that adapted layers use",
+            taken,
+            "rename them in the class of the layer",
+        )
+
+
+def _matrices(layer: Layer) -> _Matrices:
+    """The matrices among a built layer's attributes. A model's own variables are not taken."""
+    if not layer.built or isinstance(layer, keras.Model):
+        return ()
+    every = {name: value for name, value in vars(layer).items() if _is_matrix(value)}
+    first = {id(value): name for name, value in reversed(every.items())}
+    held = {name: value for name, value in every.items() if first[id(value)] == name}
+    known = _experts(type(layer))
+    names = [_stable_name(v, attribute) for attribute, v in held.items()]
+    return tuple(
+        _Matrix(name if names.count(name) == 1 else a, a, len(v.shape), a in known)
+        for name, (a, v) in zip(names, held.items(), strict=True)
+    )
+
+
+def _is_matrix(value: Any) -> bool:
+    return (
+        isinstance(value, keras.Variable)
+        and len(value.shape) > 1
+        and keras.backend.is_float_dtype(value.dtype)
+    )
+
+
+def _stable_name(variable: keras.Variable, attribute: str) -> str:
+    """The variable's name, or that of its attribute where Keras numbered the variable."""
+    name = str(variable.name)
+    return name if name.isidentifier() and not name.startswith("variable") else attribute
+
+
+def _experts(layer_class: type) -> tuple[str, ...]:
+    names = [c.__name__ for c in layer_class.__mro__ if c.__module__.startswith("keras_hub.")]
+    return next((EXPERTS[name] for name in names if name in EXPERTS), ())
+
+
+@cache
+def _kinds(matrices: _Matrices) -> Mapping[str, Kind]:
+    return {
+        matrix.name: Kind(
+            equation=_equation(matrix.axes),
+            matrix=matrix.attribute,
+            bias=None,
+            constraint=None,
+            family="expert" if matrix.is_expert else "weight",
+            # The layer's code has the products.
+            has_dropout=False,
+            # The axis of the outputs is known of experts alone.
+            takes_dora=matrix.is_expert,
+            must_save=True,
+        )
+        for matrix in matrices
+    }
+
+
+def _equation(axes: int) -> Callable[[Layer], str]:
+    if axes == 2:
+        return dense_equation
+    rows = _LETTERS[: axes - 1]
+    return partial(_said, "...zx,zxy->...zy" if axes == 3 else f"...{rows},{rows}y->...y")
+
+
+def _said(equation: str, _: Layer) -> str:
+    return equation
+
+
+@cache
+def _made_class(layer_class: Any, matrices: _Matrices) -> type[LoRALayer]:
+    effective = {matrix.attribute: EffectiveMatrix() for matrix in matrices}
+    bases = (LoRAVariables, layer_class, BaseVariables)
+    body = {**effective, "call": _forming(layer_class.call)}
+    made = type(f"LoRA{layer_class.__name__}", bases, body)
+    KINDS[made] = _kinds(matrices)
+    return made
+
+
+def _forming(call: Any) -> Any:
+    @functools.wraps(call)  # Keras asks for the arguments of `call`
+    def call_formed(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        with forming([layer]):
+            return call(layer, *args, **kwargs)
+
+    return call_formed
+
+
+def _own_names(layer: Layer) -> set[str]:
+    """The attributes that a layer has beyond those of every layer."""
+    classes = [c for c in type(layer).__mro__ if c not in keras.layers.Layer.__mro__]
+    return {*vars(layer)}.union(*map(vars, classes)) - {*dir(keras.layers.Layer)}
+
+
+@cache
+def _names_of_ours() -> set[str]:
+    ours = [c for c in LoRALayer.__mro__ if issubclass(c, Adapting)]
+    return set[str]().union(*map(vars, ours)) - {*dir(keras.layers.Layer)}

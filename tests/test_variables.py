@@ -1,0 +1,174 @@
+"""Bare variables: an adapted layer computes what a plain one does with the matrix `W0 + s A B`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from support.cases import numpy_of
+from support.variables import (
+    ALPHA,
+    CASES,
+    OWN,
+    RANK,
+    adapted,
+    banks,
+    delta,
+    inputs,
+    made,
+    randomize,
+    reference,
+)
+
+import keras_lora as kl
+from keras_lora.layers import AdapterBank
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_adapted_layer_is_a_plain_one_with_the_effective_matrices(name: str) -> None:
+    base, x = made(name), inputs()
+    model = kl.apply_lora(made(name), kl.LoRAConfig(rank=RANK, alpha=ALPHA, targets=CASES[name][1]))
+    np.testing.assert_array_equal(numpy_of(model(x)), numpy_of(base(x)))
+    randomize(model)
+    expected = numpy_of(reference(name, model)(x))
+    for training in (False, True):
+        found = numpy_of(model(x, training=training))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    with kl.merged(model):
+        np.testing.assert_allclose(numpy_of(model(x)), expected, rtol=1e-5, atol=1e-5)
+    kl.unload_lora(model)
+    assert [type(x) for x in model.layers] == [type(x) for x in base.layers]
+    np.testing.assert_array_equal(numpy_of(model(x)), numpy_of(base(x)))
+
+
+@pytest.mark.parametrize("name", ["own", "mixtral", "gemma4"])
+def test_training_follows_the_gradient_of_the_matrices(name: str) -> None:
+    """With `SGD`: `dA = s G B^T` and `dB = s A^T G`, with the gradient `G` of a plain matrix."""
+    model, x = adapted(name), inputs()
+    plain = reference(name, model)
+    before = {b: [numpy_of(f) for f in b.adapters["default"].factors] for b in banks(model)}
+    others = [numpy_of(v) for v in model.non_trainable_variables]
+    for network in (model, plain):
+        network.compile(keras.optimizers.SGD(0.01), "mse", run_eagerly=True)
+        network.fit(x, np.zeros(numpy_of(network(x)).shape), verbose=0)
+    moved = {v.path: numpy_of(v) for v in plain.weights}
+    for bank, (a, b) in before.items():
+        gradient = ALPHA / RANK * (moved[bank.site.matrix.path] - effective_of(bank, a, b))
+        if b.ndim == 3:
+            expected = (a + gradient @ b.swapaxes(1, 2), b + a.swapaxes(1, 2) @ gradient)
+        else:
+            rows = gradient.reshape(-1, b.shape[-1])
+            columns = a.reshape(-1, RANK)
+            expected = (a + (rows @ b.T).reshape(a.shape), b + columns.T @ rows)
+        for found, value in zip(bank.adapters["default"].factors, expected, strict=True):
+            np.testing.assert_allclose(numpy_of(found), value, rtol=1e-3, atol=1e-5)
+    for variable, value in zip(model.non_trainable_variables, others, strict=True):
+        np.testing.assert_array_equal(numpy_of(variable), value)
+
+
+def effective_of(bank: AdapterBank, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    w = numpy_of(bank.site.matrix).astype("float64")
+    return w + ALPHA / RANK * delta(a.astype("float64"), b.astype("float64"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mixtral", {"use_dora": True}),
+        ("mixtral", {"init": "pissa"}),
+        ("own", {"init": "olora"}),
+        ("own", {"dropout": 0.5, "use_rslora": True, "freeze_a": True}),
+    ],
+)
+def test_options(name: str, options: dict[str, Any]) -> None:
+    base, x = made(name), inputs()
+    config = kl.LoRAConfig(rank=RANK, alpha=ALPHA, targets=CASES[name][1], **options)
+    model = kl.apply_lora(made(name), config)
+    np.testing.assert_allclose(numpy_of(model(x)), numpy_of(base(x)), rtol=1e-4, atol=1e-4)
+    randomize(model)
+    expected = numpy_of(model(x))
+    if options.keys() == {"use_dora"}:
+        plain = numpy_of(reference(name, model)(x))
+        np.testing.assert_allclose(expected, plain, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(numpy_of(model(x, training=True)), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(numpy_of(kl.merge_lora(model)(x)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_begin_each_with_its_principal_part() -> None:
+    model = kl.apply_lora(made("mixtral"), kl.LoRAConfig(rank=2, targets="experts", init="pissa"))
+    for bank in banks(model):
+        a, b = (numpy_of(f) for f in bank.adapters["default"].factors[:2])
+        u, s, v = np.linalg.svd(numpy_of(bank.site.matrix).astype("float64"))
+        best = np.einsum("edr,er,erk->edk", u[..., :2], s[:, :2], v[:, :2])
+        scale = bank.adapters["default"].spec.scaling
+        np.testing.assert_allclose(scale * delta(a, b), best, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["positions", "own", "qwen_moe"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
+def test_low_precision(name: str, dtype: str) -> None:
+    base, x = made(name, dtype=dtype), inputs()
+    expected = numpy_of(base(x)).astype("float64")
+    model = kl.apply_lora(base, kl.LoRAConfig(rank=RANK, alpha=ALPHA, targets=CASES[name][1]))
+    assert all(v.dtype == "float32" for v in model.trainable_variables)
+    np.testing.assert_array_equal(numpy_of(model(x)).astype("float64"), expected)
+    randomize(model)
+    found = numpy_of(model(x)).astype("float64")
+    assert model(x).dtype == made(name, dtype=dtype)(x).dtype
+    merged = numpy_of(kl.merge_lora(model)(x)).astype("float64")
+    np.testing.assert_allclose(found, merged, rtol=0, atol=3e-2 * np.abs(merged).max())
+
+
+@pytest.mark.parametrize("name", ["own", "mixtral"])
+def test_files_bring_an_adapter_back(name: str, tmp_path: Path) -> None:
+    model, x = adapted(name), inputs()
+    expected = numpy_of(model(x))
+    kl.save_adapter(model, tmp_path / "adapter")
+    loaded = made(name)
+    kl.load_adapter(loaded, tmp_path / "adapter")
+    np.testing.assert_array_equal(numpy_of(loaded(x)), expected)
+    model.save_weights(tmp_path / "m.weights.h5")
+    randomize(loaded)
+    loaded.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_array_equal(numpy_of(loaded(x)), expected)
+    with pytest.raises(ValueError, match="adapters that no `.keras` file"):
+        model.save(tmp_path / "m.keras")
+
+
+def test_a_checkpoint_of_the_base_fits(tmp_path: Path) -> None:
+    base, x = made("own"), inputs()
+    expected = numpy_of(base(x))
+    base.save_weights(tmp_path / "base.weights.h5")
+    model = kl.apply_lora(made("own"), kl.LoRAConfig(rank=RANK, targets=OWN))
+    for variable in model.weights:
+        if "lora" not in variable.path:
+            variable.assign(ops.zeros_like(variable))
+    with pytest.warns(UserWarning, match="contains no adapters"):
+        model.load_weights(tmp_path / "base.weights.h5")
+    np.testing.assert_array_equal(numpy_of(model(x)), expected)
+
+
+def test_a_merged_copy_and_file_are_plain(tmp_path: Path) -> None:
+    model, x = adapted("positions"), inputs()
+    expected = numpy_of(model(x))
+    kl.merge_lora(model, inplace=False).save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_allclose(numpy_of(loaded(x)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(numpy_of(model(x)), expected)
+
+
+def test_adapters_are_switched_and_combined() -> None:
+    model, x = adapted("own"), inputs()
+    first = numpy_of(model(x))
+    kl.apply_lora(model, kl.LoRAConfig(rank=RANK, targets=["rows"]), name="second")
+    kl.set_adapter(model, "default")
+    np.testing.assert_array_equal(numpy_of(model(x)), first)
+    kl.combine_adapters(model, {"default": 1.0, "second": 1.0}, "sum")
+    kl.set_adapter(model, "sum")
+    np.testing.assert_allclose(numpy_of(model(x)), first, rtol=1e-4, atol=1e-4)
+    kl.set_adapter(model, None)
+    np.testing.assert_array_equal(numpy_of(model(x)), numpy_of(made("own")(x)))
