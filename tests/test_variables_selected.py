@@ -98,7 +98,7 @@ def assigned(layer: Any) -> Any:
             r"use_dora.*\['own/stack'\], whose layers have no magnitude",
         ),
         (
-            lambda: peculiar(lambda x: x.table, options={"dtype": "int32"}),
+            lambda: peculiar(lambda x: x.table, options={"dtype": "int32", "trainable": False}),
             CONFIG,
             "match a layer",
         ),

@@ -29,7 +29,7 @@ class Own(keras.layers.Layer):
         self.kernel = self.add_weight(shape=(EXPERTS, dim, INNER), name="stack")
         self.wide = self.add_weight(shape=(2, 3, dim, INNER), name="wide", autocast=False)
         self.vector = self.add_weight(shape=(dim,), name="vector")
-        self.inner = keras.layers.Dense(dim, name="inner")
+        self.inner = keras.layers.Dense(dim, dtype=self.dtype_policy, name="inner")
         self.inner.build((None, dim))
         self.built = True
 
