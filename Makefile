@@ -45,6 +45,8 @@ BACKEND_TESTS := tests/test_layers.py tests/test_starts.py tests/test_starts_dat
 	tests/test_variables.py::test_training_follows_the_gradient_of_the_matrices \
 	tests/test_rates.py::test_each_variable_moves_as_by_the_plain_optimizer_at_its_own_rate \
 	tests/test_rates.py::test_fit_moves_each_group_at_its_rate \
+	tests/test_train_tokens.py::test_the_rows_of_the_tokens_are_replaced_and_no_others \
+	tests/test_train_tokens.py::test_only_these_rows_train_and_as_in_a_model_that_trains_the_whole_matrix \
 	tests/test_copies.py::test_a_copy_preprocesses_as_its_original \
 	tests/test_checkpoint.py::test_a_broken_run_goes_on_to_the_weights_and_logs_of_an_unbroken_one
 test-backends: $(VENV)/.dev

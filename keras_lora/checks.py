@@ -7,6 +7,7 @@ import math
 import numbers
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,22 @@ def given_path(path: str | os.PathLike[str]) -> Path:
 def check_rank(rank: object) -> None:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
         raise invalid("rank", "a positive integer", rank, "try rank=8")
+
+
+def check_tokens(tokens: object) -> tuple[int, ...]:
+    """Token ids in sorted order.
+
+    Raises:
+        ValueError: no list of different integers from 0 on.
+    """
+    expected = "a list of different token ids, as integers from 0 on"
+    if isinstance(tokens, str | bytes) or not isinstance(tokens, Sequence | np.ndarray):
+        raise invalid("train_tokens", expected, tokens)
+    wrong = [t for t in tokens if is_flag(t) or not isinstance(t, numbers.Integral) or t < 0]
+    if wrong or len(set(tokens)) < len(tokens):
+        wrong = wrong or sorted({t for t in tokens if list(tokens).count(t) > 1})
+        raise invalid("train_tokens", expected, wrong)
+    return tuple(sorted(map(int, tokens)))
 
 
 def check_alpha(alpha: object) -> None:

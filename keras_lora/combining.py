@@ -20,7 +20,7 @@ from keras_lora.inject import (
     turn,
     whole_adapters,
 )
-from keras_lora.layers import Adapter, AdapterBank, all_owned
+from keras_lora.layers import Adapter, AdapterBank, LayerAdapter, all_owned
 from keras_lora.lowrank.combining import Combination, WeightedFactors, combine
 from keras_lora.walker import Target, Tree, all_targets
 
@@ -53,7 +53,8 @@ def combine_adapters(
     Adapters with DoRA cannot be combined: each divides `W0 + s A B` by a norm of its own.
 
     The new adapter has the scale 1. It is active at once if no adapter is active; otherwise it
-    waits for `set_adapter`. It gets the head or bias that one of the adapters trained.
+    waits for `set_adapter`. It gets the heads, biases and rows of
+    tokens (`train_tokens`) that one of the adapters trained.
 
     Args:
         model: An adapted model.
@@ -67,7 +68,8 @@ def combine_adapters(
 
     Raises:
         ValueError: unknown names or options, a name that is taken, a weight that is not finite,
-            unequal ranks where they must be equal, DoRA, or two adapters with a head of their own.
+            unequal ranks where they must be equal, DoRA, or two adapters with a head, or rows of
+            one token, of their own.
 
     Example:
 
@@ -97,11 +99,12 @@ def _combine(tree: Tree, weights: Mapping[str, float], name: str, options: Combi
     targets = {target.path: target for target in all_targets(tree)}
     planned = []
     for index, (path, bank) in enumerate(tree.banks_by_path.items()):
-        terms = [_term(bank, n, weights[n]) for n in names if n in bank.adapters]
-        if terms:
+        parts = {n: bank.adapters[n] for n in names if n in bank.adapters}
+        terms = [_term(bank, n, weights[n]) for n, part in parts.items() if part.spec.rank]
+        if parts:
             # A seed for each layer: otherwise layers of one shape would lose the same entries.
             own = dataclasses.replace(options, seed=options.seed + index)
-            planned.append(_combined(targets[path], terms, own))
+            planned.append(_combined(targets[path], terms, own, _rows_of_one(path, parts)))
     trained = [v for known in whole_adapters(tree, names).values() for v in known.trained]
     plan = plan_factors(tree, name, Adapter(None, trained), planned, values)
     install(tree, plan, active=not active_names(tree))
@@ -114,15 +117,43 @@ def _term(bank: AdapterBank, name: str, weight: float) -> WeightedFactors:
 
 
 def _combined(
-    target: Target, terms: Sequence[WeightedFactors], options: Combination
+    target: Target,
+    terms: Sequence[WeightedFactors],
+    options: Combination,
+    rows: Mapping[int, np.ndarray],
 ) -> PlannedLayer:
+    factors = _combined_factors(target, terms, options)
+    rank, tokens = factors[0].shape[-1], sorted(rows)
+    spec = AdapterSpec(rank=rank, alpha=rank or 1.0, train_tokens=tokens)
+    own = [np.stack([rows[token] for token in tokens])] if tokens else []
+    return PlannedLayer(target, spec, [*factors, *own])
+
+
+def _combined_factors(
+    target: Target, terms: Sequence[WeightedFactors], options: Combination
+) -> Sequence[np.ndarray]:
+    split, shape = target.site.split(), target.kernel_shape
+    if not terms:
+        return [np.zeros(size, "float32") for size in split.factor_shapes(shape, 0)]
     try:
         a, b = combine(terms, options)
     except ValueError as error:
         raise ValueError(f"Layer '{target.path}': {error}") from error
-    rank = a.shape[-1]
-    factors = target.site.split().factors(a, b, target.kernel_shape)
-    return PlannedLayer(target, AdapterSpec(rank=rank, alpha=rank), factors)
+    return split.factors(a, b, shape)
+
+
+def _rows_of_one(path: str, parts: Mapping[str, LayerAdapter]) -> dict[int, np.ndarray]:
+    """The rows that adapters train in full, by token; each may be of one adapter at most."""
+    found: dict[int, np.ndarray] = {}
+    for part in parts.values():
+        tokens = part.spec.train_tokens
+        both = sorted(found.keys() & set(tokens))
+        if both:
+            expected = f"at most one adapter with its own rows of the tokens {both} of {path!r}"
+            fix = "own values cannot be combined: leave out all of these adapters except one"
+            raise invalid("weights", expected, list(parts), fix)
+        found |= dict(zip(tokens, np.array(part.tokens), strict=True)) if tokens else {}
+    return found
 
 
 def _check_weights(weights: Mapping[str, float]) -> None:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from keras_lora.checks import check_alpha, check_rank, invalid, is_flag, is_number
+from keras_lora.checks import (
+    check_alpha,
+    check_rank,
+    check_tokens,
+    invalid,
+    is_flag,
+    is_number,
+)
 from keras_lora.initializers import start_of
 from keras_lora.lowrank.equations import scaling
+from keras_lora.plain_values import make_plain, to_write
 
 DEFAULT_INIT = "kaiming_uniform"
 PRESETS = ("attention", "all-linear", "convolutions", "experts", "all")
@@ -28,10 +35,11 @@ _OTHER_NAMES = {
     "exclude_modules": "exclude",
     "modules_to_save": "layers_to_save",
     "init_lora_weights": "init",
+    "trainable_token_indices": "train_tokens",
 }
 
 # Fields that version 0.1.0 does not know. At their defaults no file has them: 0.1.0 reads it then.
-_LATER_FIELDS = ("freeze_a",)
+_LATER_FIELDS = ("freeze_a", "train_tokens")
 
 Targets = str | Sequence[str] | Callable[[Any], bool]
 
@@ -67,6 +75,8 @@ class AdapterSpec:
 
         freeze_a: Train `B` alone (LoRA-FA): `A` stays as it starts, and has no gradient, for which
             the inputs of the layer would be kept. Not for embeddings, whose `A` starts at zero.
+        train_tokens: Tokens of an embedding whose rows train in full, as values of the adapter; in
+            sorted order. Beside them the rank may be 0: there is no `A B` then.
 
     Raises:
         ValueError: a value outside the above.
@@ -88,9 +98,12 @@ class AdapterSpec:
     use_dora: bool = False
     init: str = DEFAULT_INIT
     freeze_a: bool = False
+    train_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        object.__setattr__(self, "train_tokens", check_tokens(self.train_tokens))
+        if self.rank != 0 or not self.train_tokens:
+            check_rank(self.rank)
         check_alpha(self.alpha)
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise invalid("dropout", "a number in [0, 1)", self.dropout, "try dropout=0.05")
@@ -98,15 +111,15 @@ class AdapterSpec:
             if not is_flag(getattr(self, name)):
                 raise invalid(name, "True or False", getattr(self, name))
         start_of(self.init)
-        _make_plain(self)
+        make_plain(self)
 
     @property
     def scaling(self) -> float:
-        return scaling(self.alpha, self.rank, self.use_rslora)
+        return scaling(self.alpha, self.rank or 1, self.use_rslora)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, which JSON can contain."""
-        return _to_write(self)
+        return to_write(self, _LATER_FIELDS)
 
     @property
     def has_counterpart(self) -> bool:
@@ -134,6 +147,9 @@ class LoRAConfig:
         layers_to_save: Names of layers that train in full beside the adapters, such as a
             fresh classifier head.
         freeze_a: Train `B` alone (LoRA-FA); see `AdapterSpec`.
+        train_tokens: Token ids, such as those of new tokens, whose rows in the input embedding
+            train in full and are saved with the adapter; or `{name of an embedding: ids}`. The
+            matrix itself stays `W0`. The embedding may be a target beside this or not.
 
     Raises:
         ValueError: a value outside the above; the message says which values are expected.
@@ -158,6 +174,7 @@ class LoRAConfig:
     bias: Literal["none", "lora_only", "all"] = "none"
     layers_to_save: Sequence[str] = ()
     freeze_a: bool = False
+    train_tokens: Sequence[int] | Mapping[str, Sequence[int]] = ()
 
     def __new__(cls, *args: Any, **fields: Any) -> LoRAConfig:
         """Refuse, with the names to write, fields that the class does not have."""
@@ -183,8 +200,9 @@ class LoRAConfig:
             object.__setattr__(self, name, _pattern(name, getattr(self, name), check))
         if self.bias not in BIASES:
             raise invalid("bias", f"one of {BIASES}", self.bias)
+        object.__setattr__(self, "train_tokens", _tokens(self.train_tokens))
         check_start(self.init, [self.alpha, *self.alpha_pattern.values()])
-        _make_plain(self)
+        make_plain(self)
 
     def spec(self, *, rank: int | None = None, alpha: float | None = None) -> AdapterSpec:
         """The spec of one layer, with its own rank or alpha where a pattern gives them."""
@@ -211,7 +229,7 @@ class LoRAConfig:
                 self.targets,
                 "list the paths: targets=[t.path for t in find_targets(model, function)]",
             )
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in _to_write(self).items()}
+        return to_write(self, _LATER_FIELDS)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoRAConfig:
@@ -247,31 +265,13 @@ def check_start(init: str, alphas: Iterable[float]) -> None:
         raise invalid("alpha", f"a positive number for init={init!r}", wrong[0])
 
 
-def _to_write(config: AdapterSpec | LoRAConfig) -> dict[str, Any]:
-    """The fields by name, without later ones at their defaults."""
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {k: v for k, v in values.items() if v or k not in _LATER_FIELDS}
-
-
-def _make_plain(config: AdapterSpec | LoRAConfig) -> None:
-    """Give the fields of a config that was checked the types that JSON and Keras's files have."""
-    for field_ in dataclasses.fields(config):
-        object.__setattr__(config, field_.name, _plain(getattr(config, field_.name)))
-
-
-def _plain(value: Any) -> Any:
-    """The value without types of NumPy, enumerations and other subclasses of Python's types."""
-    if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
-    if isinstance(value, str):
-        return str.__str__(value)  # `str` would give an enumeration's name
-    if is_flag(value):
-        return bool(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if is_number(value) else value
+def _tokens(tokens: object) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    if not isinstance(tokens, Mapping):
+        return check_tokens(tokens)
+    check_names("train_tokens", list(tokens))
+    if not all(map(len, tokens.values())):
+        raise invalid("train_tokens", "at least one token id for each name", tokens)
+    return {name: check_tokens(ids) for name, ids in tokens.items()}
 
 
 def check_targets(targets: object) -> None:

@@ -1,4 +1,4 @@
-"""Learning rates by group: factors for `A`, `B`, magnitudes, heads and biases; LoRA+.
+"""Learning rates by group: factors for `A`, `B`, magnitudes, rows, heads and biases; LoRA+.
 
 An optimizer gets them in place, as a layer gets adapters: the object stays and its class changes,
 so that everything that asks for the optimizer's settings, state or variables goes on as before.
@@ -37,6 +37,7 @@ class Rates:
     a: float = 1.0
     b: float = 1.0
     magnitudes: float = 1.0
+    tokens: float = 1.0
     heads: float = 1.0
     biases: float = 1.0
 
@@ -57,6 +58,7 @@ def set_rates(
     a: float = 1.0,
     b: float = 1.0,
     magnitudes: float = 1.0,
+    tokens: float = 1.0,
     heads: float = 1.0,
     biases: float = 1.0,
 ) -> Any:
@@ -82,6 +84,7 @@ def set_rates(
         a: The factor for `A`.
         b: The factor for `B`.
         magnitudes: The factor for the magnitudes `m` of DoRA.
+        tokens: The factor for the rows of `train_tokens`.
         heads: The factor for what trains by `layers_to_save`.
         biases: The factor for what trains by `bias`.
 
@@ -99,7 +102,7 @@ def set_rates(
     >>> model = kl.apply_lora(model, kl.LoRAConfig(targets=["up"], rank=2, bias="all"))
     >>> model.compile(kl.set_rates(keras.optimizers.AdamW(1e-4), b=16, biases=4), "mse")
     """
-    rates = Rates(a=a, b=b, magnitudes=magnitudes, heads=heads, biases=biases)
+    rates = Rates(a=a, b=b, magnitudes=magnitudes, tokens=tokens, heads=heads, biases=biases)
     optimizer = keras.optimizers.get(optimizer)
     _check(optimizer)
     for part in parts_of(optimizer):

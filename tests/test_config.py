@@ -92,6 +92,9 @@ FOREIGN: list[tuple[str, Any, Any]] = [
     ("targets", np.str_("all"), "all"),
     ("init", Choice.INIT, "gaussian"),
     ("bias", Choice.BIAS, "lora_only"),
+    *(("train_tokens", [value], (3,)) for value in INTEGERS),
+    *(("train_tokens", {name: [np.int64(4), 3]}, {"up": (3, 4)}) for name in NAMES),
+    ("train_tokens", np.array([4, 3]), (3, 4)),
 ]
 
 

@@ -14,7 +14,7 @@ ROOT = Path(keras_lora.__file__).parent
 # and imports from the floors below it.
 FLOORS = [
     {"as_command", "checks", "version"},
-    {"lowrank"},
+    {"lowrank", "plain_values"},
     {"initializers"},
     {"config"},
     {"layers"},

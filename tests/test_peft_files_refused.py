@@ -51,7 +51,7 @@ def test_what_is_not_understood_is_named(tmp_path: Path) -> None:
     new = {
         f"{PREFIX}norm.num_batches_tracked": torch.tensor(3),
         f"{PREFIX}layers.1.q_proj.lora_velora_embed": torch.ones(3),
-        f"{PREFIX}emb.token_adapter.trainable_tokens_delta": torch.ones(3),
+        f"{PREFIX}emb.token_adapter.trainable_tokens_original": torch.ones(3),
         f"{PREFIX}layers.1.q_proj.lora_A.bias": torch.ones(3),
         f"{PREFIX}a/../b": torch.ones(3),
         f"{PREFIX}a..b": torch.ones(3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,18 @@ import keras
 import numpy as np
 import pytest
 from support.cases import numpy_of
-from support.optimizers import CLASSES, adapt, base, compile_, optimizer, parts, steps, values
+from support.optimizers import (
+    CLASSES,
+    OUT,
+    WIDTH,
+    adapt,
+    base,
+    compile_,
+    optimizer,
+    parts,
+    steps,
+    values,
+)
 from support.rates import RATES, everything, rated
 
 import keras_lora as kl
@@ -21,7 +33,8 @@ def test_lora_plus_is_the_case_of_b() -> None:
     found = kl.LoRAPlus("adam", ratio=5)
     config = kl.set_rates(keras.optimizers.Adam(name=found.name), b=5).get_config()
     assert found.get_config() == config
-    assert config["rates"] == {"a": 1, "b": 5, "magnitudes": 1, "heads": 1, "biases": 1}
+    others = dict.fromkeys(("a", "magnitudes", "tokens", "heads", "biases"), 1)
+    assert config["rates"] == {"b": 5} | others
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -59,6 +72,27 @@ def test_a_keras_file_goes_on_with_the_same_rates(before: int, tmp_path: Path) -
         steps(each, 2)
     for found, right in zip(again.trainable_variables, model.trainable_variables, strict=True):
         np.testing.assert_allclose(numpy_of(found), numpy_of(right), rtol=1e-4, atol=1e-6)
+
+
+class Stop(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        if epoch == 2:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("make", [rated, lambda: kl.LoRAPlus(keras.optimizers.Adam(0.02), 8)])
+def test_a_backup_goes_on_with_the_same_rates(make: Callable[[], Any], tmp_path: Path) -> None:
+    x, y = np.ones((4, WIDTH)), np.ones((4, OUT))
+    moved: list[list[np.ndarray]] = []
+    for callbacks in ([], [Stop()], []):
+        model = everything()
+        compile_(model, make())
+        backup = [keras.callbacks.BackupAndRestore(tmp_path)] if moved else []
+        with contextlib.suppress(InterruptedError):
+            model.fit(x, y, 2, epochs=4, shuffle=False, callbacks=backup + callbacks, verbose=0)
+        moved.append([numpy_of(v) for v in model.trainable_variables])
+    for found, expected in zip(moved[2], moved[0], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def plain_copy_of(model: keras.Model) -> keras.Model:

@@ -62,7 +62,8 @@ def _is_batches(data: Any) -> bool:
 
 
 def _check_sites(plan: Plan, init: str) -> None:
-    others = [x.target.path for x in plan.layers if x.target.site.kind.family != "linear"]
+    starting = [x.target for x in plan.layers if x.spec.rank]
+    others = [target.path for target in starting if target.site.kind.family != "linear"]
     if others:
         fix = "exclude them, or give them an adapter of their own with another start"
         raise invalid("init", f"a start that {others} can take, which are not linear", init, fix)

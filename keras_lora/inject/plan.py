@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from keras_lora.walker import (
     match_names,
     matches,
     select_targets,
+    token_targets,
 )
 
 
@@ -57,18 +59,37 @@ def make_plan(tree: Tree, config: LoRAConfig, name: str) -> Plan:
     trained = match_names(config.layers_to_save, tree.nodes, "layers_to_save")
     targets = _without_trained(tree, targets, trained, config)
     check_name_is_new(tree, name)
-    _check_disjoint(tree, targets, trained)
+    rows = token_targets(tree, config.train_tokens)
+    _check_disjoint(tree, [*targets, *(target for target, _ in rows)], trained)
+    _check_rows(tree, [target for target, _ in rows], trained)
     ranks = _by_pattern(config.rank_pattern, targets, "rank_pattern")
     alphas = _by_pattern(config.alpha_pattern, targets, "alpha_pattern")
     layers = [
         PlannedLayer(t, config.spec(rank=ranks.get(t.path), alpha=alphas.get(t.path)))
         for t in targets
     ]
+    layers = _with_tokens(tree, layers, rows)
     _check_kinds(layers)
     full = [v for node in trained for v in own_trainable_variables(tree, node.layer)]
     whole = Adapter(config, unique([*_biases(tree, targets, config.bias), *full]))
     owned = unique([*whole.trained, *(v for node in trained for v in node.layer.weights)])
     return Plan(name, layers, whole, owned)
+
+
+def _with_tokens(
+    tree: Tree, layers: Sequence[PlannedLayer], rows: Sequence[tuple[Target, Sequence[int]]]
+) -> list[PlannedLayer]:
+    """The layers with the rows that train; an embedding that is no target gets the rank 0."""
+    if not rows:
+        return list(layers)
+    found = {layer.target.path: layer for layer in layers}
+    for target, tokens in rows:
+        alone = PlannedLayer(target, AdapterSpec(rank=0, alpha=1.0, train_tokens=tokens))
+        planned = found.get(target.path, alone)
+        spec = dataclasses.replace(planned.spec, train_tokens=tokens)
+        found[target.path] = dataclasses.replace(planned, spec=spec)
+    order = {target.path: index for index, target in enumerate(all_targets(tree))}
+    return sorted(found.values(), key=lambda layer: order[layer.target.path])
 
 
 def plan_factors(
@@ -87,6 +108,7 @@ def plan_factors(
     check_name_is_new(tree, name)
     for layer in layers:
         check_target(layer.target)
+        layer.target.site.check_tokens(layer.spec.train_tokens, layer.target.path)
     _raise_wrong(sorted(layer.target.path for layer in layers if not _takes(layer)))
     _check_kinds(layers)
     return plan_of(name, adapter, layers, values)
@@ -183,6 +205,15 @@ def _check_disjoint(tree: Tree, targets: Sequence[Target], trained: Sequence[Nod
             f"Received: {both}, which another adapter of {tree.root.name!r} uses the other way. "
             "Exclude them from the new one, or delete the other."
         )
+
+
+def _check_rows(tree: Tree, targets: Sequence[Target], trained: Sequence[Node]) -> None:
+    full = tree.ids_within(node.layer for node in trained)
+    both = [target.path for target in targets if id(target.layer) in full]
+    if both:
+        expected = "embeddings that do not train in full"
+        fix = "remove them from `layers_to_save` or from `train_tokens`"
+        raise invalid("train_tokens", expected, both, fix)
 
 
 def _without_trained(

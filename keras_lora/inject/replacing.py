@@ -67,10 +67,18 @@ def _misfit(
     specs = [spec if n == name else bank.adapters[n].spec for n in names]
     if bank.fits([dataclasses.replace(spec, dropout=0.0) for spec in specs]):
         return None
-    if spec.use_dora and any(slot.magnitude is None for slot in bank.slots):
-        return f"{path}: DoRA among slots without a magnitude"
-    if spec.has_counterpart and any(slot.counterpart is None for slot in bank.slots):
-        return f"{path}: a start with a counterpart, {spec.init!r}, among slots without"
+    slots, rows = bank.slots, len(spec.train_tokens)
+    reasons = {
+        "DoRA among slots without a magnitude": spec.use_dora
+        and any(slot.magnitude is None for slot in slots),
+        f"a start with a counterpart, {spec.init!r}, among slots without": spec.has_counterpart
+        and any(slot.counterpart is None for slot in slots),
+        f"{rows} rows of tokens among slots of fewer": rows
+        > min((slot.token_count for slot in slots), default=rows),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            return f"{path}: {reason}"
     ranks = [slot.rank for slot in bank.slots]
     own = "" if bank.pads else ", and the optimizer does not go by element"
     return f"{path}: rank {spec.rank} among slots of rank {ranks}{own}"

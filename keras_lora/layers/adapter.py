@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,13 @@ import numpy as np
 
 from keras_lora.config import DEFAULT_INIT, AdapterSpec, LoRAConfig
 from keras_lora.layers.factors import Factor
-from keras_lora.lowrank.equations import EinsumSplit, Shape, beside_counterpart, scaling
+from keras_lora.lowrank.equations import (
+    EinsumSplit,
+    Shape,
+    Tensor,
+    beside_counterpart,
+    scaling,
+)
 
 
 @dataclass(eq=False)
@@ -42,6 +48,7 @@ class LayerAdapter:
         adapter: The adapter that this is a part of; None on a layer that was made by hand.
         scale_factor: What `scale_adapter` multiplies the scale `s` by.
         counterpart: `A0` and `B0` of a start whose `A0 B0` is taken off again; they never train.
+        tokens: The rows `R` of `train_tokens`, `(tokens, dim)`; None without any.
     """
 
     spec: AdapterSpec
@@ -51,6 +58,7 @@ class LayerAdapter:
     adapter: Adapter | None = None
     scale_factor: float = 1.0
     counterpart: tuple[Factor, Factor] | None = None
+    tokens: Factor | None = None
 
     @property
     def acting_spec(self) -> AdapterSpec:
@@ -64,14 +72,15 @@ class LayerAdapter:
 
     @property
     def named_factors(self) -> dict[str, Factor]:
-        """`A`, `B`, for DoRA `m`, and the counterpart, under their names in files."""
+        """`A`, `B`, `m`, rows of tokens and the counterpart, under their names in files."""
         every = *self.factors, *(self.counterpart or ())
         return dict(zip(factor_names(self.spec), every, strict=True))
 
     @property
     def factors(self) -> tuple[Factor, ...]:
-        """`A`, `B` and, for DoRA, `m`."""
-        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
+        """`A`, `B` and, where the adapter has them, `m` and rows of tokens."""
+        others = self.magnitude, self.tokens
+        return (self.a, self.b, *(factor for factor in others if factor is not None))
 
     def ordinary(self, rank_axis: int) -> LayerAdapter:
         """The same update as ordinary LoRA: of twice the rank where there is a counterpart.
@@ -104,17 +113,34 @@ def layer_adapter(
     values = [x if isinstance(x, Factor) else Factor(x) for x in factors]
     named = dict(zip(factor_names(spec), values, strict=True))
     counterpart = (named["a0"], named["b0"]) if spec.has_counterpart else None
-    magnitude = named.get("magnitude")
-    return LayerAdapter(spec, named["a"], named["b"], magnitude, adapter, counterpart=counterpart)
+    part = LayerAdapter(spec, named["a"], named["b"], named.get("magnitude"), adapter)
+    return dataclasses.replace(part, counterpart=counterpart, tokens=named.get("tokens"))
+
+
+def drawn_factors(
+    shapes: Mapping[str, Shape], draws: Mapping[str, Callable[..., Tensor]], wide_dtype: str
+) -> list[Factor]:
+    """Factors of these shapes by name, drawn when first needed, as the matrix is at that moment.
+
+    Factors have 32 bits; rows of tokens, which replace rows of `W0`, are as wide as its sums. A
+    counterpart is drawn as its factors are.
+    """
+    dtypes = {"tokens": wide_dtype}
+    return [
+        Factor(draws[which.removesuffix("0")], shape, dtypes.get(which, "float32"))
+        for which, shape in shapes.items()
+    ]
 
 
 def factor_names(spec: AdapterSpec) -> tuple[str, ...]:
-    magnitude = ("magnitude",) if spec.use_dora else ()
-    return ("a", "b", *magnitude, *(("a0", "b0") if spec.has_counterpart else ()))
+    others = {"magnitude": spec.use_dora, "tokens": bool(spec.train_tokens)}
+    found = [name for name, has in others.items() if has]
+    return ("a", "b", *found, *(("a0", "b0") if spec.has_counterpart else ()))
 
 
 def adapter_shapes(split: EinsumSplit, kernel_shape: Shape, spec: AdapterSpec) -> list[Shape]:
     """The shapes of the factors, in the order of their names."""
     pair = split.factor_shapes(kernel_shape, spec.rank)
     norms = [split.norm_shape(kernel_shape)] if spec.use_dora else []
-    return [*pair, *norms, *(pair if spec.has_counterpart else ())]
+    rows = [(len(spec.train_tokens), *kernel_shape[1:])] if spec.train_tokens else []
+    return [*pair, *norms, *rows, *(pair if spec.has_counterpart else ())]

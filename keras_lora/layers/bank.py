@@ -22,11 +22,11 @@ from keras_lora.layers.adapter import (
     Adapter,
     LayerAdapter,
     adapter_shapes,
+    drawn_factors,
     factor_names,
     layer_adapter,
 )
 from keras_lora.layers.computation import Computation, chosen
-from keras_lora.layers.factors import Factor
 from keras_lora.layers.kinds import Site
 from keras_lora.layers.slot_adapters import SlotAdapters
 from keras_lora.layers.slots import Room, Slot
@@ -86,8 +86,7 @@ class AdapterBank:
         """The computation with these active adapters alone, each scaled by a factor."""
         before = self.computation
         assert isinstance(before, SlotAdapters)
-        pairs = [(i, factors.get(name)) for i, name in enumerate(self._active)]
-        multipliers = before.multipliers
+        pairs, multipliers = enumerate(map(factors.get, self._active)), before.multipliers
         return SlotAdapters(
             self, {i: f * multipliers[i] for i, f in pairs if f is not None and i in multipliers}
         )
@@ -104,15 +103,15 @@ class AdapterBank:
 
         It is not active before `activate`. `measured` is what the start has measured on data.
         """
+        self.site.check_tokens(spec.train_tokens, self.site.layer.name)
         start = self.site.kind.start_of(spec.init) if start is None else start
         started = start.started(self.site.frozen_matrix(measured), spec.rank, spec.scaling)
         if spec.has_counterpart:
             started = started.drawn_once()
-        a, b = started.a, started.b
-        # The magnitude is drawn when first needed, as the norm of the matrix at that moment.
-        draws = {"a": a, "b": b, "magnitude": self.norms, "a0": a, "b0": b}
-        values = {which: Factor(draws[which], s) for which, s in self.shapes(spec).items()}
-        self._adapters[name] = layer_adapter(spec, list(values.values()), adapter)
+        rows = self.site.rows(spec.train_tokens)
+        draws = {"a": started.a, "b": started.b, "magnitude": self.norms, "tokens": rows}
+        values = drawn_factors(self.shapes(spec), draws, self.site.wide_dtype)
+        self._adapters[name] = layer_adapter(spec, values, adapter)
         return self._adapters[name]
 
     def ordinary(self, name: str) -> LayerAdapter:
@@ -199,7 +198,9 @@ class AdapterBank:
     def training(self, names: Sequence[str] | None = None) -> list[keras.Variable]:
         """The variables of slots that train with these adapters; by default the active ones."""
         adapters = [self._adapters[name] for name in (self._active if names is None else names)]
-        frozen = {id(s.a) for s, x in zip(self.slots, adapters, strict=False) if x.spec.freeze_a}
+        pairs = list(zip(self.slots, adapters, strict=False))
+        frozen = {id(s.a) for s, x in pairs if x.spec.freeze_a}
+        frozen |= {id(v) for s, x in pairs if not x.spec.rank for v in (s.a, s.b)}
         return [v for slot in self.slots for v in slot.factors if id(v) not in frozen]
 
     @property
@@ -247,14 +248,6 @@ class AdapterBank:
         """Compute `|W0|^2` again."""
         if self.squared_norms is not None:
             self.squared_norms.assign(self._draw_squared_norms())
-
-    def untrained_magnitudes(self) -> list[Factor]:
-        """The magnitudes that are still `|W0|`."""
-        found = [x.magnitude for x in self._adapters.values() if x.magnitude is not None]
-        if not found:
-            return []
-        norms = ops.convert_to_numpy(self.norms())
-        return [magnitude for magnitude in found if np.array_equal(magnitude, norms)]
 
     def _draw_squared_norms(self, *_: Any, **__: Any) -> Tensor:
         return self.site.split().squared_norms(ops.stop_gradient(self.site.wide_matrix()))
@@ -311,9 +304,16 @@ class AdapterBank:
         prefix = f"{self.site.name}_" if self.site.name else ""
 
         def new(
-            name: str, shape: Shape, initializer: Any, trainable: bool, exact: bool = False
+            name: str,
+            shape: Shape,
+            initializer: Any,
+            trainable: bool,
+            *,
+            exact: bool = False,
+            dtype: str | None = None,
         ) -> keras.Variable:
-            dtype = "float32" if trainable or exact else self.site.wide_dtype
+            factor = (trainable or exact) and not name.startswith("lora_tokens")
+            dtype = dtype or ("float32" if factor else self.site.wide_dtype)
             options = {"initializer": initializer, "dtype": dtype, "trainable": trainable}
             # In 16 bits a gain near 1 would become 1, and what was learned beside A0 would be lost.
             rounded = not name.startswith(("lora_magnitude", "lora_squared_norms"))

@@ -14,18 +14,21 @@ from keras import ops
 
 from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.bank import AdapterBank
+from keras_lora.layers.factors import Factor
 from keras_lora.layers.owned import OwnedValues
 from keras_lora.layers.state import Active, LoRAState
+from keras_lora.lowrank.equations import Tensor
 
 STATE_PREFIX = "lora_"
 _SCALING = "scaling."
 _UNSCALED = "unscaled."  # the scale without the factor of `scale_adapter`, where there is one
 _BASE_PREFIX = f"{STATE_PREFIX}base."
 _HAS_DROPOUT = "has_dropout."
+_TOKENS = "token_ids."
 _SEEDS = "seeds"
 _ACTIVE = "active"
 _ANY_MATRIX = rf"{STATE_PREFIX}([^.:]+:)?"
-_DROPOUT_KEY = re.compile(rf"{_ANY_MATRIX}{re.escape(_HAS_DROPOUT)}")
+_EQUAL_KEY = re.compile(rf"{_ANY_MATRIX}({re.escape(_HAS_DROPOUT)}|{re.escape(_TOKENS)})")
 # A model from a `.keras` file does not know its base's own values, and factors come and go. Seeds
 # follow from what was ever active. Files of earlier versions do not say which adapters act or have
 # dropout.
@@ -51,6 +54,8 @@ def adapter_values(state: LoRAState) -> dict[str, np.ndarray]:
             if adapter.scale_factor != 1:
                 key = _key(bank, f"{_UNSCALED}{name}")
                 values[key] = np.array(adapter.spec.scaling, "float32")
+            if adapter.spec.train_tokens:
+                values[_key(bank, f"{_TOKENS}{name}")] = np.array(adapter.spec.train_tokens)
             has_dropout = np.array(adapter.spec.dropout > 0, "float32")
             values[_key(bank, f"{_HAS_DROPOUT}{name}")] = has_dropout
         if bank.seeds is not None:
@@ -92,6 +97,14 @@ def assign_values(state: LoRAState, saved: Mapping[str, Any]) -> None:
         slot.refresh()
 
 
+def untrained_values(bank: AdapterBank) -> list[tuple[Factor, Callable[[], Tensor]]]:
+    """Magnitudes that are still `|W0|` and rows that are still those of `W0`, as it is later."""
+    every, rows = list(bank.adapters.values()), bank.site.rows
+    found = [(x.magnitude, bank.norms) for x in every if x.magnitude is not None]
+    found += [(x.tokens, rows(x.spec.train_tokens)) for x in every if x.tokens is not None]
+    return [(f, of) for f, of in found if np.array_equal(f, ops.convert_to_numpy(of()))]
+
+
 def _key(bank: AdapterBank, what: str) -> str:
     """The key of a value of a bank; the name of the matrix is in it where a layer has several."""
     matrix = bank.site.name
@@ -128,7 +141,7 @@ def _misfits(live: Mapping[str, np.ndarray], saved: Mapping[str, Any]) -> list[s
         received, expected = tuple(saved[key].shape), tuple(live[key].shape)
         if received != expected:
             wrong.append(f"{key} has shape {received}, expected {expected}")
-        elif _DROPOUT_KEY.match(key) and saved[key][()] != live[key]:
+        elif _EQUAL_KEY.match(key) and not np.array_equal(saved[key][()], live[key]):
             wrong.append(f"{key} is {saved[key][()]}, expected {live[key]}")
     return wrong
 

@@ -7,6 +7,8 @@ from keras import ops
 
 from keras_lora.layers.guarded import Adapting
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.slot_adapters import SlotAdapters
+from keras_lora.layers.token_rows import replaced
 from keras_lora.lowrank.equations import Tensor, split_equation
 from keras_lora.lowrank.products import Term, adapted_sum, einsum_products
 
@@ -27,14 +29,16 @@ class Lookup(Adapting, keras.layers.Embedding):
         return self.adapted_lookup(inputs)
 
     def adapted_lookup(self, inputs: Tensor) -> Tensor:
-        """`E[i] + sum_i s_i A_i[i] B_i`: only these tokens' rows of `A B` are formed."""
+        """`E[i] + sum_j s_j A_j[i] B_j`: only these tokens' rows of `A B` are formed."""
         if keras.backend.standardize_dtype(inputs.dtype) not in ("int32", "int64"):
             inputs = ops.cast(inputs, "int32")
         rows = ops.cast(ops.take(self.base_kernel, inputs, axis=0), self.compute_dtype)
-        for slot in self.slots:
+        computation = adapters_of(self)
+        rows = replaced(computation.rows, inputs, rows)
+        for slot, factor in computation.low_rank:
             pair = slot.pair(self.bank.site.wide_dtype, lambda a: ops.take(a, inputs, axis=0))
             a, b = (ops.cast(x, self.compute_dtype) for x in pair)
-            rows = ops.add(rows, ops.matmul(a, b))  # (..., r) @ (r, dim)
+            rows = ops.add(rows, ops.matmul(a, _scaled(b, factor)))  # (..., r) @ (r, dim)
         return rows
 
 
@@ -134,7 +138,7 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
     """
 
     def call(self, inputs: Tensor, reverse: bool = False) -> Tensor:
-        if not (reverse and self.tie_weights and self.slots):
+        if not (reverse and self.tie_weights and adapters_of(self).changes_output):
             # Keras's `call` looks up by `super().call`, which is `Lookup.call`, and sets the mask.
             return keras.layers.ReversibleEmbedding.call(self, inputs, reverse)
         logits = self.adapted_reverse(inputs)
@@ -142,15 +146,31 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
         return logits if cap is None else ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
 
     def adapted_reverse(self, inputs: Tensor) -> Tensor:
-        """`h E^T + sum_i s_i (h B_i^T) A_i^T`."""
+        """`h E^T + sum_j s_j (h B_j^T) A_j^T`."""
         matrix = ops.convert_to_tensor(self.base_kernel)
         if self.reverse_dtype is not None:
             inputs, matrix = (ops.cast(x, self.reverse_dtype) for x in (inputs, matrix))
         wide = self.bank.site.wide_dtype
-        pairs = [slot.pair(wide) for slot in self.slots]
-        terms = [Term(inputs, _turned(b, matrix), _turned(a, matrix)) for a, b in pairs]
+        computation = adapters_of(self)
+        pairs = [(*slot.pair(wide), factor) for slot, factor in computation.low_rank]
+        turned = [(_turned(_scaled(b, f), matrix), _turned(a, matrix)) for a, b, f in pairs]
         split = split_equation("...y,xy->...x", len(inputs.shape))
-        return adapted_sum(einsum_products(split, matrix), inputs, terms)
+        terms = [Term(inputs, b, a) for b, a in turned]
+        logits = adapted_sum(einsum_products(split, matrix), inputs, terms)
+        for rows in computation.rows:
+            logits = ops.add(logits, rows.columns(inputs, matrix, wide))
+        return logits
+
+
+def adapters_of(layer: LoRALayer) -> SlotAdapters:
+    """The adapters that an embedding is computed with, which cannot differ from row to row."""
+    computation = layer.bank.computation
+    assert isinstance(computation, SlotAdapters)
+    return computation
+
+
+def _scaled(factor: Tensor, by: float) -> Tensor:
+    return factor if by == 1 else by * factor
 
 
 def _turned(factor: Tensor, matrix: Tensor) -> Tensor:

@@ -107,7 +107,9 @@ class Factor:
 
     def enter(self, variable: keras.Variable, fills: bool = True) -> None:
         """Put the values into a variable of the same rank (`fills`) or of a higher one."""
-        value = self._value()
+        value, dtype = self._value(), keras.backend.standardize_dtype(variable.dtype)
+        if dtype != self.dtype:  # rows from a file, in a matrix of float64
+            value, self.dtype = np.asarray(value, dtype), dtype
         self._fills = fills
         self._write(variable, value)
         self._parked, self._variable = None, variable
@@ -122,6 +124,7 @@ class Factor:
     def start(self, variable: keras.Variable) -> None:
         """Note that the values are in a variable that was made with `initializer`."""
         self._parked, self._draw, self._variable = None, None, variable
+        self.dtype = keras.backend.standardize_dtype(variable.dtype)
         self._fills = tuple(variable.shape) == self.shape
 
     def leave(self) -> None:

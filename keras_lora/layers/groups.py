@@ -16,7 +16,9 @@ def in_group(variable: keras.Variable, group: str) -> keras.Variable:
 
 
 def group_of(variable: keras.Variable) -> str | None:
-    """`"a"`, `"b"` or `"magnitudes"` in a slot; `"heads"` or `"biases"` of the base; else None.
+    """`"a"`, `"b"`, `"magnitudes"` or `"tokens"` in a slot, `"heads"` or `"biases"` of the base.
+
+    None for every other variable.
 
     A variable of the base that trains for an adapter is a head's if the adapter owns all variables
     of its layer, as with `layers_to_save`, and otherwise a bias that `bias` selects.

@@ -12,7 +12,7 @@ Private Keras API in this file, and why (`tests/test_private_api.py` watches eac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -129,6 +129,27 @@ class Site:
         split = self.split()
         shape = split.stacked_shape(self.shape)
         return FrozenMatrix(shape, lambda: split.stacked(self.wide_matrix()), measured)
+
+    def rows(self, tokens: Sequence[int]) -> Callable[..., Tensor]:
+        """These rows of `W0`, as an initializer."""
+
+        def drawn(_: Shape = (), dtype: str = "float32") -> Tensor:
+            matrix = ops.stop_gradient(self.weight())
+            return ops.cast(ops.take(matrix, ops.array(tokens, "int32"), axis=0), dtype)
+
+        return drawn
+
+    def check_tokens(self, tokens: Sequence[int], path: str) -> None:
+        """
+        Raises:
+            ValueError: tokens that the matrix has no rows of.
+        """
+        count = self.shape[0] if self.kind.family == "embedding" else 0
+        if tokens and max(tokens) >= count:
+            expected = f"ids below {count}, of the {count} rows of {path!r}"
+            if not count:
+                expected = f"no rows of {path!r}, which is no embedding"
+            raise invalid("train_tokens", expected, [t for t in tokens if t >= count])
 
     def split(self, input_rank: int | None = None) -> EinsumSplit:
         """How the matrix is factored.

@@ -28,6 +28,7 @@ from keras_lora.layers.checkpoint import (
     assign_values,
     check_values,
     saved_active,
+    untrained_values,
 )
 from keras_lora.layers.computation import Computation, computing
 from keras_lora.layers.guarded import Adapting, Guarded
@@ -288,24 +289,23 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
     def load_own_variables(self, store: Any) -> None:
         """Load the base and, where the file has them, the adapters.
 
-        After a file of a base alone, an untrained magnitude becomes the new norm of the base, so
-        that a fresh adapter still changes nothing.
+        After a file of a base alone, untrained magnitudes and rows of tokens become the new base's,
+        so that a fresh adapter still changes nothing.
         """
         keys = list(store.keys())
-        saved = {key: store[key] for key in keys if key.startswith(STATE_PREFIX)}
-        if saved:
+        if saved := {key: store[key] for key in keys if key.startswith(STATE_PREFIX)}:
             check_values(self._lora, saved, self.path)
         if self._lora.checked is not None:
             self._lora.checked += saved_active(self._lora, saved)
             return
-        untrained = [(x, m) for x in self.banks.values() for m in x.untrained_magnitudes()]
+        untrained = [pair for bank in self.banks.values() for pair in untrained_values(bank)]
         super().load_own_variables({key: store[key] for key in keys if key not in saved})
         for bank in self.banks.values():
             bank.measure()
         if not saved:
             warn(BASE_ONLY)
-            for bank, magnitude in untrained:
-                magnitude.assign(bank.norms())
+            for factor, of_base in untrained:
+                factor.assign(of_base())
         assign_values(self._lora, saved)
 
     def adapted_output(self, inputs: Tensor, training: bool | None, bias: Tensor | None) -> Tensor:

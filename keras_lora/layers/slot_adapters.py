@@ -12,6 +12,7 @@ from keras_lora.layers.computation import Computation
 from keras_lora.layers.kinds import Site
 from keras_lora.layers.padding import check_ranks
 from keras_lora.layers.slots import Slot, dropped
+from keras_lora.layers.token_rows import TokenRows, replaced
 from keras_lora.lowrank.equations import Tensor
 from keras_lora.lowrank.products import Products, Term
 
@@ -65,6 +66,21 @@ class SlotAdapters(Computation):
         return every if self._multipliers is None else self._multipliers
 
     @property
+    def parts(self) -> list[tuple[Slot, float]]:
+        """The slots that take part, and what multiplies the scale of each."""
+        return [(self._bank.slots[index], factor) for index, factor in self.multipliers.items()]
+
+    @property
+    def low_rank(self) -> list[tuple[Slot, float]]:
+        """Those that have factors; a slot of rank 0 has rows of tokens alone."""
+        return [(slot, factor) for slot, factor in self.parts if slot.rank]
+
+    @property
+    def rows(self) -> list[TokenRows]:
+        """The rows of tokens that take part."""
+        return [slot.tokens for slot, _ in self.parts if slot.tokens is not None]
+
+    @property
     def changes_output(self) -> bool:
         return bool(self.multipliers)
 
@@ -104,7 +120,8 @@ class SlotAdapters(Computation):
             return site.matrix
         split, dtype, total = site.split(), site.wide_dtype, site.wide_matrix()
         norms = self._bank.squared_norms
-        slots = [(self._bank.slots[index], factor) for index, factor in self.multipliers.items()]
-        updates = [slot.update(split, total, norms, dtype, factor) for slot, factor in slots]
+        if self.rows:
+            total = replaced(self.rows, ops.arange(total.shape[0]), total)
+        updates = [slot.update(split, total, norms, dtype, factor) for slot, factor in self.parts]
         cast = [(ops.cast(a, dtype), ops.cast(b, dtype), gain) for a, b, gain in updates]
         return ops.cast(split.effective(total, cast), site.matrix.dtype)

@@ -24,6 +24,7 @@ from keras_lora.config import DEFAULT_INIT, AdapterSpec
 from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.factors import Factor, protected, read, write
 from keras_lora.layers.groups import in_group
+from keras_lora.layers.token_rows import TokenRows
 from keras_lora.lowrank.equations import EinsumSplit, Pair, Shape, Tensor, beside_counterpart
 
 NewVariable = Callable[..., keras.Variable]
@@ -75,6 +76,7 @@ class Room:
         dropout: Whether dropout is part of the computation.
         trainable: Whether the slots train.
         counterparts: Whether each has room for a counterpart; none has in files of version 0.1.
+        tokens: For how many rows of tokens each has room; none has in files of version 0.1.
     """
 
     ranks: Sequence[int]
@@ -82,6 +84,7 @@ class Room:
     dropout: bool
     trainable: bool
     counterparts: Sequence[bool] = ()
+    tokens: Sequence[int] = ()
 
     @classmethod
     def of(cls, slots: Sequence[Slot], dropout: bool, trainable: bool) -> Room:
@@ -91,6 +94,7 @@ class Room:
             dropout,
             trainable,
             [slot.counterpart is not None for slot in slots],
+            [slot.token_count for slot in slots],
         )
 
     @property
@@ -99,9 +103,13 @@ class Room:
         dropout = 0.5 if self.dropout else 0.0
         inits = [_WITH_COUNTERPART if c else DEFAULT_INIT for c in self.counterparts]
         inits += [DEFAULT_INIT] * (len(self.ranks) - len(inits))
+        tokens = [*self.tokens, *[0] * (len(self.ranks) - len(self.tokens))]
+        every = zip(self.ranks, self.use_dora, inits, map(range, tokens), strict=True)
         return [
-            AdapterSpec(rank=rank, alpha=rank, dropout=dropout, use_dora=use_dora, init=init)
-            for rank, use_dora, init in zip(self.ranks, self.use_dora, inits, strict=True)
+            AdapterSpec(
+                rank=r, alpha=r, dropout=dropout, use_dora=dora, init=init, train_tokens=rows
+            )
+            for r, dora, init, rows in every
         ]
 
 
@@ -110,8 +118,9 @@ class Slot:
     """Variables of one adapter's shape: `A`, `B`, the scale `s`, the dropout rate; for DoRA `m`.
 
     The scale has an entry for each column of `A`, which is zero where the slot is padded;
-    `rank_axis` is where these are among its axes. `counterpart` are the variables of `A0` and `B0`.
-    `adapter` is the adapter whose values are in the variables, or None.
+    `rank_axis` is where these are among its axes. `counterpart` are the variables of `A0` and `B0`,
+    `tokens` those of the rows that train in full. `adapter` is the adapter whose values are in the
+    variables, or None.
     """
 
     a: keras.Variable
@@ -121,6 +130,7 @@ class Slot:
     rank_axis: int
     magnitude: Magnitude | None = None
     counterpart: tuple[keras.Variable, keras.Variable] | None = None
+    tokens: TokenRows | None = None
     adapter: LayerAdapter | None = None
 
     @classmethod
@@ -151,6 +161,7 @@ class Slot:
             rank_axis,
             Magnitude.make(new, suffix, adapter, m) if m is not None else None,
             _made_counterpart(new, suffix, adapter, (a, b)) if exact else None,
+            TokenRows.make(new, suffix, adapter, shapes["tokens"]) if "tokens" in shapes else None,
         )
 
     def start(self, adapter: LayerAdapter) -> None:
@@ -161,7 +172,9 @@ class Slot:
 
     def takes(self, spec: AdapterSpec, pads: bool) -> bool:
         """Whether an adapter of this spec can be in this slot, padded if `pads`."""
-        fits = spec.rank == self.rank or (pads and spec.rank < self.rank)
+        sizes = (spec.rank, self.rank), (len(spec.train_tokens), self.token_count)
+        # Without rows of its own, an adapter gives those of the slot no gradient.
+        fits = all(own == size or ((pads or not own) and own < size) for own, size in sizes)
         fits = fits and (self.counterpart is not None or not spec.has_counterpart)
         return fits and (self.magnitude is not None or not spec.use_dora)
 
@@ -171,23 +184,36 @@ class Slot:
         return dataclasses.replace(
             spec,
             rank=max(spec.rank, self.rank) if pads else spec.rank,
+            train_tokens=self._grown_tokens(spec, pads),
             use_dora=spec.use_dora or self.magnitude is not None,
             init=_WITH_COUNTERPART if keeps else spec.init,
         )
+
+    def _grown_tokens(self, spec: AdapterSpec, pads: bool) -> Sequence[int]:
+        keeps = not spec.train_tokens or (pads and len(spec.train_tokens) < self.token_count)
+        return range(self.token_count) if keeps else spec.train_tokens
 
     @property
     def rank(self) -> int:
         return self.a.shape[-1]
 
     @property
+    def token_count(self) -> int:
+        """For how many rows of tokens there is room."""
+        return 0 if self.tokens is None else self.tokens.size
+
+    @property
     def is_padded(self) -> bool:
-        return self.adapter is not None and self.adapter.spec.rank < self.rank
+        spec = None if self.adapter is None else self.adapter.spec
+        return spec is not None and (
+            0 < spec.rank < self.rank or 0 < len(spec.train_tokens) < self.token_count
+        )
 
     @property
     def factors(self) -> tuple[keras.Variable, ...]:
-        """The variables of `A`, `B` and the magnitude."""
-        pair = self.a, self.b
-        return pair if self.magnitude is None else (*pair, self.magnitude.values)
+        """The variables of `A`, `B`, the magnitude and rows of tokens."""
+        others = self.magnitude, self.tokens  # a kind has one of both at most
+        return (self.a, self.b, *(part.values for part in others if part is not None))
 
     @property
     def held(self) -> list[tuple[keras.Variable, Factor]]:
@@ -233,13 +259,16 @@ class Slot:
     @property
     def variables(self) -> tuple[keras.Variable, ...]:
         active = () if self.magnitude is None else (self.magnitude.active,)
-        return *self.factors, self.scaling, self.rate, *active, *(self.counterpart or ())
+        ids = () if self.tokens is None else (self.tokens.ids,)
+        return *self.factors, self.scaling, self.rate, *active, *ids, *(self.counterpart or ())
 
     def put(self, adapter: LayerAdapter, has_dropout: bool) -> None:
         """Move an adapter in; `has_dropout` is whether the layer reads the dropout rate at all."""
-        self.adapter, fills = adapter, adapter.spec.rank == self.rank
+        self.adapter = adapter
         for variable, factor in self._pairs(adapter):
-            factor.enter(variable, fills or factor is adapter.magnitude)
+            factor.enter(variable, tuple(variable.shape) == factor.shape)
+        if self.tokens is not None and adapter.tokens is None:
+            _zero(self.tokens.values)
         if self.magnitude is not None and adapter.magnitude is None:
             _zero(self.magnitude.values)
         if adapter.counterpart is None:
@@ -257,6 +286,8 @@ class Slot:
             _set(self.rate, self.adapter.spec.dropout)
         if self.magnitude is not None:
             _set(self.magnitude.active, self.adapter.spec.use_dora)
+        if self.tokens is not None:
+            self.tokens.refresh(self.adapter.spec.train_tokens)
 
     def park(self) -> None:
         """Move the adapter out. The slot's values stay in effect until `put` or `clear`."""
@@ -269,6 +300,8 @@ class Slot:
         """Set all variables to zero: the slot adds nothing and gets no gradient."""
         for variable in self.variables:
             _zero(variable)
+        if self.tokens is not None:
+            self.tokens.refresh(())
 
     def _pairs(self, adapter: LayerAdapter) -> list[tuple[keras.Variable, Factor]]:
         """The variables with the factors of an adapter that belong in them."""

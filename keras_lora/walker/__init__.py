@@ -5,6 +5,7 @@ from keras_lora.walker.candidates import Target, all_targets, check_target
 from keras_lora.walker.heads import backbone_of, is_backbone, output_heads
 from keras_lora.walker.names import match_names, matches
 from keras_lora.walker.targets import find_targets, select_targets, warn_of_heads
+from keras_lora.walker.token_embeddings import token_targets
 from keras_lora.walker.tree import (
     Layer,
     Node,
@@ -35,6 +36,7 @@ __all__ = [
     "output_heads",
     "select_targets",
     "site_path",
+    "token_targets",
     "walk",
     "warn_of_heads",
 ]

@@ -11,7 +11,7 @@ import keras_lora as kl
 from support.optimizers import adapt, base
 
 RATE = 0.02
-RATES = {"a": 0.5, "b": 8.0, "magnitudes": 3.0, "heads": 0.25, "biases": 2.0}
+RATES = {"a": 0.5, "b": 8.0, "magnitudes": 3.0, "tokens": 6.0, "heads": 0.25, "biases": 2.0}
 FACTORS = {
     "up/lora_a": RATES["a"],
     "up/lora_b": RATES["b"],

@@ -35,7 +35,7 @@ from keras_lora.inject import (
     plan_layers,
     turn,
 )
-from keras_lora.layers import DEFAULT_ADAPTER, Adapter, family_of, site_of
+from keras_lora.layers import DEFAULT_ADAPTER, Adapter, LayerAdapter, family_of, site_of
 from keras_lora.lowrank.combining import truncate
 from keras_lora.lowrank.equations import Shape
 from keras_lora.lowrank.per_axis import Pair, from_per_axis, to_per_axis
@@ -151,7 +151,7 @@ def save_keras_hub_lora(
         factors = {
             layer_path: (adapter.scaling * np.array(adapter.a, "float64"), np.array(adapter.b))
             for layer_path, bank in tree.banks_by_path.items()
-            if name in bank.adapters
+            if name in bank.adapters and bank.adapters[name].spec.rank
             for adapter in [bank.ordinary(name)]
         }
     return write_keras_hub_lora(path, model, factors, target_layer_names=target_layer_names)
@@ -159,11 +159,17 @@ def save_keras_hub_lora(
 
 def _warn_of_values(tree: Tree, name: str) -> None:
     left_out = [tree.variable_keys[id(variable)] for variable, _ in values_beside(tree, name)]
+    rows = [p for p, x in tree.banks_by_path.items() if _has_rows(x.adapters.get(name))]
+    left_out += [f"{path}/lora_tokens" for path in rows]
     if left_out:
         warn(
             f"A `.lora.h5` file has factors alone. What trained beside {name!r} is left out: "
             f"{left_out}. Save it with save_adapter or save_peft_adapter too."
         )
+
+
+def _has_rows(adapter: LayerAdapter | None) -> bool:
+    return adapter is not None and adapter.tokens is not None
 
 
 def _file_ranks(model: keras.Model, path: PathLike) -> dict[str, int]:

@@ -44,7 +44,7 @@ def refused_embeddings(model: keras.Model, weights: HuggingFaceWeights) -> dict[
     embeddings = {
         n.path: n.layer for n in walk(model) if isinstance(n.layer, keras.layers.Embedding)
     }
-    shared = dict.fromkeys(_shared(weights, embeddings), _SHARED)
+    shared = shared_embeddings(model, weights)
     if not _is_language_model(model):
         return shared
     reversible = keras.layers.ReversibleEmbedding
@@ -52,6 +52,15 @@ def refused_embeddings(model: keras.Model, weights: HuggingFaceWeights) -> dict[
     if not heads:  # as in Gemma 3n, whose head reads the matrix of an `Embedding`
         return dict.fromkeys(embeddings, _UNKNOWN)
     return shared | {path: _TIED for path, head in heads.items() if head.tie_weights}
+
+
+def shared_embeddings(model: keras.Model, weights: HuggingFaceWeights) -> dict[str, str]:
+    """Why the rows of some embeddings cannot be exchanged, by path.
+
+    PEFT replaces rows in the head too where the weights are tied, as Keras does.
+    """
+    embeddings = [n.path for n in walk(model) if isinstance(n.layer, keras.layers.Embedding)]
+    return dict.fromkeys(_shared(weights, embeddings), _SHARED)
 
 
 def _shared(weights: HuggingFaceWeights, paths: Iterable[str]) -> list[str]:

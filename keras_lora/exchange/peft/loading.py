@@ -17,7 +17,8 @@ from keras_lora.exchange.peft.kernels import (
     module_name,
     module_names,
 )
-from keras_lora.exchange.peft.names import common_prefix, renaming_to_converter
+from keras_lora.exchange.peft.names import Rename, common_prefix, renaming_to_converter
+from keras_lora.exchange.peft.token_rows import token_factors
 from keras_lora.exchange.peft.values import (
     check_copies,
     find_slices,
@@ -101,17 +102,18 @@ def load_peft_adapter(
         problems = Problems()
         known = [*module_names(weights), *slices]
         rename = renaming_to_converter(
-            weights.model_type, [*adapter.modules, *adapter.saved], known
+            weights.model_type, [*adapter.modules, *adapter.saved, *adapter.tokens], known
         )
-        modules = {rename(key): module for key, module in adapter.modules.items()}
+        modules = _renamed(adapter.modules, rename)
         dropout = float(adapter.config.get("lora_dropout") or 0)
         factors = split_modules(
             modules, exchanged_kernels(model, weights), weights, dropout, problems
         )
+        tokens = _renamed(adapter.tokens, rename)
+        factors = token_factors(model, tokens, factors, weights, problems)
         copies = _copies_of_base(adapter)
-        values = scatter(
-            {rename(k): v for k, v in adapter.saved.items() if k not in copies}, slices, problems
-        )
+        saved = {k: v for k, v in adapter.saved.items() if k not in copies}
+        values = scatter(_renamed(saved, rename), slices, problems)
         values = with_added_biases(values, modules, slices, problems)
         everywhere = find_slices(model, weights, heads or {}, of_adapted=True)
         check_copies({rename(k): adapter.saved[k] for k in copies}, everywhere, problems)
@@ -123,6 +125,10 @@ def load_peft_adapter(
         if adapter.unknown:
             warn(f"{str(directory)!r}: left out the tensors {adapter.unknown}, of unknown meaning")
         install(tree, plan, active=not active_names(tree))
+
+
+def _renamed(values: Mapping[str, Any], rename: Rename) -> dict[str, Any]:
+    return {rename(name): value for name, value in values.items()}
 
 
 def _copies_of_base(adapter: PeftAdapter) -> list[str]:

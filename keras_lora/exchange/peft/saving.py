@@ -26,6 +26,7 @@ from keras_lora.exchange.peft.kernels import (
     module_names,
 )
 from keras_lora.exchange.peft.names import HuggingFaceNames, hugging_face_names
+from keras_lora.exchange.peft.token_rows import gathered_tokens
 from keras_lora.exchange.peft.values import (
     ParameterSlices,
     find_slices,
@@ -33,6 +34,7 @@ from keras_lora.exchange.peft.values import (
 )
 from keras_lora.exchange.peft_files import (
     PeftModule,
+    PeftTokens,
     write_peft_adapter,
 )
 from keras_lora.exchange.problems import Problems
@@ -121,25 +123,25 @@ def save_peft_adapter(
         layers = _layers_of(tree, name)
         weights = hugging_face_weights(model, transformers_config, model_type=model_type)
         slices = find_slices(model, weights, heads or {})
-        modules, saved = _hugging_face_values(tree, name, layers, weights, slices)
+        modules, saved, tokens = _hugging_face_values(tree, name, layers, weights, slices)
     names = hugging_face_names(model, weights.model_type, prefix, _came_with(layers, name))
     inside = _in_backbone(model, weights, slices)
     full = _full_names(names, [*module_names(weights), *saved], inside)
     _warn_of_names(names, [full[key] for key in modules if key in inside])
     bias, whole = _trained_apart(saved, modules)
-    config = {
-        "base_model_name_or_path": base_model_name,
-        "task_type": names.task,
-        "lora_dropout": next(iter(layers.values())).adapters[name].spec.dropout,
-        "bias": bias,
-        "modules_to_save": [module_name(full[key]) for key in whole] or None,
-        "fan_in_fan_out": _stored_transposed(layers, weights),
-    }
     write_peft_adapter(
         directory,
         {full[key]: module for key, module in modules.items()},
         {full[key]: value for key, value in saved.items()},
-        config,
+        {
+            "base_model_name_or_path": base_model_name,
+            "task_type": names.task,
+            "lora_dropout": _dropout(layers, name),
+            "bias": bias,
+            "modules_to_save": [module_name(full[key]) for key in whole] or None,
+            "fan_in_fan_out": _stored_transposed(layers, weights),
+        },
+        tokens={full[key]: rows for key, rows in tokens.items()},
         all_modules=[full[key] for key in module_names(weights)],
         dtype=dtype,
         overwrite=overwrite,
@@ -176,19 +178,21 @@ def _hugging_face_values(
     layers: Mapping[str, LoRALayer],
     weights: HuggingFaceWeights,
     slices: ParameterSlices,
-) -> tuple[dict[str, PeftModule], dict[str, Array]]:
-    """The modules and the parameters of an adapter, under the names of the converter.
+) -> tuple[dict[str, PeftModule], dict[str, Array], dict[str, PeftTokens]]:
+    """The modules, the parameters and the rows of an adapter, under the names of the converter.
 
     Raises:
         ValueError: layers or values that the Hugging Face model does not have.
     """
     problems, model = Problems(), tree.root
     adapters = {path: layer.bank.ordinary(name) for path, layer in layers.items()}
-    modules = _modules(layers, name, weights, exchanged_kernels(model, weights), problems)
+    low_rank = {path: layers[path] for path, part in adapters.items() if part.spec.rank}
+    modules = _modules(low_rank, name, weights, exchanged_kernels(model, weights), problems)
     saved = gather(values_beside(tree, name), slices, problems)
     modules = _with_magnitudes(model, adapters, modules, weights, problems)
+    tokens = gathered_tokens(model, adapters, weights, problems)
     problems.raise_any(lambda received: _not_in_base(weights.model_type, received))
-    return modules, saved
+    return modules, saved, tokens
 
 
 def _not_in_base(model_type: str, received: str) -> ValueError:
@@ -254,6 +258,12 @@ def _magnitude(layer: keras.layers.Layer, adapter: LayerAdapter | None) -> Array
     if adapter is None or adapter.magnitude is None:
         return output_norms(site_of(layer), adapter)
     return np.array(adapter.magnitude)
+
+
+def _dropout(layers: Mapping[str, LoRALayer], name: str) -> float:
+    """The dropout of the factors, which rows of tokens have none of."""
+    specs = (layer.bank.adapters[name].spec for layer in layers.values())
+    return next((spec.dropout for spec in specs if spec.rank), 0.0)
 
 
 def _trained_apart(saved: Collection[str], modules: Collection[str]) -> tuple[str, list[str]]:

@@ -6,6 +6,7 @@ in PyTorch's orientation, and modules keep the names that the Hugging Face model
 
 from keras_lora.exchange.peft_files.reading import PeftAdapter, read_peft_adapter
 from keras_lora.exchange.peft_files.tensors import PeftModule
+from keras_lora.exchange.peft_files.token_rows import PeftTokens
 from keras_lora.exchange.peft_files.writing import write_peft_adapter
 
-__all__ = ["PeftAdapter", "PeftModule", "read_peft_adapter", "write_peft_adapter"]
+__all__ = ["PeftAdapter", "PeftModule", "PeftTokens", "read_peft_adapter", "write_peft_adapter"]

@@ -31,6 +31,7 @@ UNDERSTOOD: Mapping[str, Any] = {
     "layers_to_transform": None,
     "layers_pattern": None,
     "ensure_weight_tying": False,
+    "trainable_token_indices": None,
 }
 # Fields that say nothing more than the tensors do, or that serve only training or the search for
 # the base model. `fan_in_fan_out` tells how the base stores its matrix, not how A and B are stored.
@@ -67,10 +68,6 @@ REFUSED: Mapping[str, tuple[Any, str]] = {
         None,
         "A and B belong to bare parameters, such as stacked experts, and to no module",
     ),
-    "trainable_token_indices": (
-        None,
-        "rows of an embedding matrix are replaced by others",
-    ),
     "use_bdlora": (None, "A or B is block-diagonal and stored as its blocks (BD-LoRA)"),
     "use_qalora": (False, "the inputs are pooled before A (QA-LoRA)"),
 }
@@ -90,6 +87,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "use_dora": (bool,),
     "lora_bias": (bool,),
     "ensure_weight_tying": (bool,),
+    "trainable_token_indices": (list, dict, type(None)),
     "target_modules": (list, str, type(None)),
     "exclude_modules": (list, str, type(None)),
     "layers_to_transform": (list, int, type(None)),

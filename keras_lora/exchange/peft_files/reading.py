@@ -27,6 +27,7 @@ from keras_lora.exchange.peft_files.tensors import (
     sort_keys,
     widened,
 )
+from keras_lora.exchange.peft_files.token_rows import PeftTokens, read_tokens
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import CONFIG_FILE, TENSORS_FILE, PathLike
 from keras_lora.files.reading import (
@@ -64,6 +65,7 @@ class PeftAdapter:
         modules: The LoRA of each module, `{name in the base model: PeftModule}`.
         saved: Parameters that replace parameters of the base, `{full name: value}`: those of
             `modules_to_save`, trained biases, and embedding matrices saved with the adapter.
+        tokens: Rows that replace rows of embedding matrices, `{module: PeftTokens}`.
         unknown: The keys of the file that are not understood; their tensors are left out.
         dtypes: `{key: dtype}` of each tensor in the file, with the key as PEFT 0.21 writes it.
             With this as its `dtype`, `write_peft_adapter` writes the same bytes again.
@@ -72,6 +74,7 @@ class PeftAdapter:
     config: Mapping[str, Any]
     modules: Mapping[str, PeftModule]
     saved: Mapping[str, Array]
+    tokens: Mapping[str, PeftTokens]
     unknown: tuple[str, ...]
     dtypes: Mapping[str, str]
 
@@ -119,12 +122,14 @@ def read_peft_adapter(directory: PathLike) -> PeftAdapter:
         raise error(f"no tensors in {WEIGHTS_FILE}")
     keys = sort_keys(file.values, problems)
     modules = build_modules(keys, file.values, settings, problems)
+    tokens = read_tokens(keys, file.values, settings.config, problems)
     problems.raise_any(error)
     _warn(root, settings, modules)
     return PeftAdapter(
         config=config,
         modules=modules,
         saved={name: file.values[key] for name, key in sorted(keys.saved.items())},
+        tokens=tokens,
         unknown=tuple(sorted([*keys.unknown, *file.unknown])),
         dtypes={name: file.dtypes[key] for name, key in canonical_keys(keys, modules).items()},
     )

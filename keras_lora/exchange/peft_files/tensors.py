@@ -6,6 +6,7 @@
     base_model.model.<module>.lora_embedding_A           (r, num)
     base_model.model.<module>.lora_embedding_B           (dim, r)
     base_model.model.<module>.lora_magnitude_vector      (out,)     or (1, out, 1, ...)
+    base_model.model.<module>.token_adapter.trainable_tokens_delta   (see `token_rows`)
     base_model.model.<parameter>                         trained in full, or a copy of the base's
 
 Older files, and files with the whole state of a model, have the adapter's name in their keys:
@@ -36,6 +37,8 @@ _LORA = re.compile(
     r"|(?P<whole>lora_embedding_[AB])(?:\.[^.]+)?"
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?)"
 )
+ROWS = "token_adapter.trainable_tokens_delta"
+_ROWS = re.compile(rf"(?P<module>.+)\.{re.escape(ROWS)}(?:\.[^.]+)?")
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _BIAS, _MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
@@ -90,6 +93,7 @@ class SortedKeys:
 
     parts: Mapping[str, Mapping[str, str]]  # {module: {part: key}}
     saved: Mapping[str, str]  # {parameter: key}
+    rows: Mapping[str, str]  # {module: key of the rows that train in full}
     unknown: tuple[str, ...]
 
 
@@ -97,22 +101,25 @@ def sort_keys(tensors: Mapping[str, Array], problems: Problems) -> SortedKeys:
     """Find the part of a module, or the parameter, that each tensor is."""
     parts: dict[str, dict[str, str]] = {}
     saved: dict[str, str] = {}
+    rows: dict[str, str] = {}
     unknown = []
     for key in tensors:
         name = key.removeprefix(PREFIX)
-        match = _LORA.fullmatch(name)
+        match, of_rows = _LORA.fullmatch(name), _ROWS.fullmatch(name)
         part = _part(match) if match else None
         if key_problem(key) or name == key or "" in name.split("."):
             unknown.append(key)
         elif match and part in _PARTS:
             _add(parts.setdefault(match["module"], {}), str(part), key, tensors, problems)
+        elif of_rows:
+            _add(rows, of_rows["module"], key, tensors, problems)
         elif ".original_module." in name:
             pass  # the base's own values, for which PEFT uses the trained copy
         elif any(segment.startswith(("lora_", "trainable_tokens")) for segment in name.split(".")):
             unknown.append(key)
         else:
             _add(saved, _parameter(name), key, tensors, problems)
-    return SortedKeys(parts, saved, tuple(unknown))
+    return SortedKeys(parts, saved, rows, tuple(unknown))
 
 
 def widened(array: Array) -> Array:
@@ -156,6 +163,7 @@ def canonical_keys(keys: SortedKeys, modules: Iterable[str]) -> dict[str, str]:
     """`{key as PEFT 0.21 writes it: key in the file}`."""
     parts = {f"{PREFIX}{m}.{p}": key for m, found in keys.parts.items() for p, key in found.items()}
     names = set(modules)
+    parts |= {f"{PREFIX}{module}.{ROWS}": key for module, key in keys.rows.items()}
     return parts | {PREFIX + wrapped(name, names): key for name, key in keys.saved.items()}
 
 

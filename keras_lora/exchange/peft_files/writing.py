@@ -25,6 +25,12 @@ from keras_lora.exchange.peft_files.tensors import (
     sort_keys,
     wrapped,
 )
+from keras_lora.exchange.peft_files.token_rows import (
+    PeftTokens,
+    read_tokens,
+    token_indices,
+    token_tensors,
+)
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.adapter_files import CONFIG_FILE, TENSORS_FILE, PathLike
 from keras_lora.files.atomic import leftovers, locked, new_files, temporary_path
@@ -44,6 +50,7 @@ def write_peft_adapter(
     saved: Mapping[str, Array] | None = None,
     config: Mapping[str, Any] | None = None,
     *,
+    tokens: Mapping[str, PeftTokens] | None = None,
     all_modules: Sequence[str] | None = None,
     dtype: str | Mapping[str, str] = "float32",
     overwrite: bool = False,
@@ -66,6 +73,7 @@ def write_peft_adapter(
             `base_model_name_or_path`, `task_type`, `lora_dropout`, `bias`, `modules_to_save` and
             `fan_in_fan_out`. Fields that follow from the tensors are ignored, so the config
             of another adapter may be given.
+        tokens: Rows that replace rows of embedding matrices, under the names of the embeddings.
         all_modules: The names of all modules of the base that `target_modules` could match. With
             them `target_modules` is a short list such as `["q_proj"]`; without them it has whole
             names.
@@ -89,8 +97,10 @@ def write_peft_adapter(
     ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     root = given_path(directory)
-    tensors = _cast(root, file_tensors(modules, saved or {}), dtype)
+    tokens = tokens or {}
+    tensors = _cast(root, file_tensors(modules, saved or {}) | token_tensors(tokens), dtype)
     fields = _fields(root, modules, config or {}, all_modules)
+    fields["trainable_token_indices"] = token_indices(tokens)
     _check(root, fields, tensors, modules, saved or {})
     contents = {
         CARD_FILE: (default_card(fields) if model_card is None else model_card).encode(),
@@ -189,6 +199,7 @@ def _check(
         keys = sort_keys(tensors, problems)
         problems.add(*(f"{key!r}: no name of a parameter" for key in keys.unknown))
         read = build_modules(keys, tensors, settings, problems)
+        read_tokens(keys, tensors, settings.config, problems)
         expected = {PREFIX + wrapped(name, modules): name for name in saved}
         if {key: name for name, key in keys.saved.items()} != expected:
             problems.add(f"names in {sorted(saved)} that PEFT would take for other parameters")
