@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from support.models import composite, data, functional, subclassed
+from support.variables import MIXTURES
 from tensorflow.python.saved_model import save_context
 
 import keras_lora as kl
@@ -57,24 +57,11 @@ def test_the_own_variables_of_a_layer() -> None:
 
 
 def test_the_experts_of_mixtures_are_attributes() -> None:
-    for name, attributes in EXPERTS.items():
-        (bank,) = (c for c in expert_classes() if c.__name__ == name)
-        layer = bank(3, 5, 11)
+    for make in MIXTURES.values():
+        layer = make().experts
         layer.build(None)
-        for attribute in attributes:
+        for attribute in EXPERTS[type(layer).__name__]:
             assert len(vars(layer)[attribute].shape) == 3, attribute
-
-
-def expert_classes() -> list[type]:
-    """The classes of KerasHub that have experts."""
-    modules = [
-        importlib.import_module(f"keras_hub.src.models.{name}")
-        for name in (
-            *(f"{x}.{x}_decoder" for x in ("mixtral", "qwen_moe", "qwen3_moe", "qwen3_5_moe")),
-            *("gpt_oss.gpt_oss_decoder", "gemma4.gemma4_moe"),
-        )
-    ]
-    return [x for module in modules for x in vars(module).values() if isinstance(x, type)]
 
 
 @pytest.mark.parametrize("layer_class", [keras.layers.Embedding, keras.layers.ReversibleEmbedding])
