@@ -15,9 +15,10 @@ import keras
 import pytest
 from support.adapting import check_adapting
 from support.cases import numpy_of
-from support.keras_hub_backbones import BACKBONES
+from support.keras_hub_backbones import BACKBONES, CONVOLUTIONAL
 from support.keras_hub_backbones.attention import PROJECTIONS
 
+import keras_lora as kl
 from keras_lora.walker import Tree, attention_projections
 
 pytestmark = [
@@ -88,6 +89,16 @@ def test_backbone(name: str, reader: Callable[[Path], Any], tmp_path: Path) -> N
     answer = reader(path)
     assert isinstance(answer, float), answer
     assert answer <= 1e-6
+
+
+@pytest.mark.filterwarnings(r"ignore::UserWarning:keras(_hub)?\.src")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_convolutional_backbone(name: str) -> None:
+    model, inputs = CONVOLUTIONAL[name]()
+    check_adapting(model, inputs, "all")
+    families = {t.site.kind.family for t in kl.find_targets(model, "all")}
+    assert families == {"convolution"}
 
 
 def check_attention(model: keras.Model) -> None:

@@ -138,6 +138,32 @@ def test_adapters_of_tables_go_through_files_and_combinations(tmp_path: Path) ->
     np.testing.assert_allclose(numpy_of(model(TOKENS)), numpy_of(base(TOKENS)), rtol=1e-4)
 
 
+class Reader(keras.layers.Layer):
+    """Reads the private attribute of an embedding, as a layer of KerasHub's SAM 3 does."""
+
+    def __init__(self, table: keras.layers.Layer) -> None:
+        super().__init__()
+        self.table = table
+
+    def build(self, input_shape: Any) -> None:  # noqa: ARG002
+        self.table.build()
+
+    def call(self, inputs: Any) -> Any:
+        return inputs + keras.ops.sum(self.table._embeddings, axis=0)
+
+
+def test_a_layer_that_reads_the_private_matrix_computes_with_the_effective_one() -> None:
+    inputs = keras.Input((DIM,))
+    table = keras.layers.Embedding(VOCABULARY, DIM, name="table")
+    model = randomized(keras.Model(inputs, Reader(table)(inputs)))
+    adapted = numpy_of(model(np.ones((2, DIM))))
+    expected = 1 + numpy_of(table.embeddings).sum(0)
+    np.testing.assert_allclose(adapted[0], expected, rtol=1e-4)
+    assert abs(expected - 1 - numpy_of(table.base_kernel).sum(0)).max() > 0.1
+    merged = numpy_of(kl.merge_lora(model)(np.ones((2, DIM))))
+    np.testing.assert_allclose(merged, adapted, rtol=1e-4)
+
+
 REFUSED = {
     "constraint": ({"embeddings_constraint": "non_neg"}, "expected no embeddings constraint"),
     "keras": ({"lora_rank": 2}, "without Keras's own LoRA"),

@@ -1,10 +1,15 @@
-"""The final classes of embeddings: `LoRAEmbedding` and `LoRAReversibleEmbedding`."""
+"""The final classes of embeddings: `LoRAEmbedding` and `LoRAReversibleEmbedding`.
+
+Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
+    `_embeddings`: code that reads the attribute of an adapted layer gets the effective matrix.
+"""
 
 from __future__ import annotations
 
 import keras
 from keras import ops
 
+from keras_lora.layers.effective import EffectiveMatrix
 from keras_lora.layers.guarded import Adapting
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.slot_adapters import SlotAdapters
@@ -19,6 +24,9 @@ class Lookup(Adapting, keras.layers.Embedding):
     Among the bases of a final class `LoRALayer` comes before this class. A subclass of `Embedding`
     may stand between the two: its `super().call(inputs)` then calls this class.
     """
+
+    # A layer of KerasHub's SAM 3 reads the private attribute of another one.
+    _embeddings = EffectiveMatrix()
 
     @property
     def embeddings(self) -> Tensor:

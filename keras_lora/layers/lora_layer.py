@@ -289,8 +289,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
     def load_own_variables(self, store: Any) -> None:
         """Load the base and, where the file has them, the adapters.
 
-        After a file of a base alone, untrained magnitudes and rows of tokens become the new base's,
-        so that a fresh adapter still changes nothing.
+        After a file of a base alone, untrained magnitudes and rows of tokens are the new base's.
         """
         keys = list(store.keys())
         if saved := {key: store[key] for key in keys if key.startswith(STATE_PREFIX)}:
@@ -299,7 +298,8 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
             self._lora.checked += saved_active(self._lora, saved)
             return
         untrained = [pair for bank in self.banks.values() for pair in untrained_values(bank)]
-        super().load_own_variables({key: store[key] for key in keys if key not in saved})
+        with self.without_adapters():
+            super().load_own_variables({key: store[key] for key in keys if key not in saved})
         for bank in self.banks.values():
             bank.measure()
         if not saved:
