@@ -39,10 +39,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         r"q_proj\.bias: the layer has no bias in Keras for lora_bias",
     ),
     "head": ("llama", {"target_modules": ["lm_head"]}, "lm_head: the model has no kernel"),
-    "experts": (
+    "router": (
         "mixtral",
-        {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
-        "target_parameters",
+        {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+        r"mlp\.gate: the parameters \['weight'\] are no stacked experts",
     ),
 }
 

@@ -29,6 +29,8 @@ peft_warnings = pytest.mark.filterwarnings(
     "ignore:`lora_bias=True` was passed",
     "ignore:Model has `tie_word_embeddings=True`",
     "ignore:Adapter 'default'.*invalid shape",
+    # It applies to parameters, but PEFT looks for modules alone.
+    "ignore:The following (rank|alpha)_pattern keys did not match",
 )
 
 TOLERANCE = 1e-4

@@ -124,7 +124,7 @@ def split_modules(
     Modules that the kernels cannot take up are added to `problems`.
     """
     known, factors = blocks_by_module(weights), Factors()
-    for name, module in modules.items():
+    for name, module in [pair for pair in modules.items() if not pair[1].experts]:
         blocks = known.get(name, {})
         wrong = _misfits(module, list(blocks.values()), [kernels[path] for path in blocks])
         problems.add(*(f"{name}: {problem}" for problem in wrong))

@@ -9,6 +9,7 @@ import keras
 
 from keras_lora.checks import invalid_file, warn
 from keras_lora.exchange.converters import hugging_face_weights
+from keras_lora.exchange.peft.experts import expert_parameters, split_experts
 from keras_lora.exchange.peft.factors import (
     split_modules,
 )
@@ -100,20 +101,20 @@ def load_peft_adapter(
         slices = find_slices(model, weights, heads or {})
         adapter = read_peft_adapter(directory)
         problems = Problems()
-        known = [*module_names(weights), *slices]
+        parameters = expert_parameters(tree, weights)
+        known = [*module_names(weights), *slices, *parameters]
         rename = renaming_to_converter(
             weights.model_type, [*adapter.modules, *adapter.saved, *adapter.tokens], known
         )
         modules = _renamed(adapter.modules, rename)
-        dropout = float(adapter.config.get("lora_dropout") or 0)
-        factors = split_modules(
-            modules, exchanged_kernels(model, weights), weights, dropout, problems
-        )
+        kernels, dropout = exchanged_kernels(model, weights), adapter.config.get("lora_dropout")
+        factors = split_modules(modules, kernels, weights, float(dropout or 0), problems)
+        factors |= split_experts(modules, parameters, problems)
         tokens = _renamed(adapter.tokens, rename)
         factors = token_factors(model, tokens, factors, weights, problems)
         copies = _copies_of_base(adapter)
-        saved = {k: v for k, v in adapter.saved.items() if k not in copies}
-        values = scatter(_renamed(saved, rename), slices, problems)
+        saved = {rename(k): v for k, v in adapter.saved.items() if k not in copies}
+        values = scatter(saved, slices, problems)
         values = with_added_biases(values, modules, slices, problems)
         everywhere = find_slices(model, weights, heads or {}, of_adapted=True)
         check_copies({rename(k): adapter.saved[k] for k in copies}, everywhere, problems)

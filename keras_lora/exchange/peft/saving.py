@@ -12,6 +12,7 @@ import numpy as np
 from keras_lora.checks import warn
 from keras_lora.exchange.converters import Block, HuggingFaceWeights, hugging_face_weights
 from keras_lora.exchange.converters.tensors import Array
+from keras_lora.exchange.peft.experts import expert_modules, expert_parameters
 from keras_lora.exchange.peft.factors import (
     KernelPart,
     joined,
@@ -43,6 +44,7 @@ from keras_lora.files.keys import values_beside
 from keras_lora.inject import CHOOSING, check_names, turn
 from keras_lora.layers import (
     DEFAULT_ADAPTER,
+    AdapterBank,
     LayerAdapter,
     LoRALayer,
     family_of,
@@ -50,6 +52,8 @@ from keras_lora.layers import (
     site_of,
 )
 from keras_lora.walker import Tree, backbone_of, walk
+
+_MODULES = ("linear", "embedding")
 
 
 def save_peft_adapter(
@@ -73,7 +77,8 @@ def save_peft_adapter(
     Several kernels may be slices of one Hugging Face matrix. If their factors differ, the factors
     are stacked: the update is exact, and the rank in the files is the sum of the ranks. PEFT has
     DoRA for all modules or for none. So if some layers have DoRA, each other layer gets the norms
-    of its own weights as magnitudes, which change nothing.
+    of its own weights as magnitudes, which change nothing. The experts of Mixtral, Qwen2 MoE and
+    Qwen3 MoE are PEFT's `target_parameters`.
 
     Args:
         model: An adapted KerasHub model, or a model that has a KerasHub backbone inside.
@@ -120,15 +125,16 @@ def save_peft_adapter(
         https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
     with turn(model, "save_peft_adapter", CHOOSING) as tree:
-        layers = _layers_of(tree, name)
+        banks = _banks_of(tree, name)
         weights = hugging_face_weights(model, transformers_config, model_type=model_type)
         slices = find_slices(model, weights, heads or {})
-        modules, saved, tokens = _hugging_face_values(tree, name, layers, weights, slices)
-    names = hugging_face_names(model, weights.model_type, prefix, _came_with(layers, name))
+        modules, saved, tokens = _hugging_face_values(tree, name, banks, weights, slices)
+        parameters = expert_parameters(tree, weights).keys()
+    names = hugging_face_names(model, weights.model_type, prefix, _came_with(banks, name))
     inside = _in_backbone(model, weights, slices)
-    full = _full_names(names, [*module_names(weights), *saved], inside)
+    all_modules = [*module_names(weights), *parameters]
+    full = _full_names(names, [*all_modules, *saved], inside | parameters)
     _warn_of_names(names, [full[key] for key in modules if key in inside])
-    bias, whole = _trained_apart(saved, modules)
     write_peft_adapter(
         directory,
         {full[key]: module for key, module in modules.items()},
@@ -136,13 +142,12 @@ def save_peft_adapter(
         {
             "base_model_name_or_path": base_model_name,
             "task_type": names.task,
-            "lora_dropout": _dropout(layers, name),
-            "bias": bias,
-            "modules_to_save": [module_name(full[key]) for key in whole] or None,
-            "fan_in_fan_out": _stored_transposed(layers, weights),
+            "lora_dropout": _dropout(banks, name),
+            **_trained_apart(saved, modules, full),
+            "fan_in_fan_out": _stored_transposed(_layers(tree, banks), weights),
         },
         tokens={full[key]: rows for key, rows in tokens.items()},
-        all_modules=[full[key] for key in module_names(weights)],
+        all_modules=[full[key] for key in all_modules],
         dtype=dtype,
         overwrite=overwrite,
     )
@@ -155,27 +160,30 @@ def _full_names(
     return {key: names.rename(key) if key in inside else key for key in keys}
 
 
-def _layers_of(tree: Tree, name: str) -> dict[str, LoRALayer]:
-    """The layers of an adapter, by path."""
+def _banks_of(tree: Tree, name: str) -> dict[str, AdapterBank]:
+    """The banks of an adapter, by path."""
     check_names(tree, [name])
-    found = {
-        path: layer
-        for path, layer in tree.adapted_by_path.items()
-        if any(name in bank.adapters for bank in layer.banks.values())
-    }
-    others = [p for p, layer in found.items() if family_of(layer) not in ("linear", "embedding")]
+    banks = {path: bank for path, bank in tree.banks_by_path.items() if name in bank.adapters}
+    known = (*_MODULES, "expert")
+    others = [path for path, bank in banks.items() if bank.site.kind.family not in known]
     if others:
         raise ValueError(
-            f"Expected an adapter of linear layers and embeddings. Received: {name!r}, which is on "
-            f"{others} too. Exclude these layers: PEFT's form of them is not known."
+            "Expected an adapter of linear layers, embeddings and experts. Received: "
+            f"{name!r}, which is on {others} too. Exclude these: PEFT's form of them is not known."
         )
-    return found
+    return banks
+
+
+def _layers(tree: Tree, banks: Mapping[str, AdapterBank]) -> dict[str, LoRALayer]:
+    """The linear layers and embeddings of an adapter, by path."""
+    layers = tree.adapted_by_path
+    return {p: layers[p] for p, bank in banks.items() if bank.site.kind.family in _MODULES}
 
 
 def _hugging_face_values(
     tree: Tree,
     name: str,
-    layers: Mapping[str, LoRALayer],
+    banks: Mapping[str, AdapterBank],
     weights: HuggingFaceWeights,
     slices: ParameterSlices,
 ) -> tuple[dict[str, PeftModule], dict[str, Array], dict[str, PeftTokens]]:
@@ -184,15 +192,18 @@ def _hugging_face_values(
     Raises:
         ValueError: layers or values that the Hugging Face model does not have.
     """
-    problems, model = Problems(), tree.root
+    problems, model, layers = Problems(), tree.root, _layers(tree, banks)
     adapters = {path: layer.bank.ordinary(name) for path, layer in layers.items()}
     low_rank = {path: layers[path] for path, part in adapters.items() if part.spec.rank}
     modules = _modules(low_rank, name, weights, exchanged_kernels(model, weights), problems)
     saved = gather(values_beside(tree, name), slices, problems)
     modules = _with_magnitudes(model, adapters, modules, weights, problems)
     tokens = gathered_tokens(model, adapters, weights, problems)
+    experts = expert_modules(expert_parameters(tree, weights), banks, name, problems)
+    if experts and any(module.magnitude is not None for module in modules.values()):
+        problems.add("experts beside DoRA, which PEFT has for all of an adapter or for nothing")
     problems.raise_any(lambda received: _not_in_base(weights.model_type, received))
-    return modules, saved, tokens
+    return of_one_kind(modules | experts), saved, tokens
 
 
 def _not_in_base(model_type: str, received: str) -> ValueError:
@@ -260,20 +271,29 @@ def _magnitude(layer: keras.layers.Layer, adapter: LayerAdapter | None) -> Array
     return np.array(adapter.magnitude)
 
 
-def _dropout(layers: Mapping[str, LoRALayer], name: str) -> float:
-    """The dropout of the factors, which rows of tokens have none of."""
-    specs = (layer.bank.adapters[name].spec for layer in layers.values())
+def _dropout(banks: Mapping[str, AdapterBank], name: str) -> float:
+    """The dropout of the factors, which rows of tokens have none of.
+
+    Zero beside experts, for which PEFT refuses any other.
+    """
+    if any(bank.site.kind.family == "expert" for bank in banks.values()):
+        return 0.0
+    specs = (bank.adapters[name].spec for bank in banks.values())
     return next((spec.dropout for spec in specs if spec.rank), 0.0)
 
 
-def _trained_apart(saved: Collection[str], modules: Collection[str]) -> tuple[str, list[str]]:
-    """PEFT's `bias`, and the weights of modules that are saved as a whole."""
+def _trained_apart(
+    saved: Collection[str], modules: Collection[str], full: Mapping[str, str]
+) -> dict[str, Any]:
+    """PEFT's `bias`, and `modules_to_save`, which are saved as a whole."""
     whole = sorted(key for key in saved if key.endswith(".weight"))
     biases = {k.removesuffix(".bias") for k in saved if k.endswith(".bias")}
     biases -= {module_name(key) for key in whole}
-    if not biases:
-        return "none", whole
-    return "lora_only" if biases <= set(modules) else "all", whole
+    bias = "lora_only" if biases <= set(modules) else "all"
+    return {
+        "bias": bias if biases else "none",
+        "modules_to_save": [module_name(full[key]) for key in whole] or None,
+    }
 
 
 def _stored_transposed(layers: Mapping[str, LoRALayer], weights: HuggingFaceWeights) -> bool:
@@ -296,8 +316,8 @@ def _any(variables: Iterable[keras.Variable], wanted: Collection[int]) -> bool:
     return any(id(variable) in wanted for variable in variables)
 
 
-def _came_with(layers: Mapping[str, LoRALayer], name: str) -> str | None:
-    adapter = next(iter(layers.values())).adapters[name].adapter
+def _came_with(banks: Mapping[str, AdapterBank], name: str) -> str | None:
+    adapter = next(iter(banks.values())).adapters[name].adapter
     return adapter.peft_prefix if adapter else None
 
 

@@ -32,6 +32,7 @@ UNDERSTOOD: Mapping[str, Any] = {
     "layers_pattern": None,
     "ensure_weight_tying": False,
     "trainable_token_indices": None,
+    "target_parameters": None,
 }
 # Fields that say nothing more than the tensors do, or that serve only training or the search for
 # the base model. `fan_in_fan_out` tells how the base stores its matrix, not how A and B are stored.
@@ -64,10 +65,6 @@ REFUSED: Mapping[str, tuple[Any, str]] = {
     "layer_replication": (None, "the base is rebuilt with some layers repeated"),
     "megatron_config": (None, "the layers are the parallel layers of Megatron"),
     "monteclora_config": (None, "the adapter's weights are random samples (MonteCLoRA)"),
-    "target_parameters": (
-        None,
-        "A and B belong to bare parameters, such as stacked experts, and to no module",
-    ),
     "use_bdlora": (None, "A or B is block-diagonal and stored as its blocks (BD-LoRA)"),
     "use_qalora": (False, "the inputs are pooled before A (QA-LoRA)"),
 }
@@ -92,6 +89,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "exclude_modules": (list, str, type(None)),
     "layers_to_transform": (list, int, type(None)),
     "layers_pattern": (list, str, type(None)),
+    "target_parameters": (list, type(None)),
 }
 
 
@@ -105,6 +103,7 @@ class Settings:
     use_rslora: bool
     use_dora: bool
     lora_bias: bool
+    parameters: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -151,6 +150,7 @@ def _settings(given: Mapping[str, Any], problems: Problems) -> Settings:
         use_rslora=given["use_rslora"],
         use_dora=given["use_dora"],
         lora_bias=given["lora_bias"],
+        parameters=given["target_parameters"] or (),
     )
     _check_selection(given, problems)
     return settings
@@ -238,7 +238,7 @@ def _pattern(
 
 
 def _check_selection(config: Mapping[str, Any], problems: Problems) -> None:
-    fields = ("target_modules", "exclude_modules", "layers_pattern")
+    fields = ("target_modules", "exclude_modules", "layers_pattern", "target_parameters")
     types = dict.fromkeys(fields, str) | {"layers_to_transform": int}
     wrong = [
         f"{name}: not all of its values are of type {kind.__name__}"

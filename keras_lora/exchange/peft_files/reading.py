@@ -215,7 +215,8 @@ def _warn(root: Path, settings: Settings, modules: Mapping[str, PeftModule]) -> 
             "of PEFT than keras_lora knows may have written them, and they may change what the "
             "adapter computes."
         )
-    others = [name for name in modules if not is_targeted(settings.config, name)]
+    plain = [name for name, module in modules.items() if not module.experts]
+    others = [name for name in plain if not is_targeted(settings.config, name)]
     if others:
         warn(
             f"{str(root)!r}: read {others}, which target_modules, exclude_modules or "

@@ -9,6 +9,8 @@
     base_model.model.<module>.token_adapter.trainable_tokens_delta   (see `token_rows`)
     base_model.model.<parameter>                         trained in full, or a copy of the base's
 
+Those of `target_parameters` are in `parameters.py`.
+
 Older files, and files with the whole state of a model, have the adapter's name in their keys:
 `lora_A.default.weight`, `lora_magnitude_vector.default.weight`,
 `score.modules_to_save.default.weight`.
@@ -24,6 +26,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from keras_lora.exchange.peft_files.config import Settings
+from keras_lora.exchange.peft_files.parameters import (
+    parameter_names,
+    stacked,
+    unstacked,
+    wrapper_names,
+)
 from keras_lora.exchange.problems import Problems
 from keras_lora.files.reading import key_problem
 from keras_lora.lowrank.equations import scaling
@@ -49,16 +57,20 @@ _PARTS = {*_LINEAR, *_EMBEDDING, _BIAS, _MAGNITUDE}
 class PeftModule:
     """What an adapter adds to one module: `scaling * b @ a`, in PyTorch's orientation.
 
+    Or to a parameter of stacked experts, which has a matrix `(out, in)` for each.
+
     Attributes:
         a: `(r, in)`; `(r, num)` for an embedding; `(r, in, *kernel)` for a convolution, with `in`
-            counting the channels of one group.
-        b: `(out, r)`; `(dim, r)` for an embedding; `(out, r / groups, 1, ...)` for a convolution.
+            counting the channels of one group; `(n, r, in)` for `n` experts.
+        b: `(out, r)`; `(dim, r)` for an embedding; `(out, r / groups, 1, ...)` for a convolution;
+            `(n, out, r)` for experts.
         rank: The rank of this module, after `rank_pattern`.
         alpha: The alpha of this module, after `alpha_pattern`.
         use_rslora: Whether the scale is `alpha / sqrt(rank)`.
         magnitude: DoRA's norms of the `out` rows of the whole matrix, of any shape of that size.
         bias: `(out,)`; with `lora_bias` the module adds `scaling * bias` to the output too.
         embedding: Whether the module is an embedding.
+        experts: Whether it is a parameter of stacked experts.
 
     Example:
 
@@ -74,6 +86,7 @@ class PeftModule:
     magnitude: Array | None = None
     bias: Array | None = None
     embedding: bool = False
+    experts: bool = False
 
     @property
     def scaling(self) -> float:
@@ -81,9 +94,9 @@ class PeftModule:
 
     @property
     def kind(self) -> str:
-        """`"linear"`, `"embedding"` or `"convolution"`."""
-        if self.embedding:
-            return "embedding"
+        """`"linear"`, `"embedding"`, `"convolution"` or `"experts"`."""
+        if self.embedding or self.experts:
+            return "embedding" if self.embedding else "experts"
         return "linear" if self.a.ndim == 2 else "convolution"
 
 
@@ -140,22 +153,29 @@ def build_modules(
     if not keys.parts:
         problems.add(f"no tensors of LoRA among {len(tensors)}, e.g. {sorted(tensors)[:3]}")
     modules = {}
+    parameters, unclear = parameter_names(keys.parts, settings.parameters)
+    problems.add(*unclear)
     for name, parts in sorted(keys.parts.items()):
         found = {part: tensors[key] for part, key in parts.items()}
-        module, wrong = _module(name, found, settings)
-        problems.add(*(f"{name}: {w}" for w in wrong))
+        read = _experts if name in parameters else _module
+        full = parameters.get(name, name)
+        module, wrong = read(full, found, settings)
+        problems.add(*(f"{full}: {w}" for w in wrong))
         if module:
-            modules[name] = module
+            modules[full] = module
     return modules
 
 
 def file_tensors(modules: Mapping[str, PeftModule], saved: Mapping[str, Array]) -> dict[str, Array]:
     """The tensors under the keys that PEFT writes."""
     tensors: dict[str, Array] = {}
+    wrappers = wrapper_names(name for name, module in modules.items() if module.experts)
     for name, module in modules.items():
         a, b = _EMBEDDING if module.embedding else _LINEAR
-        parts = {a: module.a, b: module.b, _BIAS: module.bias, _MAGNITUDE: module.magnitude}
-        tensors |= {f"{PREFIX}{name}.{p}": v for p, v in parts.items() if v is not None}
+        factors = stacked(module.a, module.b) if module.experts else (module.a, module.b)
+        parts = {a: factors[0], b: factors[1], _BIAS: module.bias, _MAGNITUDE: module.magnitude}
+        prefix = PREFIX + wrappers.get(name, name)
+        tensors |= {f"{prefix}.{part}": v for part, v in parts.items() if v is not None}
     return tensors | {PREFIX + wrapped(name, modules): v for name, v in saved.items()}
 
 
@@ -215,6 +235,20 @@ def _module(
         embedding=embedding,
     )
     return module, [*_shape_problems(module), *_extra_problems(module, settings)]
+
+
+def _experts(
+    name: str, parts: Mapping[str, Array], settings: Settings
+) -> tuple[PeftModule | None, list[str]]:
+    if parts.keys() != {*_LINEAR} or settings.use_dora:
+        return None, [f"has {sorted(parts)}, expected {_LINEAR} without DoRA for a parameter"]
+    rank, alpha = settings.ranks.of(name), settings.alphas.of(name)
+    factors = unstacked(parts[_LINEAR[0]], parts[_LINEAR[1]], rank)
+    if isinstance(factors, str):
+        return None, [factors]
+    a, b = factors
+    rslora = settings.use_rslora
+    return PeftModule(a=a, b=b, rank=rank, alpha=alpha, use_rslora=rslora, experts=True), []
 
 
 def _shape_problems(module: PeftModule) -> list[str]:

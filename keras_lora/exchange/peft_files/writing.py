@@ -74,7 +74,8 @@ def write_peft_adapter(
             `fan_in_fan_out`. Fields that follow from the tensors are ignored, so the config
             of another adapter may be given.
         tokens: Rows that replace rows of embedding matrices, under the names of the embeddings.
-        all_modules: The names of all modules of the base that `target_modules` could match. With
+        all_modules: The names of all modules of the base that `target_modules` could match, and of
+            all parameters that `target_parameters` could. With
             them `target_modules` is a short list such as `["q_proj"]`; without them it has whole
             names.
         dtype: The dtype of the tensors in the file; or a dtype for each key, as in
@@ -140,6 +141,7 @@ def _fields(
     all_modules: Sequence[str] | None,
 ) -> dict[str, Any]:
     _check_fields(root, modules, config)
+    experts = [name for name, module in modules.items() if module.experts]
     r, rank_pattern = value_and_pattern({n: int(m.rank) for n, m in modules.items()})
     alpha, alpha_pattern = value_and_pattern({n: _number(m.alpha) for n, m in modules.items()})
     return {
@@ -149,7 +151,8 @@ def _fields(
         "rank_pattern": rank_pattern,
         "lora_alpha": alpha,
         "alpha_pattern": alpha_pattern,
-        "target_modules": target_modules(modules, all_modules),
+        "target_modules": target_modules([n for n in modules if n not in experts], all_modules),
+        "target_parameters": _listed(target_modules(experts, all_modules), experts),
         "use_rslora": any(m.use_rslora for m in modules.values()),
         "use_dora": any(m.magnitude is not None for m in modules.values()),
         "lora_bias": any(m.bias is not None for m in modules.values()),
@@ -159,6 +162,11 @@ def _fields(
         "layers_pattern": None,
         "inference_mode": True,
     }
+
+
+def _listed(found: list[str] | str, names: list[str]) -> list[str] | None:
+    """`target_parameters`, which is no expression."""
+    return (names if isinstance(found, str) else found) or None
 
 
 def _check_fields(root: Path, modules: Mapping[str, PeftModule], config: Mapping[str, Any]) -> None:
