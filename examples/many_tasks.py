@@ -38,23 +38,19 @@ from typing import Any
 
 import assets
 import numpy as np
+from minilm import CONFIG, Data, classifier, encoder, tokenise
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from training import (
-    CONFIG,
-    Data,
     Steps,
     argument_parser,
     batches,
-    classifier,
     compile_for_training,
-    encoder,
     folder_bytes,
     megabytes,
     output_folder,
     progress_bars,
-    tokenise,
 )
 
 import keras_lora as kl
@@ -183,7 +179,7 @@ def train(task: Task, steps: int, progress: Progress) -> np.ndarray:
     """Train a task's adapter and head; returns the answers right after training."""
     kl.set_adapter(task.model, task.adapter)
     callback = Steps(LEARNING_RATE, steps, progress, task.title)
-    rows = batches(task.train, steps, SEED)
+    rows = batches(task.train.features, task.train.labels, steps, SEED)
     task.model.fit(rows, shuffle=False, verbose=0, callbacks=[callback])
     return task.answers(task.model)
 

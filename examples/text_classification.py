@@ -26,37 +26,28 @@ with silenced():
     import keras
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import assets
 import numpy as np
+from comparing import Measure, Method, Plain, Study, add_options, compare, sweep
+from minilm import CONFIG, Data, classifier, preprocessor, tokenise
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from safetensors.numpy import save_file
 from training import (
     BATCH,
-    CONFIG,
-    Data,
-    Steps,
     argument_parser,
     batches,
-    classifier,
     compile_for_training,
     folder_bytes,
     megabytes,
     output_folder,
-    positive,
-    preprocessor,
     progress_bars,
-    tokenise,
 )
 
 import keras_lora as kl
@@ -68,29 +59,6 @@ STEPS = 96
 SCORED_AT_ONCE = 100
 TOLERANCE = 1e-4
 SERVER = Path(__file__).with_name("run_saved_model.py")
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to fine-tune. `sweep` has the validation accuracy of each learning rate, at seed 0."""
-
-    name: str
-    prepare: Callable[[keras.Model], object]
-    sweep: Mapping[float, float]
-
-    @property
-    def learning_rate(self) -> float:
-        return max(self.sweep, key=lambda rate: self.sweep[rate])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of one run. `saved_bytes` is the size of a file with all trained values."""
-
-    accuracy: float
-    trainable: int = 0
-    step_seconds: float = 0.0
-    saved_bytes: int = 0
 
 
 def adapt(model: keras.Model) -> None:
@@ -117,129 +85,30 @@ METHODS = (
 )
 
 
-class Scorer:
-    """The accuracy of any method's model, through one plain classifier that is compiled once.
-
-    Adapters are merged first, as for serving.
-    """
-
-    def __init__(self, data: Data) -> None:
-        self._data = data
-        self._plain = classifier(len(CLASSES))
-        self._plain.compile(jit_compile=True)
-
-    def accuracy(self, model: keras.Model) -> float:
-        plain = kl.merge_lora(model, inplace=False) if kl.lora_layers(model) else model
-        self._plain.set_weights(plain.get_weights())
-        logits = self._plain.predict(self._data.features, batch_size=SCORED_AT_ONCE, verbose=0)
-        return self._data.accuracy(logits)
-
-
-@dataclass(frozen=True)
-class Study:
-    """Trains all methods on the same rows, and scores them on others."""
-
-    train: Data
-    scorer: Scorer
-    steps: int
-    folder: Path
-    progress: Progress
-
-    def untrained(self, seed: int) -> Outcome:
-        keras.utils.set_random_seed(seed)
-        return Outcome(self.scorer.accuracy(classifier(len(CLASSES))))
-
-    def run(self, model: keras.Model, method: Method, rate: float, seed: int) -> Outcome:
-        """Train `model`, which is `trainee(method)`, from the start of this seed."""
-        restart(model, method, seed)
-        title = f"{method.name}, learning rate {rate:g}, seed {seed}"
-        steps = Steps(rate, self.steps, self.progress, title)
-        rows = batches(self.train, self.steps, seed)
-        model.fit(rows, shuffle=False, verbose=0, callbacks=[steps])
-        outcome = Outcome(
-            accuracy=self.scorer.accuracy(model),
-            trainable=sum(int(np.prod(v.shape)) for v in model.trainable_variables),
-            step_seconds=steps.median,
-            saved_bytes=save_trained(model, self.folder / f"{method.name}.safetensors"),
-        )
-        self.progress.console.print(f"{title}: accuracy {outcome.accuracy:.2%}")
-        return outcome
-
-
-def trainee(method: Method) -> keras.Model:
-    """A model that is ready for every run of a method, so that it compiles only once."""
+def trainee() -> keras.Model:
     model = classifier(len(CLASSES))
-    method.prepare(model)
     compile_for_training(model)
     return model
 
 
-def restart(model: keras.Model, method: Method, seed: int) -> None:
-    """Give a model the values of a new one of this seed, dropout seeds too; clear the optimizer."""
-    keras.utils.set_random_seed(seed)
-    fresh = classifier(len(CLASSES))
-    method.prepare(fresh)
-    for variable, value in zip(model.variables, fresh.variables, strict=True):
-        variable.assign(value)
-    for variable in model.optimizer.variables:
-        variable.assign(keras.ops.zeros_like(variable))
+def study(train: Data, scored: Data, steps: int, folder: Path, progress: Progress) -> Study:
+    plain = Plain(classifier(len(CLASSES)))
 
+    def accuracy(model: keras.Model) -> float:
+        answers = plain.like(model).predict(scored.features, batch_size=SCORED_AT_ONCE, verbose=0)
+        return scored.accuracy(answers)
 
-def save_trained(model: keras.Model, path: Path) -> int:
-    """Write the variables that train, by path; returns the bytes of the file."""
-    save_file({v.path: v.numpy() for v in model.trainable_variables}, path)
-    return path.stat().st_size
-
-
-def sweep(study: Study, console: Console) -> None:
-    table = Table("method", "learning rate", "validation accuracy", title="Sweep, seed 0")
-    for method in METHODS:
-        model = trainee(method)
-        for rate in method.sweep:
-            outcome = study.run(model, method, rate, seed=0)
-            table.add_row(method.name, f"{rate:g}", f"{outcome.accuracy:.4f}")
-    console.print(table)
-
-
-def compare(study: Study, seeds: int, console: Console) -> keras.Model:
-    """Print one row for each method; returns the LoRA model of the last seed."""
-    outcomes: dict[str, list[Outcome]] = {
-        "before training": [study.untrained(seed) for seed in range(seeds)]
-    }
-    for method in METHODS:
-        model = trainee(method)
-        outcomes[method.name] = [
-            study.run(model, method, method.learning_rate, seed) for seed in range(seeds)
-        ]
-        if method is LORA:
-            adapted = model
-    console.print(comparison(outcomes))
-    return adapted
-
-
-def comparison(outcomes: Mapping[str, Sequence[Outcome]]) -> Table:
-    seeds = len(outcomes[LORA.name])
-    runs_of = f"mean of {seeds} seeds" if seeds > 1 else "seed 0"
-    table = Table(title=f"Rotten Tomatoes, {runs_of}")
-    table.add_column("method")
-    for heading in ("test accuracy", "trainable", "step", "saved"):
-        table.add_column(heading, justify="right")
-    for name, runs in outcomes.items():
-        first = runs[0]
-        trained = [
-            f"{first.trainable:,}",
-            f"{1000 * statistics.median(run.step_seconds for run in runs):,.0f} ms",
-            megabytes(first.saved_bytes),
-        ]
-        table.add_row(name, accuracies(runs), *(trained if first.trainable else []))
-    return table
-
-
-def accuracies(runs: Sequence[Outcome]) -> str:
-    """The mean, and the single values if there are several."""
-    values = [100 * run.accuracy for run in runs]
-    mean = f"{statistics.mean(values):.2f}%"
-    return f"{mean} ({', '.join(f'{v:.2f}' for v in values)})" if len(values) > 1 else mean
+    return Study(
+        title="Rotten Tomatoes",
+        base=trainee,
+        methods=METHODS,
+        batches=lambda seed: batches(train.features, train.labels, steps, seed),
+        score=accuracy,
+        measure=Measure("accuracy", "{:.2%}", max),
+        steps=steps,
+        folder=folder,
+        progress=progress,
+    )
 
 
 def serve(model: keras.Model, sentences: Sequence[str], folder: Path, console: Console) -> float:
@@ -281,10 +150,7 @@ def answers(saved_model: Path, sentences: Sequence[str]) -> Mapping[str, np.ndar
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__, STEPS)
-    parser.add_argument("--seeds", type=positive, default=1, help="runs of each method; 1")
-    parser.add_argument(
-        "--sweep", action="store_true", help="try learning rates, on validation rows"
-    )
+    add_options(parser, seeds=1)
     return parser.parse_args(arguments)
 
 
@@ -297,11 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         held_out = splits.validation if options.sweep else splits.test
         scored = tokenise(held_out, SEQUENCE_LENGTH)
     with output_folder(options.out) as folder, progress_bars(console) as progress:
-        study = Study(train, Scorer(scored), options.steps, folder, progress)
+        methods = study(train, scored, options.steps, folder, progress)
         if options.sweep:
-            sweep(study, console)
+            sweep(methods, console)
             return 0
-        model = compare(study, options.seeds, console)
+        model = compare(methods, options.seeds, console)[LORA.name]
         kl.lora_summary(model, console)
         error = serve(model, held_out.texts[:BATCH], folder, console)
     console.print(f"{time.perf_counter() - started:.0f} s in all.")

@@ -1,4 +1,4 @@
-"""What the examples share: a MiniLM classifier, batches of rows, and a progress bar in `fit`."""
+"""What the examples share: batches of rows, a progress bar in `fit`, options and folders."""
 
 from __future__ import annotations
 
@@ -8,85 +8,41 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import assets
 import keras
-import keras_hub
 import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import keras_lora as kl
-
 BATCH = 32
 # The first steps compile.
 WARM_UP = 5
 
-# Sentence embeddings are means over tokens, so this encoder's pooler was never trained for a
-# task: it trains in full, as the classifier does.
-HEAD = ("pooled_dense", "logits")
-CONFIG = kl.LoRAConfig(rank=8, alpha=16, layers_to_save=HEAD)
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
-Features = Mapping[str, np.ndarray]
+Features = np.ndarray | Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Data:
-    """Tokenised rows."""
-
-    features: Features
-    labels: np.ndarray
-
-    def accuracy(self, logits: np.ndarray) -> float:
-        return float(np.mean(np.argmax(logits, axis=-1) == self.labels))
+def compile_for_training(
+    model: keras.Model, loss: object = CROSS_ENTROPY, jit: bool = True
+) -> None:
+    # By default Keras leaves XLA off on a CPU, where XLA about halves the time of a transformer's
+    # steps.
+    model.compile(optimizer=keras.optimizers.Adam(), loss=loss, jit_compile=jit)
 
 
-def encoder() -> keras.Model:
-    """The pretrained encoder."""
-    return keras_hub.models.BertBackbone.from_preset(str(assets.minilm()))
-
-
-def classifier(classes: int, backbone: keras.Model | None = None) -> keras.Model:
-    """A classifier of tokenised rows: the backbone, by default a new encoder, with a new head."""
-    backbone = encoder() if backbone is None else backbone
-    return keras_hub.models.BertTextClassifier(backbone, classes, preprocessor=None)
-
-
-def compile_for_training(model: keras.Model) -> None:
-    model.compile(
-        optimizer=keras.optimizers.Adam(),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        # By default Keras leaves XLA off on a CPU, where XLA about halves the time of these steps.
-        jit_compile=True,
-    )
-
-
-def preprocessor(length: int) -> keras.layers.Layer:
-    """The layer that makes rows of `length` tokens from strings."""
-    return keras_hub.models.BertTextClassifierPreprocessor.from_preset(
-        str(assets.minilm()), sequence_length=length
-    )
-
-
-def tokenise(rows: assets.Rows, length: int) -> Data:
-    features = preprocessor(length)(list(rows.texts))
-    return Data(
-        {name: np.asarray(x, "int32") for name, x in features.items()}, np.array(rows.labels)
-    )
-
-
-def batches(data: Data, steps: int, seed: int) -> tf.data.Dataset:
+def batches(
+    features: Features, labels: np.ndarray, steps: int, seed: int, size: int = BATCH
+) -> tf.data.Dataset:
     """`steps` batches of rows in a random order; each row comes once before any comes twice."""
     rng = np.random.default_rng(seed)
-    epochs = -(-steps * BATCH // len(data.labels))
-    order = np.concatenate([rng.permutation(len(data.labels)) for _ in range(epochs)])
-    order = order[: steps * BATCH]
-    features = {name: x[order] for name, x in data.features.items()}
-    return tf.data.Dataset.from_tensor_slices((features, data.labels[order])).batch(BATCH)
+    epochs = -(-steps * size // len(labels))
+    order = np.concatenate([rng.permutation(len(labels)) for _ in range(epochs)])[: steps * size]
+    rows = keras.tree.map_structure(lambda x: x[order], (features, labels))
+    return tf.data.Dataset.from_tensor_slices(rows).batch(size)
 
 
 class Steps(keras.callbacks.Callback):
@@ -123,10 +79,12 @@ def progress_bars(console: Console) -> Progress:
     )
 
 
-def argument_parser(documentation: str | None, steps: int) -> argparse.ArgumentParser:
+def argument_parser(
+    documentation: str | None, steps: int, batch: int = BATCH
+) -> argparse.ArgumentParser:
     """A parser with the options that every example has."""
     parser = argparse.ArgumentParser(description=(documentation or "").splitlines()[0])
-    parser.add_argument("--steps", type=positive, default=steps, help=f"of {BATCH} rows; {steps}")
+    parser.add_argument("--steps", type=positive, default=steps, help=f"of {batch} rows; {steps}")
     parser.add_argument("--out", type=Path, help="keep the files in this folder")
     return parser
 
