@@ -6,8 +6,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Notices of a library that looks for a GPU are no news on a machine without one.
 export CUDA_VISIBLE_DEVICES ?= -1
 
-.PHONY: demo many-tasks causal-lm image-classification image-generation time-series test quick lint test-tensorflow test-backends docs architectures support bench \
-	clean
+.PHONY: demo many-tasks causal-lm image-classification image-generation time-series test quick lint \
+	test-tensorflow test-backends docs architectures support bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/text_classification.py

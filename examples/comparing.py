@@ -29,6 +29,11 @@ class Method:
     sweep: Mapping[float, float]
 
 
+def train_everything(model: keras.Model) -> None:
+    """Full fine-tuning, as the `prepare` of a method."""
+    model.trainable = True
+
+
 @dataclass(frozen=True)
 class Measure:
     """What a score is, how it is printed, and which of several is best: `max` or `min`."""

@@ -32,7 +32,15 @@ from pathlib import Path
 
 import assets
 import numpy as np
-from comparing import Measure, Method, Plain, Study, comparison_options, report
+from comparing import (
+    Measure,
+    Method,
+    Plain,
+    Study,
+    comparison_options,
+    report,
+    train_everything,
+)
 from rich.console import Console
 from rich.progress import Progress
 from training import batches, compile_for_training, output_folder, progress_bars
@@ -73,10 +81,6 @@ def classifier(network: keras.Model) -> keras.Model:
 
 def adapt(model: keras.Model) -> None:
     kl.apply_lora(model, CONFIG)
-
-
-def train_everything(model: keras.Model) -> None:
-    model.trainable = True
 
 
 def train_head(model: keras.Model) -> None:

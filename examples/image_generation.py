@@ -37,7 +37,15 @@ import assets
 import diffusion
 import numpy as np
 import tensorflow as tf
-from comparing import Measure, Method, Plain, Study, comparison_options, report
+from comparing import (
+    Measure,
+    Method,
+    Plain,
+    Study,
+    comparison_options,
+    report,
+    train_everything,
+)
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
@@ -181,10 +189,6 @@ def pretrained(effort: Effort, progress: Progress) -> Models:
 
 def adapt(model: keras.Model) -> None:
     kl.apply_lora(model, CONFIG, name="bag")
-
-
-def train_everything(model: keras.Model) -> None:
-    model.trainable = True
 
 
 def train_head(model: keras.Model) -> None:

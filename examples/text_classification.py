@@ -35,7 +35,16 @@ from pathlib import Path
 
 import assets
 import numpy as np
-from comparing import Measure, Method, Plain, Study, add_options, compare, sweep
+from comparing import (
+    Measure,
+    Method,
+    Plain,
+    Study,
+    add_options,
+    compare,
+    sweep,
+    train_everything,
+)
 from minilm import CONFIG, Data, classifier, preprocessor, tokenise
 from rich.console import Console
 from rich.progress import Progress
@@ -63,10 +72,6 @@ SERVER = Path(__file__).with_name("run_saved_model.py")
 
 def adapt(model: keras.Model) -> None:
     kl.apply_lora(model, CONFIG)
-
-
-def train_everything(model: keras.Model) -> None:
-    model.trainable = True
 
 
 def train_head(model: keras.Model) -> None:

@@ -36,7 +36,15 @@ from pathlib import Path
 
 import assets
 import numpy as np
-from comparing import Measure, Method, Plain, Study, comparison_options, report
+from comparing import (
+    Measure,
+    Method,
+    Plain,
+    Study,
+    comparison_options,
+    report,
+    train_everything,
+)
 from rich.console import Console
 from rich.progress import Progress
 from training import (
@@ -150,10 +158,6 @@ def pretrained_copy(weights: Path) -> keras.Model:
 
 def adapt(model: keras.Model) -> None:
     kl.apply_lora(model, CONFIG)
-
-
-def train_everything(model: keras.Model) -> None:
-    model.trainable = True
 
 
 def train_head(model: keras.Model) -> None:

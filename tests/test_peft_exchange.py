@@ -19,6 +19,7 @@ from support.peft_models import (
     KERAS_OPTIONS,
     TOLERANCE,
     assert_agree,
+    check_back,
     difference,
     every_architecture,
     hub_model,
@@ -55,12 +56,7 @@ def test_an_adapter_of_peft_computes_the_same_in_keras_and_comes_back_bit_for_bi
     # Under the prefix that it came with, unless transformers 5 has renamed the modules.
     given = CASES[name].prefix(theirs.get_base_model()) if name == "dinov2" else None
     kl.save_peft_adapter(backbone, tmp_path / "back", prefix=given)
-    back, expected = tensors(tmp_path / "back"), tensors(tmp_path / "peft")
-    assert back.keys() == expected.keys()
-    for key, value in expected.items():
-        np.testing.assert_array_equal(back[key], value, strict=True)
-    again = peft.PeftModel.from_pretrained(hub_model(base), tmp_path / "back").eval()
-    assert_agree(name, backbone, again)
+    check_back(name, backbone, base, tmp_path / "back", tensors(tmp_path / "peft"))
 
 
 @every_architecture

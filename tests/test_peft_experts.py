@@ -8,12 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 from support.cases import randomize
 from support.peft_models import (
     assert_agree,
+    check_back,
     difference,
     hub_model,
     keras_model,
@@ -77,12 +77,7 @@ def test_experts_of_peft_compute_the_same_in_keras_and_come_back_bit_for_bit(
     kl.load_peft_adapter(model, tmp_path / "peft")
     assert_agree(name, model, theirs)
     kl.save_peft_adapter(model, tmp_path / "back")
-    back, expected = tensors(tmp_path / "back"), tensors(tmp_path / "peft")
-    assert back.keys() == expected.keys()
-    for key, value in expected.items():
-        np.testing.assert_array_equal(back[key], value, strict=True)
-    again = peft.PeftModel.from_pretrained(hub_model(base), tmp_path / "back").eval()
-    assert_agree(name, model, again)
+    check_back(name, model, base, tmp_path / "back", tensors(tmp_path / "peft"))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from support.banks import banks, brought_back, randomize
 from support.cases import numpy_of
 
 import keras_lora as kl
@@ -44,19 +45,6 @@ def made(name: str) -> keras.Model:
 
 def inputs(name: str) -> np.ndarray:
     return np.random.default_rng(5).normal(size=(2, *CASES[name][0])).astype("float32")
-
-
-def banks(model: keras.Model) -> Iterator[AdapterBank]:
-    for layer in kl.lora_layers(model).values():
-        yield from layer.banks.values()
-
-
-def randomize(model: keras.Model) -> None:
-    rng = np.random.default_rng(11)
-    for bank in banks(model):
-        for adapter in bank.adapters.values():
-            for factor in adapter.factors:
-                factor.assign(rng.normal(scale=0.4, size=factor.shape))
 
 
 def adapted(name: str, **options: Any) -> keras.Model:
@@ -196,15 +184,7 @@ def test_cells_of_others_compute_as_ever() -> None:
 def test_files_bring_an_adapter_back(options: dict[str, Any], tmp_path: Path) -> None:
     name = "Bidirectional"
     model, x = adapted(name, **options), inputs(name)
-    expected = numpy_of(model(x))
-    kl.save_adapter(model, tmp_path / "adapter")
-    loaded = made(name)
-    kl.load_adapter(loaded, tmp_path / "adapter")
-    np.testing.assert_array_equal(numpy_of(loaded(x)), expected)
-    model.save_weights(tmp_path / "m.weights.h5")
-    randomize(loaded)
-    loaded.load_weights(tmp_path / "m.weights.h5")
-    np.testing.assert_array_equal(numpy_of(loaded(x)), expected)
+    expected, loaded = numpy_of(model(x)), brought_back(model, lambda: made(name), x, tmp_path)
     kl.set_adapter(loaded, None)
     np.testing.assert_allclose(numpy_of(loaded(x)), numpy_of(made(name)(x)), rtol=1e-4, atol=1e-7)
     kl.merge_lora(model).save(tmp_path / "m.keras")

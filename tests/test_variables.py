@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from support.banks import banks, brought_back, randomize
 from support.cases import numpy_of
 from support.variables import (
     ALPHA,
@@ -15,11 +16,9 @@ from support.variables import (
     OWN,
     RANK,
     adapted,
-    banks,
     delta,
     inputs,
     made,
-    randomize,
     reference,
 )
 
@@ -125,15 +124,7 @@ def test_low_precision(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", ["own", "mixtral"])
 def test_files_bring_an_adapter_back(name: str, tmp_path: Path) -> None:
     model, x = adapted(name), inputs()
-    expected = numpy_of(model(x))
-    kl.save_adapter(model, tmp_path / "adapter")
-    loaded = made(name)
-    kl.load_adapter(loaded, tmp_path / "adapter")
-    np.testing.assert_array_equal(numpy_of(loaded(x)), expected)
-    model.save_weights(tmp_path / "m.weights.h5")
-    randomize(loaded)
-    loaded.load_weights(tmp_path / "m.weights.h5")
-    np.testing.assert_array_equal(numpy_of(loaded(x)), expected)
+    brought_back(model, lambda: made(name), x, tmp_path)
     with pytest.raises(ValueError, match="adapters that no `.keras` file"):
         model.save(tmp_path / "m.keras")
 

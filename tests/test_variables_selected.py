@@ -10,8 +10,9 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from support.banks import banks, randomize
 from support.cases import numpy_of
-from support.variables import DIM, RANK, STEPS, adapted, banks, inputs, made, randomize
+from support.variables import DIM, RANK, STEPS, adapted, inputs, made
 
 import keras_lora as kl
 

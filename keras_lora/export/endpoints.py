@@ -16,8 +16,9 @@ import keras
 import tensorflow as tf
 from tensorflow.python.saved_model import save_context
 
-from keras_lora.export.resources import below, unique, used_resources
+from keras_lora.export.resources import below, used_resources
 from keras_lora.export.signatures import input_specs, output_names
+from keras_lora.inject import unique
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_lora.inject import unique
 from keras_lora.layers import LoRALayer
 from keras_lora.walker import Layer, all_layers
 
@@ -29,11 +30,6 @@ def used_resources(model: keras.Model, traces: Sequence[Any]) -> list[Any]:
         return []
     found = unique(r for layer in all_layers(model) for r in _resources(layer))
     return [resource for resource in found if id(resource.resource_handle) in used]
-
-
-def unique(objects: Iterable[Any]) -> list[Any]:
-    """Each object once."""
-    return list({id(item): item for item in objects}.values())
 
 
 def _resources(layer: Layer) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 
@@ -24,6 +24,8 @@ from keras_lora.walker import (
     select_targets,
     token_targets,
 )
+
+_Object = TypeVar("_Object")
 
 
 @dataclass(frozen=True)
@@ -174,8 +176,9 @@ def _check_kinds(layers: Sequence[PlannedLayer]) -> None:
         )
 
 
-def unique(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
-    return list({id(v): v for v in variables}.values())
+def unique(objects: Iterable[_Object]) -> list[_Object]:
+    """Each object once."""
+    return list({id(item): item for item in objects}.values())
 
 
 def check_name_is_new(tree: Tree, name: str) -> None:

@@ -19,8 +19,10 @@ def check_adaptable(layer: keras.layers.Layer) -> None:
     """
     name = layer.path or layer.name
     for kind in kinds_of(type(layer)).values():
-        constraint = None if kind.constraint is None else getattr(layer, kind.constraint)
-        if kind.constraint is not None and constraint is not None:
+        if kind.constraint is None:
+            continue  # `check_bare` asks the variable
+        constraint = getattr(layer, kind.constraint)
+        if constraint is not None:
             raise ValueError(
                 f"Layer '{name}': expected no {kind.constraint.replace('_', ' ')}, since a "
                 "constraint on W0 does not hold for W0 + AB. Received: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,18 @@ def assert_agree(name: str, backbone: keras.Model, model: Any) -> None:
 
 def tensors(directory: Path) -> dict[str, Any]:
     return load_file(directory / "adapter_model.safetensors")
+
+
+def check_back(
+    name: str, model: keras.Model, base: Path, back: Path, expected: Mapping[str, Any]
+) -> None:
+    """An adapter that Keras has saved has these tensors bit for bit, and PEFT computes as Keras."""
+    found = tensors(back)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value, strict=True)
+    again = peft.PeftModel.from_pretrained(hub_model(base), back).eval()
+    assert_agree(name, model, again)
 
 
 def wrapped(base: Path, **options: Any) -> Any:

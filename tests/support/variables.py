@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -13,6 +13,7 @@ from keras import ops
 
 import keras_lora as kl
 from keras_lora.layers import AdapterBank
+from support.banks import banks, randomize
 from support.cases import numpy_of
 
 RANK, ALPHA = 2, 3
@@ -109,18 +110,6 @@ def made(name: str, **options: Any) -> keras.Model:
 
 def inputs() -> np.ndarray:
     return np.random.default_rng(5).normal(size=(2, STEPS, DIM)).astype("float32")
-
-
-def banks(model: keras.Model) -> Iterator[AdapterBank]:
-    for layer in kl.lora_layers(model).values():
-        yield from (bank for bank in layer.banks.values() if bank.adapters)
-
-
-def randomize(model: keras.Model) -> None:
-    rng = np.random.default_rng(11)
-    for bank in banks(model):
-        for factor in bank.adapters["default"].factors:
-            factor.assign(rng.normal(scale=0.4, size=factor.shape))
 
 
 def adapted(name: str, base: keras.Model | None = None, **options: Any) -> keras.Model:

@@ -41,10 +41,7 @@ def refused_embeddings(model: keras.Model, weights: HuggingFaceWeights) -> dict[
     from backbones of this class, the backbone is treated as a language model, whose head would use
     the adapter. An encoder, from which KerasHub makes only a `MaskedLM`, is not.
     """
-    embeddings = {
-        n.path: n.layer for n in walk(model) if isinstance(n.layer, keras.layers.Embedding)
-    }
-    shared = shared_embeddings(model, weights)
+    embeddings, shared = _embeddings(model), shared_embeddings(model, weights)
     if not _is_language_model(model):
         return shared
     reversible = keras.layers.ReversibleEmbedding
@@ -59,8 +56,11 @@ def shared_embeddings(model: keras.Model, weights: HuggingFaceWeights) -> dict[s
 
     PEFT replaces rows in the head too where the weights are tied, as Keras does.
     """
-    embeddings = [n.path for n in walk(model) if isinstance(n.layer, keras.layers.Embedding)]
-    return dict.fromkeys(_shared(weights, embeddings), _SHARED)
+    return dict.fromkeys(_shared(weights, _embeddings(model)), _SHARED)
+
+
+def _embeddings(model: keras.Model) -> dict[str, keras.layers.Embedding]:
+    return {n.path: n.layer for n in walk(model) if isinstance(n.layer, keras.layers.Embedding)}
 
 
 def _shared(weights: HuggingFaceWeights, paths: Iterable[str]) -> list[str]:

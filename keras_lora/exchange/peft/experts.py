@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from keras_lora.config import AdapterSpec
 from keras_lora.exchange.converters import HuggingFaceWeights
 from keras_lora.exchange.converters.tensors import Array
-from keras_lora.exchange.peft.factors import Factors, alpha_of
+from keras_lora.exchange.peft.factors import Factors, alpha_of, joined_factors
 from keras_lora.exchange.peft_files import PeftModule
 from keras_lora.exchange.problems import Problems
 from keras_lora.layers import AdapterBank, LayerAdapter
@@ -86,7 +86,7 @@ def expert_modules(
         elif bank.adapters[name].spec.use_dora:
             problems.add(f"{path}: DoRA, which PEFT does not have for a parameter")
     return {
-        key: _stacked(_parts(targets, banks, name))
+        key: _joined(_parts(targets, banks, name))
         for key, targets in parameters.items()
         if any(target.path in banks for target in targets)
     }
@@ -103,31 +103,21 @@ def _rows(targets: Sequence[Target]) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _stacked(parts: Sequence[_Part]) -> PeftModule:
+def _joined(parts: Sequence[_Part]) -> PeftModule:
     """The parameter's module, from its banks, without any loss."""
+    outputs = parts[-1].rows.stop
     found = [(part.adapter, part.rows) for part in parts if part.adapter is not None]
-    (first, _), *others = found
-    spec = first.acting_spec
-    shared = len(found) == len(parts) and all(
-        adapter.acting_spec == spec and np.array_equal(adapter.a, first.a) for adapter, _ in others
-    )
-    a = np.concatenate([np.array(x.a) for x, _ in found[: 1 if shared else None]], 2)
-    b = np.zeros((len(a), a.shape[2], parts[-1].rows.stop), "float32")
-    start = 0
-    for adapter, rows in found:
-        scale, rank = adapter.acting_spec.scaling / spec.scaling, adapter.acting_spec.rank
-        b[:, start : start + rank, rows] = np.float32(scale) * np.array(adapter.b)
-        start += 0 if shared else rank
-    rank = a.shape[2]
-    alpha = spec.alpha if rank == spec.rank else alpha_of(spec.scaling, rank, spec.use_rslora)
-    return PeftModule(
-        a=np.ascontiguousarray(a.transpose(0, 2, 1)),
-        b=np.ascontiguousarray(b.transpose(0, 2, 1)),
-        rank=rank,
-        alpha=alpha,
-        use_rslora=spec.use_rslora,
-        experts=True,
-    )
+    specs = [adapter.acting_spec for adapter, _ in found]
+    module = joined_factors(specs, [_widened(adapter, rows, outputs) for adapter, rows in found])
+    return replace(module, experts=True)
+
+
+def _widened(adapter: LayerAdapter, rows: slice, outputs: int) -> tuple[Array, Array]:
+    """`a` `(experts, r, in)` and `b` `(experts, out, r)` of the whole parameter."""
+    a, narrow = (np.array(x).transpose(0, 2, 1) for x in (adapter.a, adapter.b))
+    b = np.zeros((len(a), outputs, a.shape[1]), "float32")
+    b[:, rows] = narrow
+    return np.ascontiguousarray(a), b
 
 
 def split_experts(

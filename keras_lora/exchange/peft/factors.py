@@ -61,18 +61,27 @@ def joined(parts: Sequence[KernelPart]) -> PeftModule:
 
     The rank is that of one kernel where all share `A`, and otherwise the sum of all ranks.
     """
-    wide = [part.widened() for part in parts]
-    (first, *others), (a, _) = parts, wide[0]
-    same = [part.spec == first.spec for part in others]
-    if all(same) and all(np.array_equal(a, other) for other, _ in wide[1:]):
-        b = np.sum(
-            [b for _, b in wide], 0, "float32"
-        )  # the rows are disjoint, so nothing is rounded
-        return _module(a, b, first.spec.alpha, first)
-    scales = [np.float32(part.spec.scaling / first.spec.scaling) for part in parts]
-    b = np.concatenate([scale * b for scale, (_, b) in zip(scales, wide, strict=True)], 1)
-    a = np.concatenate([a for a, _ in wide])
-    return _module(a, b, alpha_of(first.spec.scaling, len(a), first.spec.use_rslora), first)
+    module = joined_factors([part.spec for part in parts], [part.widened() for part in parts])
+    return replace(module, embedding=parts[0].is_embedding)
+
+
+def joined_factors(specs: Sequence[AdapterSpec], wide: Sequence[tuple[Array, Array]]) -> PeftModule:
+    """One pair of factors from several, of disjoint rows of one matrix or of many matrices.
+
+    Args:
+        specs: The spec of each.
+        wide: `a` `(..., r, in)` and `b` `(..., out, r)` of the whole matrix, for each.
+    """
+    first, (a, b) = specs[0], wide[0]
+    if all(s == first for s in specs) and all(np.array_equal(a, other) for other, _ in wide):
+        # The rows are disjoint, so nothing is rounded.
+        b, alpha = np.sum([b for _, b in wide], 0, "float32"), first.alpha
+    else:
+        scales = [np.float32(spec.scaling / first.scaling) for spec in specs]
+        b = np.concatenate([scale * b for scale, (_, b) in zip(scales, wide, strict=True)], -1)
+        a = np.concatenate([a for a, _ in wide], -2)
+        alpha = alpha_of(first.scaling, a.shape[-2], first.use_rslora)
+    return PeftModule(a=a, b=b, rank=a.shape[-2], alpha=alpha, use_rslora=first.use_rslora)
 
 
 def alpha_of(scale: float, rank: int, use_rslora: bool) -> float:
@@ -105,11 +114,6 @@ def _are_whole(blocks: Sequence[Block]) -> bool:
     out, inputs = blocks[0].shape
     rows = np.unique(np.concatenate([block.rows for block in blocks]))
     return len(rows) == out and all(len(block.columns) == inputs for block in blocks)
-
-
-def _module(a: Array, b: Array, alpha: float, part: KernelPart) -> PeftModule:
-    rslora, embedding = part.spec.use_rslora, part.is_embedding
-    return PeftModule(a=a, b=b, rank=len(a), alpha=alpha, use_rslora=rslora, embedding=embedding)
 
 
 def split_modules(

@@ -51,7 +51,7 @@ from keras_lora.layers import (
     output_norms,
     site_of,
 )
-from keras_lora.walker import Tree, backbone_of, walk
+from keras_lora.walker import Target, Tree, backbone_of, walk
 
 _MODULES = ("linear", "embedding")
 
@@ -128,12 +128,12 @@ def save_peft_adapter(
         banks = _banks_of(tree, name)
         weights = hugging_face_weights(model, transformers_config, model_type=model_type)
         slices = find_slices(model, weights, heads or {})
-        modules, saved, tokens = _hugging_face_values(tree, name, banks, weights, slices)
-        parameters = expert_parameters(tree, weights).keys()
+        parameters = expert_parameters(tree, weights)
+        modules, saved, tokens = _values(tree, name, banks, weights, slices, parameters=parameters)
     names = hugging_face_names(model, weights.model_type, prefix, _came_with(banks, name))
     inside = _in_backbone(model, weights, slices)
     all_modules = [*module_names(weights), *parameters]
-    full = _full_names(names, [*all_modules, *saved], inside | parameters)
+    full = _full_names(names, [*all_modules, *saved], inside | parameters.keys())
     _warn_of_names(names, [full[key] for key in modules if key in inside])
     write_peft_adapter(
         directory,
@@ -180,12 +180,14 @@ def _layers(tree: Tree, banks: Mapping[str, AdapterBank]) -> dict[str, LoRALayer
     return {p: layers[p] for p, bank in banks.items() if bank.site.kind.family in _MODULES}
 
 
-def _hugging_face_values(
+def _values(
     tree: Tree,
     name: str,
     banks: Mapping[str, AdapterBank],
     weights: HuggingFaceWeights,
     slices: ParameterSlices,
+    *,
+    parameters: Mapping[str, Sequence[Target]],
 ) -> tuple[dict[str, PeftModule], dict[str, Array], dict[str, PeftTokens]]:
     """The modules, the parameters and the rows of an adapter, under the names of the converter.
 
@@ -199,7 +201,7 @@ def _hugging_face_values(
     saved = gather(values_beside(tree, name), slices, problems)
     modules = _with_magnitudes(model, adapters, modules, weights, problems)
     tokens = gathered_tokens(model, adapters, weights, problems)
-    experts = expert_modules(expert_parameters(tree, weights), banks, name, problems)
+    experts = expert_modules(parameters, banks, name, problems)
     if experts and any(module.magnitude is not None for module in modules.values()):
         problems.add("experts beside DoRA, which PEFT has for all of an adapter or for nothing")
     problems.raise_any(lambda received: _not_in_base(weights.model_type, received))

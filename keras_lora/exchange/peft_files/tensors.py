@@ -95,8 +95,10 @@ class PeftModule:
     @property
     def kind(self) -> str:
         """`"linear"`, `"embedding"`, `"convolution"` or `"experts"`."""
-        if self.embedding or self.experts:
-            return "embedding" if self.embedding else "experts"
+        if self.embedding:
+            return "embedding"
+        if self.experts:
+            return "experts"
         return "linear" if self.a.ndim == 2 else "convolution"
 
 
