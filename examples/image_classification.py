@@ -58,7 +58,10 @@ def network() -> keras.Model:
     """The convolutional part of the classifier of dogs, for images of our size."""
     dogs = keras.models.load_model(assets.mobilenet(), compile=False)
     (convolutions,) = (layer for layer in dogs.layers if isinstance(layer, keras.Model))
-    convolutions.trainable = True  # Some were frozen when the dogs were learned.
+    # Some were frozen when the dogs were learned. On TensorFlow a model that is trainable itself
+    # does not pass on that it is to be.
+    for layer in convolutions.layers:
+        layer.trainable = True
     smaller = keras.models.clone_model(convolutions, input_tensors=keras.Input((SIDE, SIDE, 3)))
     smaller.set_weights(convolutions.get_weights())
     return smaller

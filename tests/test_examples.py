@@ -62,6 +62,9 @@ def test_image_classification(files: Path, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "DepthwiseConv2D" in printed
     assert "│ head only" in printed
+    network = image_classification.network()
+    statistics = [v for v in network.weights if v.name.startswith("moving_")]
+    assert len(network.trainable_variables) == len(network.weights) - len(statistics) == 6
 
 
 def test_image_generation(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
