@@ -47,6 +47,7 @@ from keras_lora.layers import (
     LoRASimpleRNNCell,
     register_lora_class,
 )
+from keras_lora.ranks import RankReport, ShrinkReport, rank_report, shrink_adapter
 from keras_lora.rates import LoRAPlus, set_rates
 from keras_lora.summary import LoRASummary, lora_summary, print_trainable_parameters
 from keras_lora.training.checkpoint import AdapterCheckpoint
@@ -88,7 +89,9 @@ __all__ = [
     "LoRASeparableConv2D",
     "LoRASimpleRNNCell",
     "LoRASummary",
+    "RankReport",
     "RuntimeReport",
+    "ShrinkReport",
     "Target",
     "__version__",
     "add_adapter_to_saved_model",
@@ -109,6 +112,7 @@ __all__ = [
     "merge_lora",
     "merged",
     "print_trainable_parameters",
+    "rank_report",
     "read_adapter_config",
     "read_adapter_files",
     "register_lora_class",
@@ -118,6 +122,7 @@ __all__ = [
     "scale_adapter",
     "set_adapter",
     "set_rates",
+    "shrink_adapter",
     "unload_lora",
     "use_adapter",
 ]

@@ -17,7 +17,8 @@ from keras_lora.exchange.peft_files import PeftModule, read_peft_adapter
 from keras_lora.files.keys import owned_by, stable_banks
 from keras_lora.files.ordinary import as_ordinary
 from keras_lora.files.saving import adapter_tensors
-from keras_lora.lowrank.combining import Array, WeightedFactors
+from keras_lora.lowrank.combining import WeightedFactors
+from keras_lora.lowrank.decomposing import Array
 from keras_lora.walker import Tree
 from keras_lora_cli.paths import ADAPTER_CONFIG_FILE, ADAPTERS, Kind, check_kind, read_json
 

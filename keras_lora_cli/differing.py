@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_lora.checks import invalid, is_finite
-from keras_lora.lowrank.combining import Array, WeightedFactors
+from keras_lora.lowrank.combining import WeightedFactors
+from keras_lora.lowrank.decomposing import Array
 from keras_lora.lowrank.distances import Distance, array_distance, delta_distance
 from keras_lora_cli.adapters import Adapter, Layer, PeftOptions, adapter_of, load_into, read_adapter
 from keras_lora_cli.bases import Base, load_base

@@ -20,7 +20,8 @@ from support.combinations import (
     options,
 )
 
-from keras_lora.lowrank.combining import METHODS, WeightedFactors, combine, truncate
+from keras_lora.lowrank.combining import METHODS, WeightedFactors, combine
+from keras_lora.lowrank.decomposing import truncate
 
 
 @pytest.mark.parametrize("shared", [1, 2])

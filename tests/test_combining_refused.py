@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from support.combinations import PRUNED, D, K, make_terms, options
 
-from keras_lora.lowrank.combining import METHODS, Combination, WeightedFactors, combine, truncate
+from keras_lora.lowrank.combining import METHODS, Combination, WeightedFactors, combine
+from keras_lora.lowrank.decomposing import truncate
 
 INVALID_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"method": "mean"}, "method"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from keras_lora.lowrank.combining import Array, WeightedFactors
+from keras_lora.lowrank.combining import WeightedFactors
+from keras_lora.lowrank.decomposing import Array
 from keras_lora.lowrank.distances import array_distance, delta_distance
 
 D, K = 11, 13

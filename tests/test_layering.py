@@ -22,6 +22,7 @@ FLOORS = [
     {"distribution", "rates"},
     {"inject"},
     {"adapters", "combining", "files", "summary"},
+    {"ranks"},
     {"exchange", "training"},
     {"export"},
     {""},  # the public names: `keras_lora/__init__.py`

@@ -11,7 +11,6 @@ References:
     Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", section 4.
     Yu et al. 2023, "Language Models are Super Mario: Absorbing Abilities from Homologous
     Models as a Free Lunch" (DARE), section 3.
-    Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
 """
 
 from __future__ import annotations
@@ -20,14 +19,11 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from keras_lora.checks import check_rank, invalid
-
-Array = npt.NDArray[Any]
+from keras_lora.lowrank.decomposing import Array, checked_factors, truncate
 
 METHODS = ("cat", "svd", "linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 MAJORITY_SIGNS = ("total", "frequency")
@@ -63,7 +59,7 @@ class WeightedFactors:
     def __post_init__(self) -> None:
         if not math.isfinite(self.coefficient):
             raise invalid("coefficient", "a finite number", self.coefficient)
-        for name, factor in zip("ab", _checked(self.a, self.b), strict=True):
+        for name, factor in zip("ab", checked_factors(self.a, self.b), strict=True):
             object.__setattr__(self, name, factor)
 
     @property
@@ -130,74 +126,6 @@ class Combination:
         elif not _is(numbers.Real, self.density) or not 0 < (self.density or 0) <= 1:
             expected = f"a number in (0, 1] for method={self.method!r}"
             raise invalid("density", expected, self.density, "try density=0.5")
-
-
-class Truncation(NamedTuple):
-    """The factors that `truncate` returns, and the singular values before truncation.
-
-    Attributes:
-        a: `A'`, of shape `(shared, d, rank)`.
-        b: `B'`, of shape `(shared, rank, k)`.
-        singular_values: The singular values of `A B`, of shape `(shared, n)`, the largest first.
-
-    Example:
-
-    >>> Truncation(np.ones((1, 2, 1)), np.ones((1, 1, 2)), np.array([[4.0, 3.0]])).relative_error
-    0.6
-    """
-
-    a: Array
-    b: Array
-    singular_values: Array
-
-    @property
-    def relative_error(self) -> float:
-        """`|A B - A' B'| / |A B|` in the Frobenius norm, over all shared indices; 0 for 0/0."""
-        whole = np.linalg.norm(self.singular_values)
-        left_out = np.linalg.norm(self.singular_values[:, self.a.shape[-1] :])
-        return float(left_out / whole) if whole else 0.0
-
-
-def truncate(a: Array, b: Array, rank: int) -> Truncation:
-    """The best approximation of `A B` whose rank is `rank` at most (Eckart-Young).
-
-        A = Q_a R_a     B^T = Q_b R_b     R_a R_b^T = U S V^T
-        A' = Q_a U_r sqrt(S_r)            B' = sqrt(S_r) V_r^T Q_b^T
-
-    The `(d, k)` product is never formed, and both new factors have the same norm. If `d`, `k` or
-    the rank of the given factors is less than `rank`, the new factors have that lower rank.
-
-    Args:
-        a: `A`, of shape `(shared, d, r)`.
-        b: `B`, of shape `(shared, r, k)`.
-        rank: The highest rank of the result, for each shared index.
-
-    Returns:
-        The new factors in float64, with the singular values.
-
-    Raises:
-        ValueError: shapes other than these, values that are not finite, or a rank that is no
-            positive integer.
-
-    Reference:
-        Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
-
-    Example:
-
-    >>> a, b = np.diag([4.0, 3.0])[None], np.eye(2)[None]
-    >>> cut = truncate(a, b, rank=1)
-    >>> (cut.a @ cut.b).round(6).tolist(), round(cut.relative_error, 6)
-    ([[[4.0, 0.0], [0.0, 0.0]]], 0.6)
-    """
-    check_rank(rank)
-    a, b = _checked(a, b)
-    q_a, r_a = np.linalg.qr(a)  # (shared, d, m), (shared, m, r)
-    q_b, r_b = np.linalg.qr(b.mT)  # (shared, k, n), (shared, n, r)
-    u, s, vt = np.linalg.svd(r_a @ r_b.mT, full_matrices=False)
-    # Where adapters cancel each other, only rounding errors are left, which count as zero.
-    s[s <= _rounding(r_a, r_b)] = 0
-    root = np.sqrt(s[:, None, :rank])  # (shared, 1, rank)
-    return Truncation(q_a @ (u[..., :rank] * root), (q_b @ (vt.mT[..., :rank] * root)).mT, s)
 
 
 def combine(terms: Sequence[WeightedFactors], options: Combination) -> tuple[Array, Array]:
@@ -284,25 +212,6 @@ def _trimmed(x: Array, density: float) -> Array:
     kept = np.zeros(sizes.shape, bool)
     np.put_along_axis(kept, largest, True, axis=1)
     return x * kept.reshape(x.shape)
-
-
-def _rounding(r_a: Array, r_b: Array) -> Array:
-    """The size of the rounding error of `R_a R_b^T`, of shape `(shared, 1)`."""
-    norm_a, norm_b = (np.linalg.norm(r, axis=(1, 2)) for r in (r_a, r_b))
-    return (np.finfo(np.float64).eps * norm_a * norm_b)[:, None]
-
-
-def _checked(a: Array, b: Array) -> tuple[Array, Array]:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.ndim != 3 or b.ndim != 3 or (a.shape[0], a.shape[2]) != b.shape[:2]:
-        expected = "`a` of shape (shared, d, r) and `b` of shape (shared, r, k)"
-        fix = "for an ordinary Dense add the shared axis: a[None], b[None]"
-        raise invalid("factors", expected, (a.shape, b.shape), fix)
-    wrong = sum(int((~np.isfinite(x)).sum()) for x in (a, b))
-    if wrong:
-        received = f"{wrong} values that are NaN or infinite"
-        raise invalid("factors", "finite values", received, "train or load this adapter again")
-    return a, b
 
 
 def _check_terms(terms: Sequence[WeightedFactors], method: str) -> None:

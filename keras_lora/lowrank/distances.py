@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from keras_lora.checks import invalid
-from keras_lora.lowrank.combining import Array, WeightedFactors
+from keras_lora.lowrank.combining import WeightedFactors
+from keras_lora.lowrank.decomposing import Array
 
 
 @dataclass(frozen=True)

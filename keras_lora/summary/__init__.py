@@ -7,13 +7,17 @@ from keras_lora.summary.cost import (
     print_trainable_parameters,
     shown_bytes,
 )
+from keras_lora.summary.paths import PathCell, joined, template
 from keras_lora.summary.table import SummaryRow
 
 __all__ = [
     "Cost",
     "LoRASummary",
+    "PathCell",
     "SummaryRow",
+    "joined",
     "lora_summary",
     "print_trainable_parameters",
     "shown_bytes",
+    "template",
 ]

@@ -36,7 +36,7 @@ from keras_lora.inject import (
     turn,
 )
 from keras_lora.layers import DEFAULT_ADAPTER, Adapter, LayerAdapter, family_of, site_of
-from keras_lora.lowrank.combining import truncate
+from keras_lora.lowrank.decomposing import truncate
 from keras_lora.lowrank.equations import Shape
 from keras_lora.lowrank.per_axis import Pair, from_per_axis, to_per_axis
 from keras_lora.walker import Node, Tree, backbone_of

@@ -1,0 +1,13 @@
+"""The ranks that adapters need: what they have learned, and adapters of a lower rank."""
+
+from keras_lora.ranks.report import RankReport, RankRow, rank_report
+from keras_lora.ranks.shrinking import ShrinkReport, ShrunkRow, shrink_adapter
+
+__all__ = [
+    "RankReport",
+    "RankRow",
+    "ShrinkReport",
+    "ShrunkRow",
+    "rank_report",
+    "shrink_adapter",
+]
