@@ -47,7 +47,13 @@ from keras_lora.layers import (
     LoRASimpleRNNCell,
     register_lora_class,
 )
-from keras_lora.ranks import RankReport, ShrinkReport, rank_report, shrink_adapter
+from keras_lora.ranks import (
+    RankReport,
+    ShrinkReport,
+    allocate_ranks,
+    rank_report,
+    shrink_adapter,
+)
 from keras_lora.rates import LoRAPlus, set_rates
 from keras_lora.summary import LoRASummary, lora_summary, print_trainable_parameters
 from keras_lora.training.checkpoint import AdapterCheckpoint
@@ -95,6 +101,7 @@ __all__ = [
     "Target",
     "__version__",
     "add_adapter_to_saved_model",
+    "allocate_ranks",
     "apply_lora",
     "check_saved_model",
     "combine_adapters",

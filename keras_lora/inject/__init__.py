@@ -6,8 +6,17 @@ from keras_lora.inject.compiled import changing
 from keras_lora.inject.freezing import original_flag, thawed_by_others
 from keras_lora.inject.keras_savers import guard_keras_savers
 from keras_lora.inject.leaving import leaving
+from keras_lora.inject.measuring import Measured, check_data, measured
 from keras_lora.inject.merge import merge_lora, merged, unload, unload_lora
-from keras_lora.inject.plan import Plan, PlannedLayer, plan_factors, plan_layers, plan_of, unique
+from keras_lora.inject.plan import (
+    Plan,
+    PlannedLayer,
+    make_plan,
+    plan_factors,
+    plan_layers,
+    plan_of,
+    unique,
+)
 from keras_lora.inject.replacing import loses_dropout, misfits, replace
 from keras_lora.inject.switching import (
     active_names,
@@ -25,6 +34,7 @@ from keras_lora.inject.turns import CHOOSING, context, turn
 
 __all__ = [
     "CHOOSING",
+    "Measured",
     "Plan",
     "PlannedLayer",
     "active_names",
@@ -33,6 +43,7 @@ __all__ = [
     "apply_lora",
     "changing",
     "check_adapted",
+    "check_data",
     "check_names",
     "check_no_dora",
     "computing_scaled",
@@ -44,6 +55,8 @@ __all__ = [
     "install",
     "leaving",
     "loses_dropout",
+    "make_plan",
+    "measured",
     "merge_lora",
     "merged",
     "misfits",

@@ -15,7 +15,7 @@ from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import changing
 from keras_lora.inject.identity import check_variables
 from keras_lora.inject.keras_hub_writers import guard_keras_hub_writers
-from keras_lora.inject.measuring import check_data, measured
+from keras_lora.inject.measuring import check_data, measured_plan
 from keras_lora.inject.plan import Plan, PlannedLayer, make_plan, warn_of_high_ranks
 from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.switching import (
@@ -118,7 +118,7 @@ def apply_lora(
             plan = make_plan(changed, config, name)
         warn_of_high_ranks(plan)
         warn_of_heads(changed, config.targets, [layer.target for layer in plan.layers])
-        install(changed, plan if measure is None else measured(changed, plan, measure, data))
+        install(changed, plan if measure is None else measured_plan(changed, plan, measure, data))
     return changed.root
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -84,20 +85,48 @@ def _refuse_adapted(tree: Tree, init: str) -> None:
     raise invalid("init", f"a start without data for a model with the adapters {names}", init, fix)
 
 
-def measured(tree: Tree, plan: Plan, measure: Measure, data: Any) -> Plan:
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on a layer: directions of its inputs `X`, or the gradient `G` of `W0`.
+
+    Attributes:
+        values: `(shared, n, d)`, vectors with the singular values and right-singular vectors of
+            `X`, the largest ones; or `G`, `(shared, d, k)`.
+        energy: `|X|^2` or `|G|^2`.
+    """
+
+    values: np.ndarray
+    energy: float
+
+
+def measured_plan(tree: Tree, plan: Plan, measure: Measure, data: Any) -> Plan:
     """The plan, with what its start has measured on each layer.
+
+    Raises:
+        ValueError: layers that the data does not reach.
+    """
+    found = measured(tree, plan, measure, data)
+    layers = [dataclasses.replace(x, measured=found[x.target.path].values) for x in plan.layers]
+    return dataclasses.replace(plan, layers=layers)
+
+
+def measured(tree: Tree, plan: Plan, measure: Measure, data: Any) -> dict[str, Measured]:
+    """What is measured on each layer, by path.
 
     Raises:
         ValueError: layers that the data does not reach.
     """
     with _left_as_it_was(tree.root):
         found = (_inputs if measure == "inputs" else _gradients)(tree, plan.layers, data)
-    missing = [x.target.path for x in plan.layers if not np.any(found.get(x.target.path, 0))]
+    missing = [x.target.path for x in plan.layers if not _reached(found.get(x.target.path))]
     if missing:
         received = f"no {'inputs' if measure == 'inputs' else 'gradient'} of {missing}"
         raise invalid("data", "batches that reach each target", received, "exclude these layers")
-    layers = [dataclasses.replace(x, measured=found[x.target.path]) for x in plan.layers]
-    return dataclasses.replace(plan, layers=layers)
+    return found
+
+
+def _reached(found: Measured | None) -> bool:
+    return found is not None and bool(np.any(found.values))
 
 
 def _batches(data: Any) -> Iterable[Any]:
@@ -123,9 +152,9 @@ def _left_as_it_was(model: keras.Model) -> Iterator[None]:
             write(variable, value)
 
 
-def _inputs(tree: Tree, layers: Sequence[PlannedLayer], data: Any) -> dict[str, np.ndarray]:
+def _inputs(tree: Tree, layers: Sequence[PlannedLayer], data: Any) -> dict[str, Measured]:
     """Of each layer, by path, vectors with the right-singular vectors of its inputs."""
-    model, found = tree.root, dict[str, np.ndarray]()
+    model, found = tree.root, dict[str, Measured]()
     preprocess = getattr(model, "preprocess_samples", None)  # of a KerasHub task
     with contextlib.ExitStack() as stack:
         for planned in layers:
@@ -142,15 +171,18 @@ def _first(sample: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _watching(planned: PlannedLayer, found: dict[str, np.ndarray]) -> Iterator[None]:
+def _watching(planned: PlannedLayer, found: dict[str, Measured]) -> Iterator[None]:
     """Within the context the layer's inputs are added to what is found of it."""
     layer, path = planned.target.layer, planned.target.path
     call: Callable[..., Any] = layer.call
 
     def watched(*args: Any, **options: Any) -> Any:
         new = _vectors(planned.target.site, args[0] if args else options["inputs"])
-        every = np.concatenate([found[path], new], 1) if path in found else new
-        found[path] = _directions(every, planned.spec.rank)
+        energy, every = float(np.square(new, dtype="float64").sum()), new
+        if path in found:
+            every = np.concatenate([found[path].values, new], 1)
+            energy += found[path].energy
+        found[path] = Measured(_directions(every, planned.spec.rank), energy)
         return call(*args, **options)
 
     vars(layer)["call"] = watched
@@ -181,7 +213,7 @@ def _directions(x: np.ndarray, rank: int) -> np.ndarray:
     return values[..., None] * v
 
 
-def _gradients(tree: Tree, layers: Sequence[PlannedLayer], data: Any) -> dict[str, np.ndarray]:
+def _gradients(tree: Tree, layers: Sequence[PlannedLayer], data: Any) -> dict[str, Measured]:
     """Of each layer, by path, the sum over the batches of the gradient of `W0`."""
     model, sums = tree.root, _Sums()
     sites = {id(x.target.site.matrix): (x.target.path, x.target.site) for x in layers}
@@ -196,7 +228,8 @@ def _gradients(tree: Tree, layers: Sequence[PlannedLayer], data: Any) -> dict[st
         finally:
             model.optimizer, model.train_function = optimizer, function
     pairs = [(*sites[id(v)], total) for v, total in zip(matrices, sums.of(matrices), strict=True)]
-    return {p: ops.convert_to_numpy(site.split().stacked(total)) for p, site, total in pairs}
+    stacks = {p: ops.convert_to_numpy(site.split().stacked(total)) for p, site, total in pairs}
+    return {p: Measured(x, float(np.square(x, dtype="float64").sum())) for p, x in stacks.items()}
 
 
 class _Sums(keras.optimizers.Optimizer):

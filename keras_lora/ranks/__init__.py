@@ -1,5 +1,6 @@
 """The ranks that adapters need: what they have learned, and adapters of a lower rank."""
 
+from keras_lora.ranks.allocating import allocate_ranks
 from keras_lora.ranks.report import RankReport, RankRow, rank_report
 from keras_lora.ranks.shrinking import ShrinkReport, ShrunkRow, shrink_adapter
 
@@ -8,6 +9,7 @@ __all__ = [
     "RankRow",
     "ShrinkReport",
     "ShrunkRow",
+    "allocate_ranks",
     "rank_report",
     "shrink_adapter",
 ]

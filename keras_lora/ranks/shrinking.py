@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,8 +27,10 @@ from keras_lora.inject import (
     whole_adapters,
 )
 from keras_lora.layers import Adapter, AdapterBank, OwnedValues, all_owned
+from keras_lora.lowrank.budget import Candidate, spend
 from keras_lora.lowrank.decomposing import Decomposition
 from keras_lora.lowrank.equations import scaling
+from keras_lora.ranks.patterns import parameters_of, rank_pattern
 from keras_lora.ranks.report import decomposed, has_factors
 from keras_lora.summary import PathCell
 from keras_lora.walker import Target, Tree, all_targets
@@ -187,7 +188,7 @@ class _Size:
         if self.rank is not None:
             return [min(self.rank, site.highest) for site in sites]
         assert self.parameters is not None
-        return _within(sites, self.parameters)
+        return spend([site.candidate for site in sites], self.parameters, least=1)
 
 
 @dataclass(frozen=True)
@@ -205,31 +206,13 @@ class _Site:
     @property
     def cost(self) -> int:
         """The parameters of each rank."""
-        shared, d, k = self.bank.site.split().stacked_shape(self.bank.site.shape)
-        return shared * (d + k)
+        return parameters_of(self.bank.site, 1)
 
-    def gain(self, rank: int) -> float:
-        """What the direction after the first `rank` adds to `|D|^2`, for each parameter."""
-        return float((self.found.singular_values[:, rank] ** 2).sum()) / self.cost
-
-
-def _within(sites: Sequence[_Site], parameters: int) -> list[int]:
-    """The ranks that keep the most of `|D|^2` with so many parameters, direction by direction."""
-    ranks = [1] * len(sites)
-    left = parameters - sum(site.cost for site in sites)
-    if left < 0:
-        least = parameters - left
-        raise invalid("parameters", f"at least {least}, for rank 1 of each layer", parameters)
-    heap = [(-site.gain(1), i) for i, site in enumerate(sites) if site.highest > 1]
-    heapq.heapify(heap)
-    while heap:
-        _, i = heapq.heappop(heap)
-        site = sites[i]
-        if site.cost <= left:
-            left, ranks[i] = left - site.cost, ranks[i] + 1
-            if ranks[i] < site.highest:
-                heapq.heappush(heap, (-site.gain(ranks[i]), i))
-    return ranks
+    @property
+    def candidate(self) -> Candidate:
+        """What each direction adds to `|D|^2`, for each parameter."""
+        squares = (self.found.singular_values**2).sum(0)
+        return Candidate((squares / self.cost).tolist(), self.cost)
 
 
 def _shrink(tree: Tree, name: str, size: _Size) -> ShrinkReport:
@@ -308,7 +291,7 @@ def _config(config: LoRAConfig | None, specs: Mapping[str, AdapterSpec]) -> LoRA
     """The config of a new adapter of these ranks."""
     if config is None:
         return None
-    ranks = {path: spec.rank for path, spec in specs.items() if spec.rank}
+    ranks = rank_pattern({path: spec.rank for path, spec in specs.items() if spec.rank})
     alphas = {path: specs[path].alpha for path in ranks}
     return dataclasses.replace(config, rank_pattern=ranks, alpha_pattern=alphas)
 
