@@ -50,7 +50,7 @@ def squares_by_hand(model: keras.Model, method: str) -> dict[str, np.ndarray]:
 
 
 def ranks_by_hand(squares: dict[str, np.ndarray], budget: int) -> dict[str, int]:
-    """The first directions of all, sorted, that can be paid; at most four of a layer, and its sides."""
+    """The first directions of all, sorted, that can be paid; at most four of a layer."""
     order = sorted((-s[i], n, i) for n, s in squares.items() for i in range(min(4, *SIDES[n])))
     ranks, closed = dict.fromkeys(squares, 0), set()
     for _, name, index in order:

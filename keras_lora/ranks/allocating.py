@@ -84,12 +84,8 @@ def allocate_ranks(
         assert measure is not None
         found = measured(tree, plan, measure, data)
     sites = {x.target.path: x.target.site for x in plan.layers}
-    worth = _WORTH[method]
     candidates = {
-        path: Candidate(
-            worth(found[path], wide.rank, parameters_of(site, 1)), parameters_of(site, 1)
-        )
-        for path, site in sites.items()
+        path: _candidate(site, found[path], wide.rank, method) for path, site in sites.items()
     }
     if parameters is None:
         parameters = sum(config.rank * candidate.cost for candidate in candidates.values())
