@@ -12,7 +12,7 @@ _EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
 
 
 def fenced(docstring: str) -> str:
-    """A docstring whose examples are blocks of code in Markdown, and whose last headings stand out."""
+    """A docstring in Markdown: its examples are blocks of code, its last headings are bold."""
     titled = re.sub(r"^(Example|References?):", r"**\1**", docstring, flags=re.MULTILINE)
     return _EXAMPLE.sub(lambda example: f"```pycon\n{example[0]}\n```", titled)
 
