@@ -57,6 +57,7 @@ from keras_lora.ranks import (
 from keras_lora.rates import LoRAPlus, set_rates
 from keras_lora.summary import LoRASummary, lora_summary, print_trainable_parameters
 from keras_lora.training.checkpoint import AdapterCheckpoint
+from keras_lora.training.rank_schedule import RankSchedule, RankTrial
 from keras_lora.version import __version__
 from keras_lora.walker import Target, find_targets, lora_layers
 
@@ -96,6 +97,8 @@ __all__ = [
     "LoRASimpleRNNCell",
     "LoRASummary",
     "RankReport",
+    "RankSchedule",
+    "RankTrial",
     "RuntimeReport",
     "ShrinkReport",
     "Target",

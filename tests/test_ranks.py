@@ -217,6 +217,17 @@ def test_an_inactive_adapter_a_factor_and_a_layer_that_learned_nothing() -> None
     assert [row.relative_error for row in report.rows if row.path == "head"] == [0]
 
 
+@pytest.mark.parametrize("kind", ["dense", "embedding"])
+def test_an_adapter_that_learned_nothing_can_still_learn(kind: str) -> None:
+    model = kl.apply_lora(layers(kind), kl.LoRAConfig(rank=5, targets=["layer"]))
+    kl.shrink_adapter(model, "default", rank=2, console=QUIET)
+    adapter = kl.lora_layers(model)["layer"].adapters["default"]
+    learns_from = np.array(adapter.b if kind == "embedding" else adapter.a)
+    assert (np.abs(learns_from).sum(0 if kind == "dense" else 1) > 0).all()
+    _, update = delta(model, kind)
+    assert not update.any()
+
+
 def test_rows_of_tokens_stay_and_an_adapter_of_them_alone_has_no_rank() -> None:
     model = adapted("embedding", train_tokens=[2, 3])
     rows = np.array(kl.lora_layers(model)["layer"].adapters["default"].tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from keras_lora.config import AdapterSpec
 from keras_lora.distribution import strategy_scope
@@ -14,9 +15,13 @@ from keras_lora.layers import AdapterBank, all_owned, layer_adapter
 from keras_lora.walker import Tree
 
 
-def replace(tree: Tree, plan: Plan) -> None:
-    """Put an adapter in the place of the one of its name; `misfits` must have found nothing."""
-    with strategy_scope(tree), moving_moments(tree, known_models(tree)):
+def replace(tree: Tree, plan: Plan, *, keeps_moments: bool = False) -> None:
+    """Put an adapter in the place of the one of its name; `misfits` must have found nothing.
+
+    The moments of optimizers begin anew, unless the adapter is the same without zeros beside it.
+    """
+    moments = nullcontext() if keeps_moments else moving_moments(tree, known_models(tree))
+    with strategy_scope(tree), moments:
         _replace(tree, plan)
 
 

@@ -1,8 +1,9 @@
 """The ranks that adapters need: what they have learned, and adapters of a lower rank."""
 
 from keras_lora.ranks.allocating import allocate_ranks
+from keras_lora.ranks.patterns import parameters_of
 from keras_lora.ranks.report import RankReport, RankRow, rank_report
-from keras_lora.ranks.shrinking import ShrinkReport, ShrunkRow, shrink_adapter
+from keras_lora.ranks.shrinking import ShrinkReport, ShrunkRow, shrink_adapter, take_ranks
 
 __all__ = [
     "RankReport",
@@ -10,6 +11,8 @@ __all__ = [
     "ShrinkReport",
     "ShrunkRow",
     "allocate_ranks",
+    "parameters_of",
     "rank_report",
     "shrink_adapter",
+    "take_ranks",
 ]

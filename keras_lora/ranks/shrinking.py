@@ -26,9 +26,9 @@ from keras_lora.inject import (
     turn,
     whole_adapters,
 )
-from keras_lora.layers import Adapter, AdapterBank, OwnedValues, all_owned
+from keras_lora.layers import Adapter, AdapterBank, LayerAdapter, OwnedValues, all_owned
 from keras_lora.lowrank.budget import Candidate, spend
-from keras_lora.lowrank.decomposing import Decomposition
+from keras_lora.lowrank.decomposing import Array, Decomposition
 from keras_lora.lowrank.equations import scaling
 from keras_lora.ranks.patterns import parameters_of, rank_pattern
 from keras_lora.ranks.report import decomposed, has_factors
@@ -191,7 +191,7 @@ class _Size:
         return spend([site.candidate for site in sites], self.parameters, least=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Site:
     """A matrix that the adapter has factors for, and their decomposition."""
 
@@ -208,6 +208,20 @@ class _Site:
         """The parameters of each rank."""
         return parameters_of(self.bank.site, 1)
 
+    def matrices(self, name: str) -> tuple[Array, Array]:
+        """`A` and `B` of the adapter as ordinary LoRA, as stacks of matrices."""
+        adapter, site = self.bank.ordinary(name), self.bank.site
+        return site.split().matrices(np.array(adapter.a), np.array(adapter.b), site.shape)
+
+    def planned(self, old: LayerAdapter, rank: int, a: Array, b: Array) -> PlannedLayer:
+        """An adapter with these matrices, and all else as in an ordinary one."""
+        site = self.bank.site
+        alpha = old.spec.scaling / scaling(1.0, rank, old.spec.use_rslora)
+        spec = dataclasses.replace(old.spec, rank=rank, alpha=alpha)
+        rows = [np.array(old.tokens)] if old.tokens is not None else []
+        factors = [np.asarray(x, "float32") for x in site.split().factors(a, b, site.shape)]
+        return PlannedLayer(self.target, spec, [*factors, *rows])
+
     @property
     def candidate(self) -> Candidate:
         """What each direction adds to `|D|^2`, for each parameter."""
@@ -216,71 +230,96 @@ class _Site:
 
 
 def _shrink(tree: Tree, name: str, size: _Size) -> ShrinkReport:
-    targets = {target.path: target for target in all_targets(tree)}
-    banks = {path: bank for path, bank in tree.banks_by_path.items() if name in bank.adapters}
-    sites = [
-        _Site(targets[path], bank, decomposed(bank, name))
-        for path, bank in banks.items()
-        if has_factors(bank, name)
-    ]
-    if not sites:
-        raise invalid(
-            "name", "an adapter with factors A and B", name, "it has rows of tokens alone"
-        )
-    ranks = {site.target.path: rank for site, rank in zip(sites, size.ranks(sites), strict=True)}
-    shrunk = {site.target.path: _shrunk(site, name, ranks[site.target.path]) for site in sites}
-    rows = [_row(site, name, ranks[site.target.path]) for site in sites]
-    kept = [_unchanged(targets[p], bank, name) for p, bank in banks.items() if p not in shrunk]
-    _put(tree, name, [*shrunk.values(), *kept])
+    sites = _sites(tree, name)
+    ranks = size.ranks(sites)
+    rows = [_row(site, name, rank) for site, rank in zip(sites, ranks, strict=True)]
+    _put(tree, name, [_shrunk(site, name, r) for site, r in zip(sites, ranks, strict=True)])
     missed = sum((r.relative_error * s.found.norm) ** 2 for r, s in zip(rows, sites, strict=True))
     whole = sum(site.found.norm**2 for site in sites)
     return ShrinkReport(rows, float(np.sqrt(missed / whole)) if whole else 0.0)
 
 
+def take_ranks(model: keras.Model, name: str, ranks: Mapping[str, int]) -> None:
+    """Give an adapter these ranks, with its values and moments; the rest of it must be zero.
+
+    Raises:
+        ValueError: layers on which it is not.
+    """
+    with turn(model, "shrink_adapter") as tree:
+        sites = _sites(tree, name)
+        pairs = [(site, *site.matrices(name), ranks.get(site.target.path, 0)) for site in sites]
+        wrong = [s.target.path for s, a, b, r in pairs if not r or _is_more(a, b, r)]
+        if wrong:
+            expected = f"the adapter that was trained, of the ranks {dict(ranks)}"
+            raise invalid("adapter", expected, f"one of higher ranks on {wrong}")
+        if any(a.shape[-1] != rank for _, a, _, rank in pairs):
+            old = {site: site.bank.ordinary(name) for site in sites}
+            layers = [s.planned(old[s], r, a[..., :r], b[:, :r]) for s, a, b, r in pairs]
+            _put(tree, name, layers, keeps_moments=True)
+
+
+def _is_more(a: Array, b: Array, rank: int) -> bool:
+    """Whether a product has another part than that of its first columns and rows."""
+    return bool((a[..., rank:].any(1) & b[:, rank:].any(2)).any())
+
+
+def _sites(tree: Tree, name: str) -> list[_Site]:
+    targets = {target.path: target for target in all_targets(tree)}
+    banks = {path: bank for path, bank in tree.banks_by_path.items() if has_factors(bank, name)}
+    if not banks:
+        raise invalid(
+            "name", "an adapter with factors A and B", name, "it has rows of tokens alone"
+        )
+    return [_Site(targets[path], bank, decomposed(bank, name)) for path, bank in banks.items()]
+
+
 def _shrunk(site: _Site, name: str, rank: int) -> PlannedLayer:
     adapter = site.bank.ordinary(name)
-    old, split = adapter.spec, site.bank.site.split()
-    spec = dataclasses.replace(
-        old, rank=rank, alpha=old.scaling / scaling(1.0, rank, old.use_rslora)
-    )
-    if site.found.norm:
-        cut = site.found.truncated(rank)
-        # Of the decomposed product the scale is a part.
-        a, b = cut.a / np.sqrt(abs(adapter.scaling)), cut.b / np.sqrt(abs(adapter.scaling))
-        a = np.copysign(1, adapter.scaling) * a
-    else:
-        a, b = split.matrices(np.array(adapter.a), np.array(adapter.b), site.bank.site.shape)
-        a, b = a[..., :rank], np.zeros_like(b[:, :rank])
-    others = [np.array(adapter.tokens)] if adapter.tokens is not None else []
-    factors = [np.asarray(x, "float32") for x in split.factors(a, b, site.bank.site.shape)]
-    return PlannedLayer(site.target, spec, [*factors, *others])
+    if not site.found.norm:
+        a, b = site.matrices(name)
+        a, b = a[..., :rank], b[:, :rank]
+        # One of both stays, so that the other goes on to learn; an embedding's `A` begins at zero.
+        return site.planned(adapter, rank, a, b if not a.any() else np.zeros_like(b))
+    cut, root = site.found.truncated(rank), np.sqrt(abs(adapter.scaling))
+    # Of the decomposed product the scale is a part.
+    return site.planned(adapter, rank, np.copysign(1, adapter.scaling) * cut.a / root, cut.b / root)
 
 
-def _unchanged(target: Target, bank: AdapterBank, name: str) -> PlannedLayer:
-    adapter = bank.adapters[name]
-    return PlannedLayer(target, adapter.spec, list(map(np.array, adapter.named_factors.values())))
-
-
-def _put(tree: Tree, name: str, layers: Sequence[PlannedLayer]) -> None:
+def _put(
+    tree: Tree, name: str, layers: Sequence[PlannedLayer], *, keeps_moments: bool = False
+) -> None:
     """Put the new factors in the place of the old ones."""
+    layers = [*layers, *_rows_alone(tree, name)]
     adapter = whole_adapters(tree, [name]).get(name, Adapter(None))
     values = [(x.variable, x.value(name)) for x in _owned(tree, name)]
     specs = {layer.target.path: layer.spec for layer in layers}
     new = dataclasses.replace(adapter, config=_config(adapter.config, specs))
     plan = plan_of(name, new, layers, values)
-    factors = {
-        bank: bank.adapters[name].scale_factor for bank in tree.banks if name in bank.adapters
-    }
+    factors = [(x, x.adapters[name].scale_factor) for x in tree.banks if name in x.adapters]
     active, trains = active_names(tree), any(bank.trains for bank in tree.banks)
     # With an optimizer that does not go by element an adapter has a slot of its own rank.
     apart = name in active and bool(misfits(tree, plan))
     if apart:
         switch(tree, [])
-    replace(tree, plan)
-    for bank, factor in factors.items():
+    replace(tree, plan, keeps_moments=keeps_moments)
+    for bank, factor in factors:
         bank.set_scale_factor(name, factor)
     if apart:
         switch(tree, active, trains)
+
+
+def _rows_alone(tree: Tree, name: str) -> list[PlannedLayer]:
+    """The layers on which the adapter has rows of tokens and no factors, as they are."""
+    targets = {target.path: target for target in all_targets(tree)}
+    found = [
+        (targets[path], bank.adapters[name])
+        for path, bank in tree.banks_by_path.items()
+        if name in bank.adapters and not has_factors(bank, name)
+    ]
+    return [
+        PlannedLayer(target, adapter.spec, list(map(np.array, adapter.named_factors.values())))
+        for target, adapter in found
+    ]
 
 
 def _owned(tree: Tree, name: str) -> list[OwnedValues]:

@@ -17,8 +17,9 @@ from keras_lora.files.saving import save_adapter
 from keras_lora.inject import active_names, check_names
 from keras_lora.layers import DEFAULT_ADAPTER
 from keras_lora.training.fitting import (
+    MODES,
     SkippedBatches,
-    improves_upwards,
+    direction_of,
     start_fit_at,
     stop_skipping,
 )
@@ -26,7 +27,6 @@ from keras_lora.training.run_state import RunState
 from keras_lora.walker import Tree
 
 STATE_DIRECTORY = "training_state"
-_MODES = ("auto", "min", "max")
 
 
 class AdapterCheckpoint(keras.callbacks.Callback):
@@ -174,8 +174,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
                 self.directory,
                 "give each run a directory of its own",
             )
-        if self.mode not in _MODES:
-            raise invalid("mode", f"one of {_MODES}", self.mode)
+        if self.mode not in MODES:
+            raise invalid("mode", f"one of {MODES}", self.mode)
         number = isinstance(self.save_freq, int) and not isinstance(self.save_freq, bool)
         if self.save_freq != "epoch" and not (number and int(self.save_freq) > 0):
             raise invalid("save_freq", "'epoch' or a number of batches", self.save_freq)
@@ -270,12 +270,5 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             return False
         if self.best is None:
             return True
-        return value > self.best if self._upwards() else value < self.best
-
-    def _upwards(self) -> bool:
-        if self.mode != "auto":
-            return self.mode == "max"
-        upwards = improves_upwards(self.model, self.monitor.removeprefix("val_"))
-        if upwards is None:
-            raise invalid("mode", f"'min' or 'max' for monitor={self.monitor!r}", self.mode)
-        return upwards
+        upwards = direction_of(self.model, self.monitor, self.mode)
+        return value > self.best if upwards else value < self.best

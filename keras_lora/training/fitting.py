@@ -15,6 +15,10 @@ from typing import Any
 
 import keras
 
+from keras_lora.checks import invalid
+
+MODES = ("auto", "min", "max")
+
 
 def start_fit_at(model: keras.Model, epoch: int | None) -> None:
     """Let `fit` start at this epoch; with None, at its argument `initial_epoch`."""
@@ -28,6 +32,20 @@ def improves_upwards(model: keras.Model, metric: str) -> bool | None:
     nested = [m for outer in model.metrics for m in getattr(outer, "metrics", [outer])]
     directions = [getattr(m, "_direction", None) for m in nested if m.name == metric]
     return None if None in directions or not directions else directions[0] == "up"
+
+
+def direction_of(model: keras.Model, monitor: str, mode: str) -> bool:
+    """Whether more is better for a name in the logs of a model.
+
+    Raises:
+        ValueError: `"auto"` for a metric whose direction Keras does not know.
+    """
+    if mode != "auto":
+        return mode == "max"
+    upwards = improves_upwards(model, monitor.removeprefix("val_"))
+    if upwards is None:
+        raise invalid("mode", f"'min' or 'max' for monitor={monitor!r}", mode)
+    return upwards
 
 
 class SkippedBatches:
