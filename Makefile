@@ -45,6 +45,8 @@ test-tensorflow: $(VENV)/.dev
 # The invariants of the layers, copies, training and resuming, on the two other backends.
 BACKEND_TESTS := tests/test_layers.py tests/test_starts.py tests/test_starts_data.py tests/test_dora.py \
 	tests/test_dora_models.py tests/test_training.py tests/test_choosing.py tests/test_rematerialized.py tests/test_recurrent.py \
+	tests/test_chunks.py::test_a_compiled_step tests/test_chunks.py::test_no_logits_are_whole \
+	tests/test_chunks.py::test_metrics_are_those_of_whole_logits \
 	tests/test_variables.py::test_an_adapted_layer_is_a_plain_one_with_the_effective_matrices \
 	tests/test_variables.py::test_training_follows_the_gradient_of_the_matrices \
 	tests/test_rates.py::test_each_variable_moves_as_by_the_plain_optimizer_at_its_own_rate \

@@ -14,6 +14,7 @@ from keras_lora.adapters import (
     use_adapter,
 )
 from keras_lora.checks import AdapterFileError
+from keras_lora.chunks import chunk_logits, unchunk_logits
 from keras_lora.combining import combine_adapters
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.exchange.keras_hub.adapter import load_keras_hub_lora, save_keras_hub_lora
@@ -107,6 +108,7 @@ __all__ = [
     "allocate_ranks",
     "apply_lora",
     "check_saved_model",
+    "chunk_logits",
     "combine_adapters",
     "delete_adapter",
     "disable_adapter",
@@ -133,6 +135,7 @@ __all__ = [
     "set_adapter",
     "set_rates",
     "shrink_adapter",
+    "unchunk_logits",
     "unload_lora",
     "use_adapter",
 ]

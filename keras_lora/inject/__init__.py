@@ -2,7 +2,7 @@
 
 from keras_lora.inject.apply import apply_lora, drop, install
 from keras_lora.inject.choosing import computing_scaled, computing_with
-from keras_lora.inject.compiled import changing
+from keras_lora.inject.compiled import changing, refresh
 from keras_lora.inject.freezing import original_flag, thawed_by_others
 from keras_lora.inject.keras_savers import guard_keras_savers
 from keras_lora.inject.leaving import leaving
@@ -64,6 +64,7 @@ __all__ = [
     "plan_factors",
     "plan_layers",
     "plan_of",
+    "refresh",
     "replace",
     "switch",
     "thawed_by_others",

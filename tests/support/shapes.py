@@ -1,0 +1,65 @@
+"""The shapes of what a training step computes, on each backend."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+
+def shapes_of_a_step(model: keras.Model, x: Any, y: Any) -> Iterator[tuple[int, ...]]:
+    """The shape of every tensor that a training step computes, in each pass."""
+    if keras.backend.backend() == "tensorflow":
+        yield from _on_tensorflow(model, x, y)
+    elif keras.backend.backend() == "jax":
+        yield from _on_jax(model, x, y)
+    else:
+        yield from _on_torch(model, x, y)
+
+
+def _on_tensorflow(model: keras.Model, x: Any, y: Any) -> Iterator[tuple[int, ...]]:
+    tf = importlib.import_module("tensorflow")
+    step = tf.function(model.train_step).get_concrete_function((tf.constant(x), tf.constant(y)))
+    definition = step.graph.as_graph_def(add_shapes=True)
+    for nodes in (definition.node, *(f.node_def for f in definition.library.function)):
+        for node in nodes:
+            for shape in node.attr["_output_shapes"].list.shape:
+                yield tuple(dim.size for dim in shape.dim)
+
+
+def _on_jax(model: keras.Model, x: Any, y: Any) -> Iterator[tuple[int, ...]]:
+    jax, extended = map(importlib.import_module, ("jax", "jax.extend.core"))
+    model._symbolic_build(data_batch=(x, y))
+    state = model._get_jax_state(
+        trainable_variables=True,
+        non_trainable_variables=True,
+        optimizer_variables=True,
+        metrics_variables=True,
+    )
+    left = [jax.make_jaxpr(model.train_step)(state, (x, y)).jaxpr]
+    while left:
+        jaxpr = left.pop()
+        for equation in jaxpr.eqns:
+            yield from (tuple(v.aval.shape) for v in equation.outvars)
+            left += extended.jaxprs_in_params(equation.params)
+
+
+def _on_torch(model: keras.Model, x: Any, y: Any) -> Iterator[tuple[int, ...]]:
+    torch = importlib.import_module("torch")
+    mode = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
+    shapes: list[tuple[int, ...]] = []
+
+    class Recorded(mode):  # type: ignore[misc, valid-type]
+        def __torch_dispatch__(
+            self, function: Any, _: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = function(*args, **(kwargs or {}))
+            found = result if isinstance(result, list | tuple) else [result]
+            shapes.extend(tuple(x.shape) for x in found if isinstance(x, torch.Tensor))
+            return result
+
+    with Recorded():
+        model.train_on_batch(x, y)
+    yield from shapes
