@@ -105,11 +105,26 @@ def randomized_svd(
     shared, d, k = w.shape
     columns = min(rank + _OVERSAMPLING, d, k)
     start = ops.convert_to_numpy(normal((shared, k, columns), "float32"))
-    w_t, basis = w.swapaxes(1, 2), np.linalg.qr(w @ start.astype(w.dtype))[0]
+    w_t, basis = w.swapaxes(1, 2), _conditioned(w @ start.astype(w.dtype))
     for _ in range(iterations):
-        basis = np.linalg.qr(w @ np.linalg.qr(w_t @ basis)[0])[0]
+        basis = _conditioned(w @ _conditioned(w_t @ basis))
+    basis = np.linalg.qr(basis)[0]
     u, values, v = np.linalg.svd(basis.swapaxes(1, 2) @ w, full_matrices=False)
     return basis @ u, values, v
+
+
+def _conditioned(columns: Array) -> Array:
+    """Nearly orthonormal columns with the same span.
+
+    By Cholesky's decomposition of their products, which takes a tenth of the time of QR: between
+    the steps of the power method the columns need only stay independent.
+    """
+    products = (columns.swapaxes(1, 2) @ columns).astype("float64")
+    try:
+        inverse = np.linalg.inv(np.linalg.cholesky(products)).swapaxes(1, 2)
+    except np.linalg.LinAlgError:  # the columns are nearly dependent
+        return np.linalg.qr(columns)[0]
+    return columns @ inverse.astype(columns.dtype)
 
 
 def together(rank: int, pair: Callable[[], tuple[Array, Array]]) -> Started:
