@@ -8,13 +8,17 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from keras import ops
 from support.banks import banks, brought_back, randomize
 from support.cases import numpy_of
 from support.variables import (
     ALPHA,
     CASES,
+    DIM,
+    INNER,
     OWN,
     RANK,
+    STEPS,
     adapted,
     delta,
     inputs,
@@ -23,7 +27,10 @@ from support.variables import (
 )
 
 import keras_lora as kl
+from keras_lora.files.adapter_files import write_adapter_files
+from keras_lora.files.keys import base_fingerprint
 from keras_lora.layers import AdapterBank
+from keras_lora.walker import Tree
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,7 +128,7 @@ def test_low_precision(name: str, dtype: str) -> None:
     np.testing.assert_allclose(found, merged, rtol=0, atol=3e-2 * np.abs(merged).max())
 
 
-@pytest.mark.parametrize("name", ["own", "mixtral"])
+@pytest.mark.parametrize("name", ["own", "mixtral", "held"])
 def test_files_bring_an_adapter_back(name: str, tmp_path: Path) -> None:
     model, x = adapted(name), inputs()
     brought_back(model, lambda: made(name), x, tmp_path)
@@ -148,6 +155,69 @@ def test_a_merged_copy_and_file_are_plain(tmp_path: Path) -> None:
     kl.merge_lora(model, inplace=False).save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     np.testing.assert_allclose(numpy_of(loaded(x)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(numpy_of(model(x)), expected)
+
+
+class Inner(keras.Model):
+    """A model with a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(name="inner")
+        self.up = keras.layers.Dense(DIM, name="up")
+        self.table = self.add_weight(shape=(STEPS, DIM), name="table")
+
+    def call(self, inputs: Any) -> Any:
+        return self.up(inputs) + self.table
+
+
+class Outer(keras.Model):
+    """A model with a matrix of its own that Keras names by a number, and another model."""
+
+    def __init__(self) -> None:
+        super().__init__(name="outer")
+        self.inner = Inner()
+        self.scores = self.add_weight(shape=(DIM, INNER))
+
+    def call(self, inputs: Any) -> Any:
+        return ops.matmul(self.inner(inputs), self.scores)
+
+
+def test_matrices_of_models_are_adapted(tmp_path: Path) -> None:
+    base, model, x = Outer(), Outer(), inputs()
+    expected = numpy_of(base(x))
+    model(x)
+    for variable, value in zip(model.weights, base.weights, strict=True):
+        variable.assign(value)
+    kl.apply_lora(model, kl.LoRAConfig(rank=RANK, targets=["scores", "inner/table"]))
+    assert set(kl.lora_layers(model)) == {"outer", "inner"}
+    np.testing.assert_array_equal(numpy_of(model(x)), expected)
+    model.compile("sgd", "mse", run_eagerly=True)
+    model.fit(x, expected + 1, epochs=2, verbose=0)  # A follows B
+    assert len(model.trainable_variables) == 4
+    found = numpy_of(model(x))
+    assert np.abs(found - expected).max() > 1e-3
+    kl.save_adapter(model, tmp_path / "adapter")
+    kl.load_adapter(base, tmp_path / "adapter")
+    np.testing.assert_array_equal(numpy_of(base(x)), found)
+    with kl.merged(model):
+        np.testing.assert_allclose(numpy_of(model(x)), found, rtol=1e-5, atol=1e-6)
+    kl.unload_lora(model)
+    assert (type(model), type(model.inner)) == (Outer, Inner)
+    np.testing.assert_array_equal(numpy_of(model(x)), expected)
+
+
+def test_a_file_of_0_1_with_numbered_variables_loads(tmp_path: Path) -> None:
+    """It had the numbers that Keras gave to the variables in its keys."""
+    model, x = adapted("held"), inputs()
+    kl.save_adapter(model, tmp_path / "new")
+    files = kl.read_adapter_files(tmp_path / "new")
+    fingerprint = base_fingerprint(Tree.of(model).named_as_in_0_1())
+    assert fingerprint != files.config["base"]["fingerprint"]
+    config = files.config | {"base": files.config["base"] | {"fingerprint": fingerprint}}
+    write_adapter_files(tmp_path / "old", config, files.tensors, overwrite=False)
+    expected = numpy_of(model(x))
+    kl.unload_lora(model)
+    kl.load_adapter(model, tmp_path / "old")
     np.testing.assert_array_equal(numpy_of(model(x)), expected)
 
 

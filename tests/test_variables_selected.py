@@ -12,7 +12,7 @@ import pytest
 from keras import ops
 from support.banks import banks, randomize
 from support.cases import numpy_of
-from support.variables import DIM, RANK, STEPS, adapted, inputs, made
+from support.variables import DIM, HELD, RANK, STEPS, adapted, inputs, made
 
 import keras_lora as kl
 
@@ -112,6 +112,18 @@ def test_what_cannot_be_adapted_is_refused(
     with pytest.raises(ValueError, match=message):
         kl.apply_lora(model, config)
     assert kl.lora_layers(model) == {}
+
+
+def test_a_dense_layer_with_code_of_its_own_is_adapted_by_its_variables() -> None:
+    model = made("gated")
+    assert selected(model, "re:gated/.*") == ["gated/kernel", "gated/gate"]
+    named = r"overrides .*or name its variables: targets=\['gated/kernel', 'gated/gate'\]"
+    with pytest.raises(ValueError, match=named):
+        kl.find_targets(model, ["gated"])
+
+
+def test_items_of_an_attribute_go_by_their_places() -> None:
+    assert selected(made("held"), "re:held/.*") == HELD
 
 
 def test_a_variable_in_two_attributes_is_refused() -> None:

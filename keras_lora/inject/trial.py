@@ -24,7 +24,7 @@ from keras_lora.checks import warn
 from keras_lora.inject.freezing import flags_kept, original_flag
 from keras_lora.inject.plan import Plan
 from keras_lora.inject.sources import may_touch_variables
-from keras_lora.layers import LoRALayer, Site
+from keras_lora.layers import LoRALayer, Site, with_items
 from keras_lora.walker import Layer, Tree
 
 
@@ -210,15 +210,18 @@ def _own_matrices(sites: Sequence[Site]) -> Iterator[Mapping[int, int]]:
     """Within the context a layer's own code reads a second object of its matrix, of the same
     memory. So whoever reads the first object reads it as a variable of another layer.
     """
-    own = [(vars(site.layer), site.kind.matrix, site.matrix) for site in sites]
-    copies = [copy.copy(matrix) for _, _, matrix in own]
-    for (attributes, name, _), twin in zip(own, copies, strict=True):
-        attributes[name] = twin
+    matrices = [site.matrix for site in sites]
+    twins = [copy.copy(matrix) for matrix in matrices]
+    held = []
+    for site, twin in zip(sites, twins, strict=True):
+        attributes, name, item = vars(site.layer), site.kind.matrix, site.kind.item
+        held.append((attributes, name, attributes[name]))
+        attributes[name] = twin if item is None else with_items(attributes[name], {item: twin})
     try:
-        yield {id(twin): id(matrix) for twin, (_, _, matrix) in zip(copies, own, strict=True)}
+        yield {id(twin): id(matrix) for twin, matrix in zip(twins, matrices, strict=True)}
     finally:
-        for attributes, name, matrix in own:
-            attributes[name] = matrix
+        for attributes, name, value in reversed(held):
+            attributes[name] = value
 
 
 def _inputs(model: Layer) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:

@@ -24,6 +24,7 @@ from keras_lora.layers.checkpoint import STATE_PREFIX
 from keras_lora.layers.computation import computing
 from keras_lora.layers.convolution import LoRAConv1D, LoRAConv2D, LoRAConv3D
 from keras_lora.layers.depthwise import LoRADepthwiseConv1D, LoRADepthwiseConv2D
+from keras_lora.layers.effective import with_items
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.factors import Factor
 from keras_lora.layers.groups import group_of, in_group
@@ -128,4 +129,5 @@ __all__ = [
     "site_of",
     "sites_of",
     "supported_base",
+    "with_items",
 ]

@@ -66,9 +66,27 @@ def _as_read(bank: AdapterBank) -> Tensor:
     return kernel if kernel is matrix else ops.cast(kernel, ops.convert_to_tensor(matrix).dtype)
 
 
+def _effective(bank: AdapterBank) -> Any:
+    matrix = _FORMED.get().get(bank)
+    return _as_read(bank) if matrix is None else matrix
+
+
+def with_items(held: Any, items: Mapping[Any, Any]) -> Any:
+    """A copy of a list, tuple or dict with other values of some items."""
+    if isinstance(held, dict):
+        return {**held, **items}
+    copied = [items.get(i, value) for i, value in enumerate(held)]
+    if isinstance(held, tuple):
+        return getattr(held, "_make", tuple)(copied)  # of a named tuple too
+    return copied
+
+
 @final
 class EffectiveMatrix:
-    """The effective matrix, where the plain layer has `W0` as an attribute of that name."""
+    """The effective matrix, where the plain layer has `W0` as an attribute of that name.
+
+    Where the attribute is a list, tuple or dict, it is a copy with the effective matrices in it.
+    """
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -78,10 +96,11 @@ class EffectiveMatrix:
             return self
         if self._name not in vars(layer):
             raise AttributeError(f"{self._name} of a layer that is not built")
-        banks = layer.banks.values()
-        bank = next(bank for bank in banks if bank.site.kind.matrix == self._name)
-        matrix = _FORMED.get().get(bank)
-        return _as_read(bank) if matrix is None else matrix
+        banks = [b for b in layer.banks.values() if b.site.kind.matrix == self._name]
+        if banks[0].site.kind.item is None:
+            return _effective(banks[0])
+        effective = {bank.site.kind.item: _effective(bank) for bank in banks}
+        return with_items(vars(layer)[self._name], effective)
 
     def __set__(self, layer: Any, value: Any) -> None:
         vars(layer)[self._name] = value  # in `build` of the plain layer

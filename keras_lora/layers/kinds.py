@@ -45,6 +45,7 @@ class Kind:
         equation: The einsum of the layer's input and the matrix, such as `"...x,xy->...y"`; the
             shapes of `A` and `B` follow from it.
         matrix: The layer's attribute that is the frozen variable `W0`.
+        item: Which item of the attribute is `W0`, where the attribute is a list, tuple or dict.
         bias: The layer's attribute that is the bias; None for a layer without one.
         constraint: The layer's attribute that is the constraint on `W0`; None where the variable
             alone says it.
@@ -63,6 +64,7 @@ class Kind:
 
     equation: Callable[[Layer], str]
     matrix: str = "_kernel"
+    item: int | str | None = None
     bias: str | None = "bias"
     constraint: str | None = "kernel_constraint"
     family: Family = "linear"
@@ -98,8 +100,9 @@ class Site:
     def matrix(self) -> keras.Variable:
         """`W0`."""
         # Of some adapted layers the attribute itself is the effective matrix (`EffectiveMatrix`).
-        name = self.kind.matrix
-        return vars(self.layer)[name] if name in vars(self.layer) else getattr(self.layer, name)
+        name, held = self.kind.matrix, vars(self.layer)
+        value = held[name] if name in held else getattr(self.layer, name)
+        return value if self.kind.item is None else value[self.kind.item]
 
     @property
     def shape(self) -> Shape:

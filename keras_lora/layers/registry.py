@@ -195,11 +195,10 @@ def sites_of(layer: keras.layers.Layer) -> Mapping[str, Site]:
     if isinstance(layer, LoRALayer):
         return {name: bank.site for name, bank in layer.banks.items()}
     layer_class: Any = type(layer)
-    if supported_base(layer_class) is None:
-        return bare_sites(layer)
     lora_class: Any = lora_class_for(layer_class)
-    kinds = {} if lora_class is None else kinds_of(lora_class)
-    return {name: Site(layer, kind, name) for name, kind in kinds.items()}
+    if lora_class is None:
+        return bare_sites(layer)
+    return {name: Site(layer, kind, name) for name, kind in kinds_of(lora_class).items()}
 
 
 def site_of(layer: keras.layers.Layer) -> Site:

@@ -14,7 +14,8 @@ Private Keras API in this file, and why (`tests/test_private_api.py` watches eac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -44,11 +45,13 @@ class _Matrix(NamedTuple):
 
     name: str
     attribute: str
+    item: int | str | None
     axes: int
     is_expert: bool
 
 
 _Matrices: TypeAlias = "tuple[_Matrix, ...]"
+_Place: TypeAlias = "tuple[str, int | str | None]"
 
 
 class LoRAVariables(LoRALayer, Adapting):
@@ -56,7 +59,7 @@ class LoRAVariables(LoRALayer, Adapting):
 
 
 def bare_sites(layer: Layer) -> dict[str, Site]:
-    """The matrices of a plain layer that no row of `KINDS` describes, by name."""
+    """The matrices of a plain layer whose computation only its own code knows, by name."""
     kinds = _kinds(_matrices(layer))
     return {name: Site(layer, kind, name) for name, kind in kinds.items()}
 
@@ -82,9 +85,11 @@ def check_bare(layer: Layer, site: Site) -> None:
             site.matrix.constraint,
             "exclude it",
         )
-    holding = [attribute for attribute, v in vars(layer).items() if v is site.matrix]
+    holding = [place for place, value in _places(layer).items() if value is site.matrix]
     if len(holding) > 1:
-        raise invalid(name, "a variable in one attribute of its layer", holding, "exclude it")
+        raise invalid(
+            name, "a variable in one attribute of its layer", _named(holding), "exclude it"
+        )
     effective = {matrix.attribute for matrix in _matrices(layer)}
     taken = sorted(_own_names(layer) & _names_of_ours() - effective)
     if taken:
@@ -97,18 +102,54 @@ def check_bare(layer: Layer, site: Site) -> None:
 
 
 def _matrices(layer: Layer) -> _Matrices:
-    """The matrices among a built layer's attributes. A model's own variables are not taken."""
-    if not layer.built or isinstance(layer, keras.Model):
+    """The matrices among a built layer's attributes."""
+    if not layer.built:
         return ()
-    every = {name: value for name, value in vars(layer).items() if _is_matrix(value)}
-    first = {id(value): name for name, value in reversed(every.items())}
-    held = {name: value for name, value in every.items() if first[id(value)] == name}
+    every = _places(layer)
+    first = {id(value): place for place, value in reversed(every.items())}
+    held = {place: value for place, value in every.items() if first[id(value)] == place}
     known = _experts(type(layer))
-    names = [_stable_name(v, attribute) for attribute, v in held.items()]
+    names = [_stable_name(v, *place) for place, v in held.items()]
     return tuple(
-        _Matrix(name if names.count(name) == 1 else a, a, len(v.shape), a in known)
-        for name, (a, v) in zip(names, held.items(), strict=True)
+        _Matrix(
+            name if names.count(name) == 1 else _named([place])[0],
+            *place,
+            len(v.shape),
+            place[0] in known,
+        )
+        for name, (place, v) in zip(names, held.items(), strict=True)
     )
+
+
+def _places(layer: Layer) -> dict[_Place, keras.Variable]:
+    """The matrices of a layer, by the attribute and, in a list, tuple or dict, the item."""
+    found: dict[_Place, Any] = {}
+    for name, value in vars(layer).items():
+        if name not in _of_every_layer():
+            found |= {(name, item): each for item, each in _items(value)}
+    return {place: value for place, value in found.items() if _is_matrix(value)}
+
+
+def _items(value: Any) -> Iterable[tuple[int | str | None, Any]]:
+    if isinstance(value, dict):
+        return [(key, each) for key, each in value.items() if isinstance(key, str)]
+    if isinstance(value, list | tuple):
+        return enumerate(value)
+    return [(None, value)]
+
+
+@cache
+def _of_every_layer() -> frozenset[str]:
+    """The attributes of every layer, in some of which Keras or TensorFlow lists the variables."""
+    tensorflow = (
+        "_self_unconditional_dependency_names",
+        "_self_unconditional_checkpoint_dependencies",
+    )
+    return frozenset({*vars(keras.layers.Layer()), *tensorflow})
+
+
+def _named(places: Sequence[_Place]) -> list[str]:
+    return [name if item is None else f"{name}_{item}" for name, item in places]
 
 
 def _is_matrix(value: Any) -> bool:
@@ -119,10 +160,11 @@ def _is_matrix(value: Any) -> bool:
     )
 
 
-def _stable_name(variable: keras.Variable, attribute: str) -> str:
+def _stable_name(variable: keras.Variable, attribute: str, item: int | str | None) -> str:
     """The variable's name, or that of its attribute where Keras numbered the variable."""
     name = str(variable.name)
-    return name if name.isidentifier() and not name.startswith("variable") else attribute
+    by_user = name.isidentifier() and not name.startswith("variable")
+    return name if by_user else _named([(attribute, item)])[0]
 
 
 def _experts(layer_class: type) -> tuple[str, ...]:
@@ -136,6 +178,7 @@ def _kinds(matrices: _Matrices) -> Mapping[str, Kind]:
         matrix.name: Kind(
             equation=_equation(matrix.axes),
             matrix=matrix.attribute,
+            item=matrix.item,
             bias=None,
             constraint=None,
             family="expert" if matrix.is_expert else "weight",
@@ -164,7 +207,10 @@ def _said(equation: str, _: Layer) -> str:
 def _made_class(layer_class: Any, matrices: _Matrices) -> type[LoRALayer]:
     effective = {matrix.attribute: EffectiveMatrix() for matrix in matrices}
     bases = (LoRAVariables, layer_class, BaseVariables)
-    body = {**effective, "call": _forming(layer_class.call)}
+    # A subclass of a layer with a kernel reads the property of its own class.
+    kernel = inspect.getattr_static(layer_class, "kernel", None)
+    own = {} if kernel is None else {"kernel": kernel}
+    body = {**own, **effective, "call": _forming(layer_class.call)}
     made = type(f"LoRA{layer_class.__name__}", bases, body)
     KINDS[made] = _kinds(matrices)
     return made
@@ -180,8 +226,9 @@ def _forming(call: Any) -> Any:
 
 
 def _own_names(layer: Layer) -> set[str]:
-    """The attributes that a layer has beyond those of every layer."""
-    classes = [c for c in type(layer).__mro__ if c not in keras.layers.Layer.__mro__]
+    """The attributes that a layer has beyond those of every layer, or of its Keras layer."""
+    known = next((c for c in type(layer).__mro__ if c in KINDS), keras.layers.Layer)
+    classes = [c for c in type(layer).__mro__ if c not in known.__mro__]
     return {*vars(layer)}.union(*map(vars, classes)) - {*dir(keras.layers.Layer)}
 
 

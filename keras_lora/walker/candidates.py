@@ -137,15 +137,15 @@ def candidates(tree: Tree) -> Candidates:
     """
     _check_built(tree)
     found = Candidates([], [])
-    for node in tree.nodes:
+    for node in tree.owners:
         layer_class = plain_class(node.layer)
         base = supported_base(layer_class)
-        if base is None:
-            found.every.extend(_targets(node, layer_class.__name__))
-        elif not node.layer.built or lora_class_for(layer_class) is None:
+        known = lora_class_for(layer_class) is not None
+        if base is not None and not (known and node.layer.built):
             found.left_out.append(node)
-        else:
-            found.every.extend(_targets(node, base.__name__))
+        if node.layer.built:
+            kind = base if base is not None and known else layer_class
+            found.every.extend(_targets(node, kind.__name__))
     return found
 
 
@@ -162,5 +162,6 @@ def why_left_out(node: Node) -> str:
         return "not built: call the part of the model that uses it first."
     return (
         "its class overrides the computation of the Keras layer; say how to adapt the class "
-        "with register_lora_class(layer_class, lora_class)."
+        "with register_lora_class(layer_class, lora_class), or name its variables: "
+        f"targets={[site_path(node.path, name) for name in sites_of(node.layer)]}."
     )

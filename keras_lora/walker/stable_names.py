@@ -1,4 +1,4 @@
-"""The name of a layer without the number that Keras adds, which differs between processes."""
+"""Names of layers and variables without the numbers that Keras adds, which differ by process."""
 
 from __future__ import annotations
 
@@ -24,6 +24,20 @@ def stable_name_0_1(layer: Layer) -> str:
     name = re.sub(r"([a-z])([A-Z])", r"\1_\2", type(layer).__name__)
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
     return _without_number(layer, re.escape(re.sub("_+", "_", name).lower()))
+
+
+def stable_variable_name(variable: keras.Variable) -> str:
+    """The variable's name, without the number where Keras named it.
+
+    Keras counts all variables without a name in one process: `variable`, `variable_1`...
+    """
+    name = str(variable.name)
+    return "variable" if re.fullmatch(r"variable_\d+", name) else name
+
+
+def variable_name_0_1(variable: keras.Variable) -> str:
+    """`stable_variable_name` as version 0.1.0 had it: with the number."""
+    return str(variable.name)
 
 
 def _without_number(layer: Layer, made: str) -> str:

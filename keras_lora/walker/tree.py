@@ -16,7 +16,12 @@ import keras
 
 from keras_lora.checks import invalid
 from keras_lora.layers import AdapterBank, LoRALayer, sites_of
-from keras_lora.walker.stable_names import stable_name, stable_name_0_1
+from keras_lora.walker.stable_names import (
+    stable_name,
+    stable_name_0_1,
+    stable_variable_name,
+    variable_name_0_1,
+)
 
 Layer: TypeAlias = "keras.layers.Layer"
 
@@ -49,12 +54,14 @@ class Tree:
         layers: The model and the layers below, parents first, each object once.
         children: The direct sublayers of each layer, by the id of the layer.
         naming: The name of each layer in stable paths.
+        naming_variables: The name of each variable in keys.
     """
 
     root: Layer
     layers: Sequence[Layer]
     children: Mapping[int, Sequence[Layer]]
     naming: Callable[[Layer], str] = stable_name
+    naming_variables: Callable[[keras.Variable], str] = stable_variable_name
 
     @classmethod
     def of(cls, root: Layer) -> Tree:
@@ -76,6 +83,14 @@ class Tree:
     def nodes(self) -> Sequence[Node]:
         """The layers below the root with their paths, each at the first path to it."""
         return list(_nodes(self, self.root, "", "", {id(self.root)}))
+
+    @cached_property
+    def owners(self) -> Sequence[Node]:
+        """The nodes and, for variables of its own, a model that is the root, by its name."""
+        root, own = self.root, self.root.name
+        if not isinstance(root, keras.Model) or any(node.path == own for node in self.nodes):
+            return self.nodes
+        return [Node(own, root, root, self.naming(root)), *self.nodes]
 
     @cached_property
     def models(self) -> Sequence[keras.Model]:
@@ -113,7 +128,7 @@ class Tree:
         """The stable path of each matrix that can be adapted, by its path."""
         return {
             site_path(node.path, name): site_path(node.stable_path, name)
-            for node in self.nodes
+            for node in self.owners
             for name in (sites_of(node.layer) if node.layer.built else ())
         }
 
@@ -131,12 +146,12 @@ class Tree:
             seen: Counter[str] = Counter()
             for variable in layer.weights:
                 if id(variable) not in keys:
-                    keys[id(variable)] = prefix + numbered(variable.name, seen)
+                    keys[id(variable)] = prefix + numbered(self.naming_variables(variable), seen)
         return keys
 
     def named_as_in_0_1(self) -> Tree:
         """The tree with the stable paths that version 0.1.0 wrote."""
-        return replace(self, naming=stable_name_0_1)
+        return replace(self, naming=stable_name_0_1, naming_variables=variable_name_0_1)
 
     def within(self, layer: Layer) -> list[Layer]:
         """A layer of the tree and every layer below it, each once."""

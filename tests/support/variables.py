@@ -41,6 +41,34 @@ class Own(keras.layers.Layer):
         return ops.einsum("btd,edm->btm", x, self.kernel) + ops.matmul(x, wide)
 
 
+class Held(keras.layers.Layer):
+    """A layer with matrices in a list, a tuple and a dict, which Keras names by numbers."""
+
+    def build(self, input_shape: Any) -> None:
+        dim = input_shape[-1]
+        self.rows = [self.add_weight(shape=(STEPS, dim)) for _ in range(2)]
+        self.mixing = (self.add_weight(shape=(dim, dim)), "not a matrix")
+        self.by_name = {name: self.add_weight(shape=(dim, INNER)) for name in ("up", "gate")}
+        self.built = True
+
+    def call(self, inputs: Any) -> Any:
+        x = ops.matmul(inputs, self.mixing[0]) + sum(self.rows)
+        up, gate = (ops.matmul(x, self.by_name[name]) for name in sorted(self.by_name))
+        return ops.multiply(up, ops.sigmoid(gate))
+
+
+class Gated(keras.layers.Dense):
+    """A `Dense` that computes something else, with one more matrix."""
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        self.gate = self.add_weight(shape=(input_shape[-1], self.units), name="gate")
+
+    def call(self, inputs: Any) -> Any:
+        gate = ops.sigmoid(ops.matmul(inputs, self.gate))
+        return ops.multiply(gate, ops.matmul(inputs, self.kernel) + self.bias)
+
+
 class Mixture(keras.layers.Layer):
     """The experts of one of KerasHub's mixtures, on all rows alike."""
 
@@ -89,11 +117,23 @@ def own(**options: Any) -> keras.layers.Layer:
     return Own(name="own", **options)
 
 
+def held(**options: Any) -> keras.layers.Layer:
+    return Held(name="held", **options)
+
+
+def gated(**options: Any) -> keras.layers.Layer:
+    return Gated(INNER, name="gated", **options)
+
+
+HELD = [f"held/{name}" for name in ("rows_0", "rows_1", "mixing_0", "by_name_up", "by_name_gate")]
 OWN = ["own/rows", "own/stack", "own/wide"]
 CASES: dict[str, tuple[Make, Any]] = {
     "positions": (positions, ["positions/embeddings"]),
     "own": (own, OWN),
     "one of own": (own, ["stack"]),
+    "held": (held, HELD),
+    "one of held": (held, ["by_name_gate"]),
+    "gated": (gated, ["gated/kernel", "gated/gate"]),
     **{name: (make, "experts") for name, make in MIXTURES.items()},
 }
 
