@@ -44,9 +44,9 @@ def main() -> None:
     model = billion(args.layers, args.width, args.dtype)
     model_size, parameters = size(model.variables), model.count_params()
     forget_peak()
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start, cpu = resident("VmRSS"), time.perf_counter(), time.process_time()
     kl.apply_lora(model, kl.LoRAConfig(rank=args.rank, init=args.init))
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     peak = resident("VmHWM") - before
 
     adapters = size(v for x in kl.lora_layers(model).values() for v in x.adapter_variables)
@@ -54,7 +54,9 @@ def main() -> None:
         sys.exit("The measurement failed: the adapters took memory that was resident before.")
     percent = 100 * (peak - adapters) / model_size
     print(f"{parameters:,} parameters in {args.dtype}, {model_size / MIB:,.0f} MiB")
-    print(f"{len(kl.lora_layers(model))} layers adapted in {seconds:.2f} s, {args.init}")
+    print(
+        f"{len(kl.lora_layers(model))} layers adapted in {seconds:.2f} s ({cpu:.2f} s of CPU time)"
+    )
     print(f"peak +{peak / MIB:.1f} MiB, of which adapters {adapters / MIB:.1f} MiB")
     bars = {"seconds": (seconds, 0.0, MOST_SECONDS_OF_STARTS)}
     if args.init == "kaiming_uniform":

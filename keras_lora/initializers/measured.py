@@ -61,7 +61,10 @@ class LoRAGA(Start):
     factors of these sizes, these are nearest to `-rate G` in direction.
 
     Reference: Wang, Yu and Li 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
-    https://arxiv.org/abs/2407.05000, section 3 and algorithm 1.
+    https://arxiv.org/abs/2407.05000, section 3 and algorithm 1. `c`, and which singular vectors go
+    to which factor, are as in the authors' code, https://github.com/Outsider565/LoRA-GA:
+    `direction="ArB2r"`, `scale="stable"`, `stable_gamma=16` in `reinit_lora`. PEFT differs: it
+    multiplies `B0` alone by `c`, and by the singular values.
     """
 
     has_counterpart: ClassVar[bool] = True
