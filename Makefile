@@ -45,6 +45,7 @@ test-tensorflow: $(VENV)/.dev
 # The invariants of the layers, copies, training and resuming, on the two other backends.
 BACKEND_TESTS := tests/test_layers.py tests/test_starts.py tests/test_starts_data.py tests/test_dora.py \
 	tests/test_dora_models.py tests/test_training.py tests/test_choosing.py tests/test_rematerialized.py tests/test_recurrent.py \
+	tests/test_rematerialize.py \
 	tests/test_chunks.py::test_a_compiled_step tests/test_chunks.py::test_no_logits_are_whole \
 	tests/test_chunks.py::test_metrics_are_those_of_whole_logits \
 	tests/test_variables.py::test_an_adapted_layer_is_a_plain_one_with_the_effective_matrices \
@@ -78,6 +79,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/saved_model.py
 	$(BIN)/python benchmarks/recurrent.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) .assets dist site

@@ -32,8 +32,8 @@ from pathlib import Path
 from statistics import median
 
 from encoder import add_shape, classifier, compiled, fixed_batch
-from memory import MIB, billion, forget_peak, read_so_far, resident
 from merged import predicting, training
+from resident import MIB, billion, forget_peak, read_so_far, resident
 from timing import Bars, Step, interleaved, print_bars, print_times, ratio
 
 import keras_lora as kl

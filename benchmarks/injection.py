@@ -24,7 +24,7 @@ import argparse
 import sys
 import time
 
-from memory import MIB, billion, forget_peak, resident, size
+from resident import MIB, billion, forget_peak, resident, size
 from timing import print_bars
 
 MOST_SECONDS, MOST_PERCENT = 5.0, 2.0

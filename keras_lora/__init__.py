@@ -25,7 +25,15 @@ from keras_lora.export import on_first_use
 from keras_lora.export.reports import GraphReport, RuntimeReport
 from keras_lora.files.adapter_files import read_adapter_config, read_adapter_files
 from keras_lora.files.saving import load_adapter, save_adapter
-from keras_lora.inject import apply_lora, guard_keras_savers, merge_lora, merged, unload_lora
+from keras_lora.inject import (
+    apply_lora,
+    guard_keras_savers,
+    merge_lora,
+    merged,
+    rematerialize,
+    unload_lora,
+    unrematerialize,
+)
 from keras_lora.layers import (
     LoRAConv1D,
     LoRAConv1DTranspose,
@@ -128,6 +136,7 @@ __all__ = [
     "read_adapter_config",
     "read_adapter_files",
     "register_lora_class",
+    "rematerialize",
     "save_adapter",
     "save_keras_hub_lora",
     "save_peft_adapter",
@@ -137,6 +146,7 @@ __all__ = [
     "shrink_adapter",
     "unchunk_logits",
     "unload_lora",
+    "unrematerialize",
     "use_adapter",
 ]
 

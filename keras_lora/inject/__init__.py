@@ -17,6 +17,7 @@ from keras_lora.inject.plan import (
     plan_of,
     unique,
 )
+from keras_lora.inject.rematerializing import rematerialize, unrematerialize
 from keras_lora.inject.replacing import loses_dropout, misfits, replace
 from keras_lora.inject.switching import (
     active_names,
@@ -65,6 +66,7 @@ __all__ = [
     "plan_layers",
     "plan_of",
     "refresh",
+    "rematerialize",
     "replace",
     "switch",
     "thawed_by_others",
@@ -73,5 +75,6 @@ __all__ = [
     "unique",
     "unload",
     "unload_lora",
+    "unrematerialize",
     "whole_adapters",
 ]

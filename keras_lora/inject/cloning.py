@@ -13,7 +13,7 @@ from keras import ops
 from keras_lora.checks import warn
 from keras_lora.inject.freezing import original_flag
 from keras_lora.inject.optimizers import carry_exclusions
-from keras_lora.layers import LoRALayer, parts_of, plain_class
+from keras_lora.layers import LoRALayer, is_recomputed, parts_of, plain_class, recompute
 from keras_lora.walker import Layer, Tree
 
 
@@ -34,6 +34,8 @@ def plain_copy(tree: Tree) -> Any:
     pairs = list(zip(tree.layers, layers, strict=True))
     for original, layer in pairs:
         _carry_state(original, layer)
+        if is_recomputed(original):
+            recompute(layer)
     for original, variable in zip(originals, copies, strict=True):
         # A copy: on JAX training donates the arrays of the original.
         variable.assign(ops.copy(original.value))

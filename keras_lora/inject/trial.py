@@ -43,6 +43,11 @@ def check_plan(tree: Tree, plan: Plan) -> None:
         _check_assigned(tree, assigned, plan.owned, sites)
 
 
+def moving_variables(tree: Tree) -> Mapping[int, Layer]:
+    """The layers that assign to variables in training, by the id of the variable."""
+    return _tried(tree, (), always=True).assigned
+
+
 def check_readers(tree: Tree, sites: Sequence[Site]) -> bool:
     """Refuse matrices that another layer than their own computes with.
 

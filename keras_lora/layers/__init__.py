@@ -42,6 +42,7 @@ from keras_lora.layers.owned import (
     remove_owner,
 )
 from keras_lora.layers.padding import goes_by_element, parts_of
+from keras_lora.layers.recomputed import is_recomputed, keep_activations, moves, recompute
 from keras_lora.layers.recurrent import (
     LoRAConvLSTMCell,
     LoRAGRUCell,
@@ -115,14 +116,18 @@ __all__ = [
     "goes_by_element",
     "group_of",
     "in_group",
+    "is_recomputed",
     "is_registered",
+    "keep_activations",
     "layer_adapter",
     "lora_class_for",
+    "moves",
     "output_gain",
     "output_norms",
     "owned",
     "parts_of",
     "plain_class",
+    "recompute",
     "register_lora_class",
     "remember_flag",
     "remove_owner",

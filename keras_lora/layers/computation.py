@@ -58,6 +58,11 @@ def chosen(bank: Any, otherwise: Computation) -> Computation:
     return _CHOSEN.get().get(bank, otherwise)
 
 
+def all_chosen() -> Mapping[Any, Computation]:
+    """All that `computing` chose in this thread."""
+    return _CHOSEN.get()
+
+
 @contextlib.contextmanager
 def computing(computations: Mapping[Any, Computation]) -> Iterator[None]:
     """Within the context, in this thread alone, the matrices of these banks are computed so.

@@ -1,6 +1,7 @@
 """A model's layers as a tree, from one walk, and the layers that `targets` selects."""
 
 from keras_lora.walker.attention import attention_projections
+from keras_lora.walker.blocks import Blocks, select_blocks
 from keras_lora.walker.candidates import Target, all_targets, check_target
 from keras_lora.walker.heads import backbone_of, is_backbone, output_heads
 from keras_lora.walker.names import match_names, matches
@@ -18,6 +19,7 @@ from keras_lora.walker.tree import (
 )
 
 __all__ = [
+    "Blocks",
     "Layer",
     "Node",
     "Target",
@@ -34,6 +36,7 @@ __all__ = [
     "matches",
     "numbered",
     "output_heads",
+    "select_blocks",
     "select_targets",
     "site_path",
     "token_targets",

@@ -1,0 +1,53 @@
+"""The memory and the bytes read of a call, and a model of a billion parameters. Linux, glibc."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Iterable
+from pathlib import Path
+
+import keras
+import keras_hub
+
+MIB = 2**20
+
+
+def billion(layers: int, width: int, dtype: str = "float32") -> keras.Model:
+    """A Llama-shaped backbone: 1.1 billion parameters with 16 layers of 2048."""
+    return keras_hub.models.LlamaBackbone(
+        vocabulary_size=32000,
+        num_layers=layers,
+        num_query_heads=width // 64,
+        num_key_value_heads=width // 256,
+        hidden_dim=width,
+        intermediate_dim=4 * width,
+        dtype=dtype,
+    )
+
+
+def size(variables: Iterable[keras.Variable]) -> int:
+    """The bytes of the variables' values."""
+    return sum(v.value.dtype.size * int(v.value.shape.num_elements()) for v in variables)
+
+
+def resident(key: str) -> int:
+    """Bytes of this process: `VmRSS` is the present size, `VmHWM` the peak since `forget_peak`."""
+    return 1024 * _of_this_process("status", key)
+
+
+def read_so_far() -> int:
+    """Bytes that this process has read, from a disk or from the system's cache."""
+    return _of_this_process("io", "rchar")
+
+
+def forget_peak() -> None:
+    """Start a new peak. Freed memory is given back first: its reuse would not raise the peak."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def _of_this_process(file: str, key: str) -> int:
+    lines = Path("/proc/self", file).read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if key in line)
