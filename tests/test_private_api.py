@@ -14,7 +14,6 @@ import pytest
 import tensorflow as tf
 from support.models import composite, data, functional, subclassed
 from support.variables import MIXTURES
-from tensorflow.python.eager import record
 from tensorflow.python.saved_model import save_context
 
 import keras_lora as kl
@@ -337,33 +336,3 @@ def test_a_function_that_is_traced_to_be_saved_is_not_traced_again(tmp_path: Pat
         signature = module.twice.get_concrete_function()
     tf.saved_model.save(module, str(tmp_path / "1"), signature, options)
     assert len(traces) == 1
-
-
-def test_keras_asks_a_layer_with_a_remat_mode_how_to_compute() -> None:
-    layer = functional().get_layer("up")
-    assert layer._remat_mode is None
-    asked = []
-
-    def rematerialized_call(call: Any, *args: Any, **kwargs: Any) -> Any:
-        asked.append((call, args, kwargs))
-        return call
-
-    vars(layer).update(_remat_mode="any", rematerialized_call=rematerialized_call)
-    x = np.ones((2, 5), "float32")
-    layer(x)
-    assert [(call, kwargs) for call, _, kwargs in asked] == [(layer.call, {})]
-
-
-def test_tensorflow_tells_whether_a_tape_records() -> None:
-    with tf.GradientTape() as tape:
-        assert record.could_possibly_record()
-        with tape.stop_recording():
-            assert not record.could_possibly_record()
-    assert not record.could_possibly_record()
-
-
-def test_a_graph_notes_how_often_it_calls_a_layer() -> None:
-    layer = keras.layers.Dense(5)
-    inputs = keras.Input((5,))
-    layer(layer(inputs))
-    assert len(layer._inbound_nodes) == 2

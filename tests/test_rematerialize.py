@@ -26,9 +26,9 @@ class Block(keras.layers.Layer):
     """With all that a second pass may miss: dropout drawn twice, `training` and a mask that no
     argument names, a variable of its own, a loss."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, attends: bool = True, **options: Any) -> None:
         super().__init__(**options)
-        self.supports_masking = True
+        self.supports_masking, self.attends = True, attends
         self.attention = keras.layers.MultiHeadAttention(2, 3, dropout=0.3, name="attention")
         self.up = keras.layers.Dense(11, activation="gelu", name="up")
         self.drop = keras.layers.Dropout(0.4, name="drop")
@@ -36,25 +36,26 @@ class Block(keras.layers.Layer):
         self.calls = 0
 
     def build(self, input_shape: Any) -> None:
-        self.attention.build(input_shape, input_shape)
+        if self.attends:
+            self.attention.build(input_shape, input_shape)
         self.up.build(input_shape)
         self.down.build((*input_shape[:-1], 11))
         self.gain = self.add_weight(shape=(7,), initializer="ones", name="gain")
 
     def call(self, x: Any) -> Any:
         self.calls += 1
-        y = x + self.attention(x, x) * self.gain
+        y = x + self.gain * (self.attention(x, x) if self.attends else x)
         self.add_loss(ops.cast(0.1 * ops.mean(ops.square(y)), "float32"))
         return y + self.drop(self.down(self.drop(self.up(y))))
 
 
-def encoder(policy: str = "float32", blocks: int = 2) -> keras.Model:
+def encoder(policy: str = "float32", blocks: int = 2, attends: bool = True) -> keras.Model:
     keras.utils.set_random_seed(3)
     keras.config.set_dtype_policy(policy)
     tokens = keras.Input((5,), dtype="int32")
     x = keras.layers.Embedding(13, 7, mask_zero=True, name="tokens")(tokens)
     for i in range(blocks):
-        x = Block(name=f"block_{i}")(x)
+        x = Block(attends, name=f"block_{i}")(x)
     model = keras.Model(tokens, keras.layers.Dense(2, dtype="float32", name="head")(x))
     keras.config.set_dtype_policy("float32")
     return model
@@ -62,12 +63,12 @@ def encoder(policy: str = "float32", blocks: int = 2) -> keras.Model:
 
 def trained(rematerialized: bool, policy: str, adapted: bool, **options: Any) -> list[np.ndarray]:
     """The loss of a step, all variables after it, seeds too, and the outputs."""
-    model = encoder(policy, blocks=1 if options.get("jit_compile") else 2)
+    model = encoder(policy, attends=not options.get("jit_compile"))  # XLA compiles long
     if adapted:
         kl.apply_lora(model, kl.LoRAConfig(rank=2, dropout=0.2))
-        randomize_adapters(model)
+        randomize_adapters(model, 0.1)
     if rematerialized:
-        assert kl.rematerialize(model) is model
+        assert kl.rematerialize(model, "auto") is model
     model.compile(keras.optimizers.SGD(0.1), "mse", **options)
     loss = np.ravel(model.train_on_batch(TOKENS, Y))[0]
     return [loss, *map(numpy_of, model.variables), numpy_of(model(TOKENS))]
@@ -85,6 +86,7 @@ def test_losses_updates_and_seeds_are_those_of_the_plain_model(mode: str) -> Non
     policy, adapted, options = MODES[mode]
     expected = trained(False, policy, adapted, **options)
     tolerance = 1e-6 if policy == "float32" else 1e-2
+    assert all(np.isfinite(values).all() for values in expected)
     for ours, plain in zip(trained(True, policy, adapted, **options), expected, strict=True):
         np.testing.assert_allclose(ours, plain, rtol=tolerance, atol=tolerance)
 
@@ -241,6 +243,7 @@ def flat() -> keras.Model:
 
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "state": (normalized, "auto", r"in which \['norm_0'\] assign to .*moving_mean"),
+    "unbuilt": (lambda: keras.Sequential([Block(name="up")]), ["up"], "call it on a batch"),
     "no blocks": (flat, "auto", "Its blocks may be parts of one graph, as in keras.applications"),
     "a name": (encoder, "block_0", r"for a layer of that name write \['block_0'\]"),
     "no such name": (encoder, ["block_9"], "Closest: .*block_1"),

@@ -41,9 +41,9 @@ def rematerialize(model: keras.Model, blocks: Blocks = "auto") -> keras.Model:
         `model`.
 
     Raises:
-        ValueError: nothing is selected, a block is in another, a block is rematerialized already,
-            or assigns to its weights in training, as a `BatchNormalization` does unless it is
-            frozen. The model is then as it was.
+        ValueError: nothing is selected, or a block is in another, is not built, is rematerialized
+            already, or assigns to its weights in training, as a `BatchNormalization` does unless
+            it is frozen. The model is then as it was.
 
     Example:
 
@@ -96,7 +96,10 @@ def unrematerialize(model: keras.Model) -> keras.Model:
 
 
 def _check_kept(tree: Tree, nodes: list[Node]) -> None:
-    """Refuse a block that is rematerialized, or is in one or around one that is."""
+    """Refuse a block that is not built, is rematerialized, or is in or around one that is."""
+    unbuilt = [node.path for node in nodes if not node.layer.built]
+    if unbuilt:
+        raise invalid("model", "a built model", unbuilt, "call it on a batch, or build it, first")
     known = [layer for layer in tree.layers if is_recomputed(layer)]
     inside = tree.ids_within(known)
     taken = [
