@@ -31,7 +31,7 @@ def measured(args: argparse.Namespace) -> dict[str, float]:
         import keras  # noqa: PLC0415
         import keras_hub  # noqa: PLC0415
         import numpy as np  # noqa: PLC0415
-        from memory import MIB, forget_peak, resident  # noqa: PLC0415
+        from resident import MIB, forget_peak, resident  # noqa: PLC0415
 
         import keras_lora as kl  # noqa: PLC0415
 

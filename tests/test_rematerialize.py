@@ -243,7 +243,7 @@ def flat() -> keras.Model:
 
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "state": (normalized, "auto", r"in which \['norm_0'\] assign to .*moving_mean"),
-    "unbuilt": (lambda: keras.Sequential([Block(name="up")]), ["up"], "call it on a batch"),
+    "unbuilt": (lambda: keras.Sequential([Block(name="b")]), ["b"], "call it on a batch"),
     "no blocks": (flat, "auto", "Its blocks may be parts of one graph, as in keras.applications"),
     "a name": (encoder, "block_0", r"for a layer of that name write \['block_0'\]"),
     "no such name": (encoder, ["block_9"], "Closest: .*block_1"),
