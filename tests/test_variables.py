@@ -19,6 +19,8 @@ from support.variables import (
     OWN,
     RANK,
     STEPS,
+    Held,
+    Own,
     adapted,
     delta,
     inputs,
@@ -132,8 +134,36 @@ def test_low_precision(name: str, dtype: str) -> None:
 def test_files_bring_an_adapter_back(name: str, tmp_path: Path) -> None:
     model, x = adapted(name), inputs()
     brought_back(model, lambda: made(name), x, tmp_path)
-    with pytest.raises(ValueError, match="adapters that no `.keras` file"):
-        model.save(tmp_path / "m.keras")
+
+
+@pytest.mark.parametrize("name", ["own", "one of own", "held", "positions"])
+def test_a_keras_file_and_a_clone_bring_adapters_back(name: str, tmp_path: Path) -> None:
+    model, x = adapted(name), inputs()
+    kl.apply_lora(model, kl.LoRAConfig(rank=3, targets=CASES[name][1]), name="second")
+    randomize(model)
+    kl.set_adapter(model, ["default", "second"])
+    expected = numpy_of(model(x))
+    model.save(tmp_path / "m.keras")
+    classes = {"Own": Own, "Held": Held}
+    loaded = keras.saving.load_model(tmp_path / "m.keras", custom_objects=classes)
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    for other in (loaded, clone):
+        np.testing.assert_array_equal(numpy_of(other(x)), expected)
+        trained = [[v.name for v in m.trainable_variables] for m in (other, model)]
+        assert trained[0] == trained[1]
+    kl.set_adapter(loaded, "default")
+    kl.set_adapter(model, "default")
+    np.testing.assert_array_equal(numpy_of(loaded(x)), numpy_of(model(x)))
+    kl.unload_lora(loaded)
+    np.testing.assert_array_equal(numpy_of(loaded(x)), numpy_of(made(name)(x)))
+
+
+def test_what_no_config_lists_is_in_no_keras_file(tmp_path: Path) -> None:
+    """The mixture's config does not list the experts in it."""
+    with pytest.raises(ValueError, match="adapters that no `.keras` file.*merge_lora"):
+        adapted("mixtral").save(tmp_path / "m.keras")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_checkpoint_of_the_base_fits(tmp_path: Path) -> None:

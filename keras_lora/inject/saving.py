@@ -9,7 +9,7 @@ import keras
 
 from keras_lora.inject.freezing import own_trainable_variables
 from keras_lora.inject.showing import name_adapted
-from keras_lora.layers import BASE, LoRALayer, all_owned, is_registered
+from keras_lora.layers import BASE, LoRALayer, LoRAVariables, all_owned, is_registered
 from keras_lora.rates import build_rated
 from keras_lora.walker import Layer, Tree
 
@@ -105,6 +105,8 @@ def _config_holds(tree: Tree) -> bool:
 
 def _banks_alike(layer: LoRALayer) -> bool:
     """Whether a layer's config, which says its adapters once, is true of each of its matrices."""
+    if isinstance(layer, LoRAVariables):
+        return True  # it says so for each
     first, *others = [
         ({n: a.acting_spec for n, a in bank.adapters.items()}, bank.active, bank.room)
         for bank in layer.banks.values()

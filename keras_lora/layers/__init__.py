@@ -67,7 +67,7 @@ from keras_lora.layers.transposed import (
     LoRAConv2DTranspose,
     LoRAConv3DTranspose,
 )
-from keras_lora.layers.variables import check_bare
+from keras_lora.layers.variables import LoRAVariables, check_bare
 
 __all__ = [
     "BASE",
@@ -99,6 +99,7 @@ __all__ = [
     "LoRASeparableConv1D",
     "LoRASeparableConv2D",
     "LoRASimpleRNNCell",
+    "LoRAVariables",
     "MixedBatch",
     "OwnedValues",
     "Site",

@@ -16,7 +16,6 @@ import keras
 
 from keras_lora.checks import invalid, warn
 from keras_lora.config import AdapterSpec, check_start
-from keras_lora.initializers import stand_in
 from keras_lora.layers.adaptable import check_adaptable, check_adapter_name, remember_flag
 from keras_lora.layers.adapter import LayerAdapter
 from keras_lora.layers.bank import AdapterBank
@@ -31,6 +30,7 @@ from keras_lora.layers.checkpoint import (
     untrained_values,
 )
 from keras_lora.layers.computation import Computation, computing
+from keras_lora.layers.converting import fill
 from keras_lora.layers.guarded import Adapting, Guarded
 from keras_lora.layers.kinds import KINDS, kinds_of, only
 from keras_lora.layers.rematerialized import Rematerialized
@@ -89,7 +89,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         same name, a checkpoint of the base fits the adapted model.
         """
         super().__init_subclass__(**options)
-        cls.__name__ = _adapted_class(cls).__name__
+        cls.__name__ = adapted_class(cls).__name__
         own, changes = vars(cls), dict[str, Any]()
         if "kernel_equation" in own:
             changes["equation"] = own["kernel_equation"].__func__
@@ -144,7 +144,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
             raise invalid("freeze_a", "False for a layer whose A starts at zero", True)
         super().__init__(*args, **kwargs)
         check_adaptable(self)
-        self._lora = LoRAState.of(self, _adapted_class(type(self)), kinds)
+        self._lora = LoRAState.of(self, adapted_class(type(self)), kinds)
         self._lora.pending, self._lora.pending_active = specs, chosen
         self._lora.pending_room = None if room is None else Room(**room)
         self._lora.train_bias = train_bias
@@ -159,14 +159,8 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
             remember_flag(variable)
             variable.trainable = id(variable) in biases and self._lora.train_bias
         for bank in self.banks.values():
-            room = self._lora.pending_room
-            for name, spec in self._lora.pending.items():
-                start = bank.site.kind.start_of(spec.init)
-                # With room for them the values come from a file.
-                bank.add(name, spec, start=start if room is None else stand_in(start))
-            if room is not None:
-                bank.make_room(room)
-            bank.activate(self._lora.pending_active, room is None or room.trainable)
+            state = self._lora
+            fill(bank, state.pending, state.pending_active, state.pending_room)
         self._lora.pending = {}
 
     @property
@@ -341,7 +335,8 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
             )
 
 
-def _adapted_class(lora_class: type) -> type:
+def adapted_class(lora_class: type) -> type:
+    """The class that an adapted class is of without adapters."""
     return next(c for c in lora_class.__mro__ if not issubclass(c, Adapting))
 
 

@@ -1,14 +1,7 @@
-"""Which class adapts which, and the conversion of a built layer in place.
-
-Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
-    `_call_signature`, `_call_has_training_arg`, `_call_has_mask_arg`, `_call_context_args`,
-        `_call_has_context_arg`: Keras looks at the signature of `call` in the constructor alone,
-        and an adapted class may have another.
-"""
+"""Which class adapts which, and the conversion of a built layer in place."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -19,6 +12,7 @@ from keras import ops
 
 from keras_lora.checks import invalid
 from keras_lora.layers.adapter import LayerAdapter
+from keras_lora.layers.converting import become, convert
 from keras_lora.layers.convolution import LoRAConv1D, LoRAConv2D, LoRAConv3D
 from keras_lora.layers.depthwise import LoRADepthwiseConv1D, LoRADepthwiseConv2D
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
@@ -38,7 +32,7 @@ from keras_lora.layers.transposed import (
     LoRAConv2DTranspose,
     LoRAConv3DTranspose,
 )
-from keras_lora.layers.variables import bare_sites, variables_class
+from keras_lora.layers.variables import LoRAVariables, bare_sites, variables_class
 
 _LORA_CLASSES: dict[type, type[LoRALayer]] = {
     keras.layers.Dense: LoRADense,
@@ -152,14 +146,7 @@ def supported_base(layer_class: type) -> type | None:
 def attach(layer: keras.layers.Layer, state: LoRAState | None = None) -> LoRALayer:
     """Turn a built layer into an adapted one in place, with the adapters of `state` or none."""
     layer_class: Any = type(layer)
-    lora_class: Any = lora_class_for(layer_class) or variables_class(layer)
-    layer._lora = state or LoRAState.of(layer, layer_class, kinds_of(lora_class))
-    # Keras's constructor bound the plain class's method, in the place of the adapted class's.
-    layer._lora.quantize = vars(layer).pop("quantize", None)
-    _become(layer, lora_class)
-    for bank in layer.banks.values():
-        bank.track()
-    return layer
+    return convert(layer, lora_class_for(layer_class) or variables_class(layer), state)
 
 
 def detach(layer: LoRALayer) -> LoRAState:
@@ -168,26 +155,10 @@ def detach(layer: LoRALayer) -> LoRAState:
     for bank in state.banks.values():
         bank.untrack()
     del layer._lora
-    _become(layer, state.base_class)
+    become(layer, state.base_class)
     if state.quantize is not None:
         layer.__dict__["quantize"] = state.quantize
     return state
-
-
-def _become(layer: keras.layers.Layer, layer_class: Any) -> None:
-    """Change the class of a layer, and what Keras recorded of its `call` in the constructor.
-
-    With the record of a `call` that has no `training`, an adapter would have no dropout.
-    """
-    layer.__class__ = layer_class
-    signature = inspect.signature(layer.call)
-    layer._call_signature = signature
-    layer.call_signature_parameters = list(signature.parameters)
-    layer._call_has_training_arg = "training" in signature.parameters
-    layer._call_has_mask_arg = "mask" in signature.parameters
-    layer._call_has_context_arg = {
-        name: name in signature.parameters for name in layer._call_context_args
-    }
 
 
 def sites_of(layer: keras.layers.Layer) -> Mapping[str, Site]:
@@ -229,4 +200,6 @@ def output_gain(site: Site, adapter: LayerAdapter) -> np.ndarray:
 
 def is_registered(layer: LoRALayer) -> bool:
     """Whether Keras can find the layer's class by name when it reads a file."""
+    if isinstance(layer, LoRAVariables):
+        return layer.is_listed
     return type(layer) in _LORA_CLASSES.values()

@@ -13,6 +13,7 @@ Private Keras API in this file, and why (`tests/test_private_api.py` watches eac
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,10 +23,14 @@ from typing import Any, NamedTuple, TypeAlias
 import keras
 
 from keras_lora.checks import invalid
+from keras_lora.config import AdapterSpec
+from keras_lora.layers.adaptable import remember_flag
+from keras_lora.layers.converting import convert, fill
 from keras_lora.layers.effective import BaseVariables, EffectiveMatrix, forming
 from keras_lora.layers.guarded import Adapting
 from keras_lora.layers.kinds import KINDS, Kind, Layer, Site, dense_equation
-from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.lora_layer import LoRALayer, adapted_class
+from keras_lora.layers.slots import Room
 
 # The banks of experts of KerasHub's mixtures, in the classes that have them.
 _GATED = ("_expert_feedforward_gate_dense", "_expert_feedforward_output_dense")
@@ -37,6 +42,7 @@ EXPERTS: Mapping[str, tuple[str, ...]] = {
     "GptOssExperts": ("gate_up_proj", "down_proj"),
     "Gemma4MoEBlock": ("gate_proj", "up_proj", "down_proj"),
 }
+_FILE_NAME = ("keras_lora", "LoRAVariables")
 _LETTERS = "abcdefghijklmnop"
 
 
@@ -54,8 +60,57 @@ _Matrices: TypeAlias = "tuple[_Matrix, ...]"
 _Place: TypeAlias = "tuple[str, int | str | None]"
 
 
+@keras.saving.register_keras_serializable(*_FILE_NAME)
 class LoRAVariables(LoRALayer, Adapting):
-    """Abstract base of adapted layers whose own code reads their matrices as attributes."""
+    """Abstract base of adapted layers whose own code reads their matrices as attributes.
+
+    Their classes are made in place, so their config is that of the plain layer, with the adapters
+    of each matrix beside it. Keras finds every such class under the one name of `_FILE_NAME`.
+    """
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether a config can bring the layer back: Keras knows what to build it for."""
+        return not isinstance(self, keras.Model) and bool(self.get_build_config())
+
+    def get_config(self) -> dict[str, Any]:
+        banks, ours = self.banks.items(), {id(v) for v in self.adapter_variables}
+        specs = {
+            matrix: {name: adapter.acting_spec.to_dict() for name, adapter in bank.adapters.items()}
+            for matrix, bank in banks
+        }
+        return {
+            "plain": self._plain_config(),
+            "adapters": specs,
+            "active": {matrix: list(bank.active) for matrix, bank in banks},
+            "room": {matrix: dataclasses.asdict(bank.room) for matrix, bank in banks},
+            "train_bias": False,
+            "trains": [bool(v.trainable) for v in self.variables if id(v) not in ours],
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        plain, adapted = config["plain"], adapted_class(cls)
+        # A clone is of a class that is at hand, which Keras may not know by name.
+        same = (plain["module"], plain["class_name"]) == (adapted.__module__, adapted.__name__)
+        known = {adapted.__name__: adapted} if same else {}
+        layer: Any = keras.saving.deserialize_keras_object(plain, custom_objects=known)
+        variables = layer.variables
+        convert(layer, variables_class(layer))
+        for variable, trains in zip(variables, config["trains"], strict=True):
+            remember_flag(variable)
+            variable.trainable = trains
+        for matrix, bank in layer.banks.items():
+            specs = {n: AdapterSpec(**spec) for n, spec in config["adapters"][matrix].items()}
+            fill(bank, specs, config["active"][matrix], Room(**config["room"][matrix]))
+        return layer
+
+    def _plain_config(self) -> dict[str, Any]:
+        lora_class, self.__class__ = type(self), self.base_class
+        try:
+            return dict(keras.saving.serialize_keras_object(self))
+        finally:
+            self.__class__ = lora_class
 
 
 def bare_sites(layer: Layer) -> dict[str, Site]:
@@ -213,7 +268,7 @@ def _made_class(layer_class: Any, matrices: _Matrices) -> type[LoRALayer]:
     body = {**own, **effective, "call": _forming(layer_class.call)}
     made = type(f"LoRA{layer_class.__name__}", bases, body)
     KINDS[made] = _kinds(matrices)
-    return made
+    return keras.saving.register_keras_serializable(*_FILE_NAME)(made)
 
 
 def _forming(call: Any) -> Any:
