@@ -35,6 +35,7 @@ from keras_lora.inject import (
     unrematerialize,
 )
 from keras_lora.layers import (
+    Drift,
     LoRAConv1D,
     LoRAConv1DTranspose,
     LoRAConv2D,
@@ -82,6 +83,7 @@ __all__ = [
     "AdapterFileError",
     "AdapterSpec",
     "ConvertedLayer",
+    "Drift",
     "GraphReport",
     "LoRAConfig",
     "LoRAConv1D",

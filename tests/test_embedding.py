@@ -167,7 +167,6 @@ def test_a_layer_that_reads_the_private_matrix_computes_with_the_effective_one()
 REFUSED = {
     "constraint": ({"embeddings_constraint": "non_neg"}, "expected no embeddings constraint"),
     "keras": ({"lora_rank": 2}, "without Keras's own LoRA"),
-    "int8": ({"dtype": "int8_from_float32"}, "expected floating-point weights"),
 }
 
 

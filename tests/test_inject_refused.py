@@ -86,11 +86,11 @@ def test_keras_own_lora_a_constraint_and_quantized_weights_are_refused() -> None
     enabled = functional()
     enabled.get_layer("up").enable_lora(2)
     quantized = functional()
-    quantized.get_layer("up").quantize("int8")
+    quantized.get_layer("up").quantize("float8")
     constrained = functional(kernel_constraint="non_neg")
     for model, message in [
         (enabled, "without Keras's own LoRA"),
-        (quantized, "floating-point weights.*int8"),
+        (quantized, "floating-point weights.*float8"),
         (constrained, "no kernel constraint"),
     ]:
         before = state(model)
@@ -156,7 +156,7 @@ def test_keras_own_lora_on_an_adapted_layer_is_refused() -> None:
         ({"dropout": 1}, "dropout"),
         ({"lora_rank": 2}, "Keras's own LoRA"),
         ({"kernel_constraint": "non_neg"}, "no kernel constraint"),
-        ({"dtype": "int8_from_float32"}, "floating-point"),
+        ({"dtype": "float8_from_float32"}, "floating-point"),
         ({"adapters": {"a/b": {"rank": 2, "alpha": 2}}}, "adapter name"),
         ({"adapters": {"a": {"rank": 2, "alpha": 2}}, "active": ["b"]}, "active"),
     ],

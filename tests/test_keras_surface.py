@@ -152,7 +152,7 @@ MAKES: dict[tuple[str, ...], Callable[[keras.Model], keras.Model]] = {
     ("to_json",): from_json,
     ("get_config", "from_config"): from_config,
 }
-REFUSED: dict[str, Callable[[keras.Model], Any]] = {"quantize": lambda m: m.quantize("int8")}
+REFUSED: dict[str, Callable[[keras.Model], Any]] = {"quantize": lambda m: m.quantize("float8")}
 # What has no values of a model, or is a part of what is tried.
 OTHERS = {
     "of every variable or metric, which a test of its own compares": """variables weights

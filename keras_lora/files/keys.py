@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,7 +16,7 @@ from keras import ops
 from keras_lora.checks import warn
 from keras_lora.config import AdapterSpec
 from keras_lora.inject import adapted, thawed_by_others, trained_by_none
-from keras_lora.layers import AdapterBank, OwnedValues, all_owned, factor_names
+from keras_lora.layers import AdapterBank, OwnedValues, all_owned, factor_names, shapes_in_float
 from keras_lora.walker import Tree
 
 
@@ -25,10 +26,13 @@ def factor_keys(path: str, spec: AdapterSpec) -> list[str]:
 
 
 def base_fingerprint(tree: Tree) -> str:
-    """A digest of the keys and shapes of the base's weights."""
-    ours = {id(v) for bank in tree.banks for v in bank.variables}
-    keys, weights = tree.variable_keys, tree.root.weights
-    shapes = sorted((keys[id(v)], list(v.shape)) for v in weights if id(v) not in ours)
+    """A digest of the keys and shapes of the base's weights, as they are in floating point."""
+    ours: dict[int, Any] = {id(v): None for bank in tree.banks for v in bank.variables}
+    for layer in tree.layers:
+        ours |= shapes_in_float(layer)
+    keys = tree.variable_keys
+    found = [(keys[id(v)], ours.get(id(v), v.shape)) for v in tree.root.weights]
+    shapes = sorted((key, list(shape)) for key, shape in found if shape is not None)
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 

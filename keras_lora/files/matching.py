@@ -15,7 +15,7 @@ from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.files.adapter_files import PathLike, read_adapter_files
 from keras_lora.files.keys import base_fingerprint, factor_keys
 from keras_lora.inject import PlannedLayer
-from keras_lora.layers import Adapter, adapter_shapes
+from keras_lora.layers import Adapter, adapter_shapes, grid_of
 from keras_lora.walker import Node, Target, Tree, all_targets
 
 _FIELDS = {
@@ -27,6 +27,7 @@ _FIELDS = {
     "variables",
     "trained",
     "base",
+    "quantization",  # the grid of each layer that was quantized; in files of such models alone
 }
 
 
@@ -47,6 +48,7 @@ class Loaded:
             reader.check_base()
         layers, values = reader.layers(), reader.values()
         reader.report(allow_other_base, bool(layers))
+        reader.compare_grids(layers)
         return cls(layers, values, reader.adapter(), os.fspath(directory))
 
 
@@ -150,6 +152,24 @@ class _Reader:
                 f"{self._absent}"
             )
 
+    def compare_grids(self, layers: Sequence[PlannedLayer]) -> None:
+        """Warn of layers that were quantized otherwise when the adapter was saved."""
+        then, stable = self._config.get("quantization", {}), self._tree.stable_paths
+        targets = {stable.get(x.target.path, x.target.path): x.target for x in layers}
+        pairs = {p: (then.get(p), grid_of(target.layer)) for p, target in targets.items()}
+        other = [
+            f"{p}: {a or 'floating point'}, now {b or 'floating point'}"
+            for p, (a, b) in pairs.items()
+            if a != b
+        ]
+        if other:
+            warn(
+                f"{self._directory!r}: expected a base that is quantized as when the adapter was "
+                f"saved. Received another: {'; '.join(other[:5])}"
+                f"{f' and {len(other) - 5} more' if len(other) > 5 else ''}. The adapter is loaded "
+                "and acts, on a W0 that it was not trained with."
+            )
+
     def _layer(self, path: str, target: Target) -> PlannedLayer | None:
         spec = self._spec(path)
         names = factor_keys(path, spec)
@@ -195,6 +215,8 @@ def check_fields(directory: PathLike, config: dict[str, Any]) -> None:
     kinds = {"spec": dict, "layer_specs": dict, "base": dict, "variables": list}
     kinds |= {"trained": list}
     wrong = [f for f, kind in kinds.items() if not isinstance(config.get(f), kind)]
+    if not isinstance(config.get("quantization", {}), dict):
+        wrong.append("quantization")
     if "config" not in config or not isinstance(config["config"], dict | None):
         wrong.append("config")
     for name in {"variables", "trained"} - set(wrong):

@@ -41,7 +41,7 @@ from keras_lora.inject import (
     whole_adapters,
 )
 from keras_lora.inject import replace as replace_adapter
-from keras_lora.layers import DEFAULT_ADAPTER, Adapter, LayerAdapter, check_adapter_name
+from keras_lora.layers import DEFAULT_ADAPTER, Adapter, LayerAdapter, check_adapter_name, grid_of
 from keras_lora.version import __version__
 from keras_lora.walker import Tree
 
@@ -189,6 +189,8 @@ def _description(tree: Tree, name: str, beside: Sequence[str], ordinary: bool) -
     model = tree.root
     free = [v for v in trained_by_none(tree) if v.trainable]
     trained = unique([*(whole.trained if whole else ()), *free])
+    grids = {p: grid for p, x in stable_banks(tree).items() if (grid := grid_of(x.site.layer))}
+    grids = {path: grid for path, grid in grids.items() if path in layers}
     return {
         "keras_lora_version": __version__,
         "keras_version": keras.__version__,
@@ -202,6 +204,7 @@ def _description(tree: Tree, name: str, beside: Sequence[str], ordinary: bool) -
             "name": model.name,
             "fingerprint": base_fingerprint(tree),
         },
+        **({"quantization": grids} if grids else {}),
     }
 
 

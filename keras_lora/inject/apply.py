@@ -13,6 +13,7 @@ from keras_lora.config import LoRAConfig
 from keras_lora.distribution import strategy_scope
 from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import changing
+from keras_lora.inject.gradients import settle_gradients
 from keras_lora.inject.identity import check_variables
 from keras_lora.inject.keras_hub_writers import guard_keras_hub_writers
 from keras_lora.inject.measuring import check_data, measured_plan
@@ -145,6 +146,7 @@ def install(tree: Tree, plan: Plan, active: bool = True, trainable: bool = True)
             if active:
                 refreeze(tree, plan.adapter.trained if trainable else ())
     prepare_saving(tree)
+    settle_gradients(tree)
     guard_keras_hub_writers()
 
 

@@ -5,20 +5,8 @@ An adapter would then go on with the old variable, which nothing computes with a
 
 from __future__ import annotations
 
-from typing import Any
-
-from keras_lora.layers import QUANTIZED, owned
+from keras_lora.layers import owned
 from keras_lora.walker import Tree
-
-
-def check_quantizable(model: Any) -> None:
-    """
-    Raises:
-        ValueError: the model has adapters.
-    """
-    tree = Tree.of(model)
-    if tree.adapted:
-        raise ValueError(f"'{model.name}' has {len(tree.adapted)} adapted layers: {QUANTIZED}")
 
 
 def check_variables(tree: Tree) -> None:

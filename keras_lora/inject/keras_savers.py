@@ -26,7 +26,7 @@ from typing import Any
 
 import keras
 
-from keras_lora.inject.identity import check_quantizable
+from keras_lora.inject.quantizing import guard_quantizer
 from keras_lora.inject.saving import check_in_slots, check_saveable
 from keras_lora.inject.switching import active_names, in_order, switch
 from keras_lora.layers import STATE_PREFIX
@@ -47,7 +47,7 @@ def guard_keras_savers() -> None:
         guard(module, "clone_model", check_saveable)
     guard(legacy, "load_weights_from_hdf5_group", check_loadable, 2)
     guard(legacy, "load_weights_from_hdf5_group_by_name", check_loadable, 2)
-    guard(keras.Model, "quantize", check_quantizable)
+    guard_quantizer()
     # These take the variables of a model alone: the legacy format, and `OrbaxCheckpoint`.
     guard(legacy, "save_model_to_hdf5", check_in_slots)
     guard(keras.Model, "get_state_tree", check_in_slots)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import keras
 
 from keras_lora.inject.freezing import thaw
+from keras_lora.inject.gradients import settle_gradients
 from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.showing import name_none
 from keras_lora.inject.switching import adapter_names, allow_any_rank, known_models
@@ -62,5 +63,7 @@ def _release(trees: list[Tree]) -> None:
             thaw(tree, held)
             allow_any_rank(tree)
             name_none(tree)
+            settle_gradients(tree)
     for tree in adapted:
+        settle_gradients(tree)
         prepare_saving(tree)

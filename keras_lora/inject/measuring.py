@@ -50,6 +50,7 @@ def check_data(tree: Tree, plan: Plan, init: str, data: Any) -> Measure | None:
         raise invalid("data", "batches, as a dataset gives them to fit", type(data), fix)
     _check_sites(plan, init)
     if measure == "gradient":
+        _check_trainable(plan, init)
         _check_model(tree)
     elif tree.adapted:
         _refuse_adapted(tree, init)
@@ -68,6 +69,14 @@ def _check_sites(plan: Plan, init: str) -> None:
     if others:
         fix = "exclude them, or give them an adapter of their own with another start"
         raise invalid("init", f"a start that {others} can take, which are not linear", init, fix)
+
+
+def _check_trainable(plan: Plan, init: str) -> None:
+    integers = [x.target.path for x in plan.layers if x.target.site.is_quantized]
+    if integers:
+        fix = "exclude them, or take a start without a gradient"
+        expected = f"a start that {integers} can take, which are quantized and have no gradient"
+        raise invalid("init", expected, init, fix)
 
 
 def _check_model(tree: Tree) -> None:
@@ -174,7 +183,8 @@ def _first(sample: Any) -> Any:
 def _watching(planned: PlannedLayer, found: dict[str, Measured]) -> Iterator[None]:
     """Within the context the layer's inputs are added to what is found of it."""
     layer, path = planned.target.layer, planned.target.path
-    call: Callable[..., Any] = layer.call
+    name = "quantized_call" if planned.target.site.is_quantized else "call"
+    call: Callable[..., Any] = getattr(layer, name)
 
     def watched(*args: Any, **options: Any) -> Any:
         new = _vectors(planned.target.site, args[0] if args else options["inputs"])
@@ -185,11 +195,11 @@ def _watching(planned: PlannedLayer, found: dict[str, Measured]) -> Iterator[Non
         found[path] = Measured(_directions(every, planned.spec.rank), energy)
         return call(*args, **options)
 
-    vars(layer)["call"] = watched
+    vars(layer)[name] = watched
     try:
         yield
     finally:
-        del vars(layer)["call"]
+        del vars(layer)[name]
 
 
 def _vectors(site: Site, x: Any) -> np.ndarray:

@@ -14,6 +14,13 @@ from keras_lora.inject.cloning import plain_copy
 from keras_lora.inject.compiled import around, changing, refresh
 from keras_lora.inject.freezing import freeze, thaw
 from keras_lora.inject.leaving import leaving
+from keras_lora.inject.quantizing import (
+    check_form,
+    converted,
+    is_merged_apart,
+    merged_layers,
+    told,
+)
 from keras_lora.inject.saving import prepare_saving
 from keras_lora.inject.showing import name_none
 from keras_lora.inject.switching import (
@@ -25,12 +32,17 @@ from keras_lora.inject.switching import (
 )
 from keras_lora.inject.trial import check_readers
 from keras_lora.inject.turns import CHOOSING, context, turn
-from keras_lora.layers import LoRALayer, attach, detach, sites_of
+from keras_lora.layers import Drift, attach, detach, sites_of
 from keras_lora.rates import remove_rates, without_rates
 from keras_lora.walker import Tree
 
 
-def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
+def merge_lora(
+    model: keras.Model,
+    inplace: bool = True,
+    quantized: str | None = None,
+    drift: dict[str, Drift] | None = None,
+) -> keras.Model:
     """Fold the active adapters into the kernels and return a plain Keras model.
 
         W = W0 + sum_i s_i A_i B_i        summed in float32 or wider, rounded once to W0's dtype
@@ -43,16 +55,26 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
     Adapters that are not active are dropped, with a warning that names them. To merge a copy needs
     no warning: `model` keeps them.
 
+    A quantized layer cannot take `s A B` into its integers exactly, so `quantized` says what is
+    wanted. Layers on which no adapter acts stay as they are.
+
     Args:
         model: An adapted model.
         inplace: False leaves the adapted model as it is and returns a merged copy.
+        quantized: For adapted layers that are quantized: `"dequantize"` for layers in floating
+            point with the weight `W`, where `W0` is what the integers stand for (their product
+            rounds the inputs no more, as that of `int8` does); `"requantize"` for the same mode
+            again, `W` being rounded anew.
+        drift: With `"requantize"`: a dictionary that gets the `Drift` of each layer by path,
+            instead of a warning with them.
 
     Returns:
         The plain model: `model` itself, or the copy.
 
     Raises:
         ValueError: no adapters, none that is active, a kernel that is not finite after merging,
-            or a matrix that another layer reads as a variable. The model is then as it was.
+            a matrix that another layer reads as a variable, or quantized layers and no
+            `quantized`. The model is then as it was.
 
     Example:
 
@@ -65,23 +87,23 @@ def merge_lora(model: keras.Model, inplace: bool = True) -> keras.Model:
     Reference: Hu et al. 2021, section 4.1, "No Additional Inference Latency".
     """
     with turn(model, "merge_lora", () if inplace else CHOOSING) as tree:
-        if not inplace:
-            _mergeable(tree)
-            return _merged_copy(tree)
-        _merge(tree)
-    return model
+        _mergeable(tree, quantized)
+        merged, drifts = (_merge if inplace else _merged_copy)(tree, quantized)
+    if drift is not None:
+        drift.update(drifts)
+    elif drifts:
+        warn(told(drifts))
+    return merged
 
 
-def _merge(tree: Tree) -> None:
-    layers = _mergeable(tree)
+def _merge(tree: Tree, quantized: str | None) -> tuple[keras.Model, dict[str, Drift]]:
     dropped = sorted({*adapter_names(tree)} - {*active_names(tree)})
     if dropped:
         warn(f"Merging drops the adapters that are not active: {dropped}.")
-    with changing(tree, layers), leaving(tree, merged=True) as plain:
-        for bank in tree.banks:
-            bank.fold()
-        _strip(tree)
+    with changing(tree, tree.adapted), leaving(tree, merged=True) as plain:
+        drifts = {p: drift for p, drift in merged_layers(tree, quantized) if drift is not None}
     remove_rates(plain)
+    return tree.root, drifts
 
 
 def unload_lora(model: keras.Model) -> keras.Model:
@@ -151,7 +173,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     ['lora_a', 'lora_b']
     """
     with turn(model, "merged", CHOOSING) as tree:
-        _mergeable(tree)
+        _mergeable(tree, None)
         with context(tree, "merged"), _folded(tree):
             yield model
 
@@ -166,7 +188,7 @@ def _folded(tree: Tree) -> Iterator[None]:
         stack.callback(refresh, models)
         stack.callback(_close, tree.root, trainable)
         stack.enter_context(without_rates(models))
-        for bank in banks:
+        for bank in [bank for bank in banks if bank.active]:
             # A copy: on torch the array would share the memory of the variable.
             kernel = np.array(ops.convert_to_numpy(bank.site.matrix), copy=True)
             stack.callback(bank.assign_base, kernel)
@@ -185,15 +207,20 @@ def _close(model: keras.Model, trainable: Iterable[keras.Variable]) -> None:
     prepare_saving(tree)
 
 
-def _merged_copy(tree: Tree) -> keras.Model:
+def _merged_copy(tree: Tree, quantized: str | None) -> tuple[keras.Model, dict[str, Drift]]:
     with without_rates([tree.root]):
         copy: keras.Model = plain_copy(tree)
-    for layer, twin in zip(tree.layers, Tree.of(copy).layers, strict=True):
-        if isinstance(layer, LoRALayer):
-            sites = sites_of(twin)
-            for name, bank in layer.banks.items():
-                sites[name].matrix.assign(ops.stop_gradient(bank.kernel))
-    return copy
+    twins = dict(zip(map(id, tree.layers), Tree.of(copy).layers, strict=True))
+    drifts = {}
+    for path, layer in tree.adapted_by_path.items():
+        twin = twins[id(layer)]
+        for name, bank in layer.banks.items():
+            weight = ops.stop_gradient(bank.kernel) if bank.active else None
+            if is_merged_apart(bank):
+                drifts[path] = converted(tree, twin, weight, quantized)
+            elif bank.active:
+                sites_of(twin)[name].matrix.assign(weight)
+    return copy, {path: drift for path, drift in drifts.items() if drift is not None}
 
 
 def _strip(tree: Tree) -> None:
@@ -201,14 +228,15 @@ def _strip(tree: Tree) -> None:
         detach(layer)
 
 
-def _mergeable(tree: Tree) -> list[LoRALayer]:
-    """The adapted layers, once every kernel is known to be finite after merging."""
+def _mergeable(tree: Tree, quantized: str | None) -> None:
+    """Refuse what cannot be merged; every kernel is to be finite then."""
     banks = adapted(tree)
     if not active_names(tree):
         raise ValueError(
             "Expected at least one active adapter to merge. Received: a model whose adapters are "
             "all inactive. Activate one with set_adapter, or drop them with unload_lora."
         )
+    check_form(tree, quantized)
     check_readers(tree, [bank.site for bank in banks.values()])
     # Each kernel is computed here and again for its assignment: to keep all doubles the memory.
     broken = [p for p, x in banks.items() if not bool(ops.all(ops.isfinite(x.kernel)))]
@@ -218,4 +246,3 @@ def _mergeable(tree: Tree) -> list[LoRALayer]:
             "adapter weights (or base weights) that are not finite, or from a delta too large "
             "for the dtype of the base. Train again, or drop the adapters: unload_lora(model)."
         )
-    return tree.adapted

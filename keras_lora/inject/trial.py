@@ -67,7 +67,7 @@ def check_readers(tree: Tree, sites: Sequence[Site]) -> bool:
             "Expected variables that the code of their layers reads as attributes when the model "
             f"is called. Received: {sorted(s.matrix.path for s in unread)}, which it does not "
             "read so: the adapter has no effect on them until it is merged. Read "
-            f"`self.{unread[0].kind.matrix}` in `call`, or exclude the variable."
+            f"`self.{unread[0].attribute}` in `call`, or exclude the variable."
         )
     return bool(watch.assigned)
 
@@ -219,7 +219,7 @@ def _own_matrices(sites: Sequence[Site]) -> Iterator[Mapping[int, int]]:
     twins = [copy.copy(matrix) for matrix in matrices]
     held = []
     for site, twin in zip(sites, twins, strict=True):
-        attributes, name, item = vars(site.layer), site.kind.matrix, site.kind.item
+        attributes, name, item = vars(site.layer), site.attribute, site.kind.item
         held.append((attributes, name, attributes[name]))
         attributes[name] = twin if item is None else with_items(attributes[name], {item: twin})
     try:

@@ -24,11 +24,11 @@ from keras_lora.layers.checkpoint import STATE_PREFIX
 from keras_lora.layers.computation import computing
 from keras_lora.layers.convolution import LoRAConv1D, LoRAConv2D, LoRAConv3D
 from keras_lora.layers.depthwise import LoRADepthwiseConv1D, LoRADepthwiseConv2D
+from keras_lora.layers.dequantizing import Drift, dequantize, requantize
 from keras_lora.layers.effective import with_items
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.factors import Factor
 from keras_lora.layers.groups import group_of, in_group
-from keras_lora.layers.guarded import QUANTIZED
 from keras_lora.layers.kinds import Kind, Site, family_of
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
 from keras_lora.layers.lora_layer import DEFAULT_ADAPTER, LoRALayer, plain_class
@@ -42,6 +42,7 @@ from keras_lora.layers.owned import (
     remove_owner,
 )
 from keras_lora.layers.padding import goes_by_element, parts_of
+from keras_lora.layers.quantized import grid_of, pass_gradient, shapes_in_float, stop_gradient
 from keras_lora.layers.recomputed import is_recomputed, keep_activations, moves, recompute
 from keras_lora.layers.recurrent import (
     LoRAConvLSTMCell,
@@ -72,11 +73,11 @@ from keras_lora.layers.variables import LoRAVariables, check_bare
 __all__ = [
     "BASE",
     "DEFAULT_ADAPTER",
-    "QUANTIZED",
     "STATE_PREFIX",
     "WAS_TRAINABLE",
     "Adapter",
     "AdapterBank",
+    "Drift",
     "Factor",
     "Kind",
     "LayerAdapter",
@@ -111,10 +112,12 @@ __all__ = [
     "check_adapter_name",
     "check_bare",
     "computing",
+    "dequantize",
     "detach",
     "factor_names",
     "family_of",
     "goes_by_element",
+    "grid_of",
     "group_of",
     "in_group",
     "is_recomputed",
@@ -127,13 +130,17 @@ __all__ = [
     "output_norms",
     "owned",
     "parts_of",
+    "pass_gradient",
     "plain_class",
     "recompute",
     "register_lora_class",
     "remember_flag",
     "remove_owner",
+    "requantize",
+    "shapes_in_float",
     "site_of",
     "sites_of",
+    "stop_gradient",
     "supported_base",
     "with_items",
 ]

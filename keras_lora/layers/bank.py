@@ -215,7 +215,7 @@ class AdapterBank:
 
     def assign_base(self, value: Tensor) -> None:
         """`W0 <- value`, and measure `|W0|` again for DoRA. Adapters stay as they are."""
-        self.site.matrix.assign(value)
+        self.site.assign(value)
         self.measure()
 
     def without_adapters(self) -> SlotAdapters:

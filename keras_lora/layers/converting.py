@@ -18,6 +18,7 @@ from keras_lora.config import AdapterSpec
 from keras_lora.initializers import stand_in
 from keras_lora.layers.bank import AdapterBank
 from keras_lora.layers.kinds import kinds_of
+from keras_lora.layers.quantized import stop_gradient
 from keras_lora.layers.slots import Room
 from keras_lora.layers.state import LoRAState
 
@@ -27,6 +28,7 @@ def convert(layer: Any, lora_class: type, state: LoRAState | None = None) -> Any
     layer._lora = state or LoRAState.of(layer, type(layer), kinds_of(lora_class))
     # Keras's constructor bound the plain class's method, in the place of the adapted class's.
     layer._lora.quantize = vars(layer).pop("quantize", None)
+    stop_gradient(layer)
     become(layer, lora_class)
     for bank in layer.banks.values():
         bank.track()

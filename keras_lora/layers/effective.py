@@ -62,8 +62,11 @@ def unformed(layers: Iterable[Any]) -> Iterator[None]:
 
 def _as_read(bank: AdapterBank) -> Tensor:
     """The effective matrix, in the dtype in which Keras reads the variable at the moment."""
-    kernel, matrix = bank.kernel, bank.site.matrix
-    return kernel if kernel is matrix else ops.cast(kernel, ops.convert_to_tensor(matrix).dtype)
+    site = bank.site
+    if not bank.computation.changes_output:
+        return site.matrix  # which Keras stores, integers too
+    read = site.dtype if site.is_quantized else ops.convert_to_tensor(site.matrix).dtype
+    return ops.cast(bank.kernel, read)
 
 
 def _effective(bank: AdapterBank) -> Any:

@@ -12,10 +12,11 @@ from keras import ops
 from keras_lora.layers.effective import EffectiveMatrix
 from keras_lora.layers.guarded import Adapting
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.quantized import Quantized, base_product, capped, reverse_product
 from keras_lora.layers.slot_adapters import SlotAdapters
 from keras_lora.layers.token_rows import replaced
 from keras_lora.lowrank.equations import Tensor, split_equation
-from keras_lora.lowrank.products import Term, adapted_sum, einsum_products
+from keras_lora.lowrank.products import Products, Term, adapted_sum, einsum_products
 
 
 class Lookup(Adapting, keras.layers.Embedding):
@@ -40,7 +41,7 @@ class Lookup(Adapting, keras.layers.Embedding):
         """`E[i] + sum_j s_j A_j[i] B_j`: only these tokens' rows of `A B` are formed."""
         if keras.backend.standardize_dtype(inputs.dtype) not in ("int32", "int64"):
             inputs = ops.cast(inputs, "int32")
-        rows = ops.cast(ops.take(self.base_kernel, inputs, axis=0), self.compute_dtype)
+        rows = self._base_rows(inputs)
         computation = adapters_of(self)
         rows = replaced(computation.rows, inputs, rows)
         for slot, factor in computation.low_rank:
@@ -48,6 +49,11 @@ class Lookup(Adapting, keras.layers.Embedding):
             a, b = (ops.cast(x, self.compute_dtype) for x in pair)
             rows = ops.add(rows, ops.matmul(a, _scaled(b, factor)))  # (..., r) @ (r, dim)
         return rows
+
+    def _base_rows(self, tokens: Tensor) -> Tensor:
+        if self.bank.site.is_quantized:
+            return base_product(self).quantized_call(tokens)
+        return ops.cast(ops.take(self.base_kernel, tokens, axis=0), self.compute_dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_lora", name="LoRAEmbedding")
@@ -149,22 +155,33 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
         if not (reverse and self.tie_weights and adapters_of(self).changes_output):
             # Keras's `call` looks up by `super().call`, which is `Lookup.call`, and sets the mask.
             return keras.layers.ReversibleEmbedding.call(self, inputs, reverse)
-        logits = self.adapted_reverse(inputs)
-        cap = self.logit_soft_cap
-        return logits if cap is None else ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
+        return capped(self.adapted_reverse(inputs), self.logit_soft_cap)
+
+    def quantized_call(self, inputs: Tensor, reverse: bool = False) -> Tensor:
+        """`call` of a quantized layer, with the gradient that Keras's own reverse does not have."""
+        if not reverse:
+            return self.adapted_lookup(inputs)  # without a mask, as in Keras
+        if self.tie_weights:
+            return capped(self.adapted_reverse(inputs), self.logit_soft_cap)
+        return capped(reverse_product(self, inputs), self.logit_soft_cap)
 
     def adapted_reverse(self, inputs: Tensor) -> Tensor:
         """`h E^T + sum_j s_j (h B_j^T) A_j^T`."""
-        matrix = ops.convert_to_tensor(self.base_kernel)
-        if self.reverse_dtype is not None:
-            inputs, matrix = (ops.cast(x, self.reverse_dtype) for x in (inputs, matrix))
-        wide = self.bank.site.wide_dtype
-        computation = adapters_of(self)
+        site = self.bank.site
+        matrix = site.weight()
+        split = split_equation("...y,xy->...x", len(inputs.shape))
+        if site.is_quantized:
+            base = reverse_product(self, inputs)
+            inputs, matrix = (ops.cast(x, base.dtype) for x in (inputs, matrix))
+            products: Products = Quantized(lambda _: base, split, site.shape)
+        else:
+            if self.reverse_dtype is not None:
+                inputs, matrix = (ops.cast(x, self.reverse_dtype) for x in (inputs, matrix))
+            products = einsum_products(split, matrix)
+        wide, computation = site.wide_dtype, adapters_of(self)
         pairs = [(*slot.pair(wide), factor) for slot, factor in computation.low_rank]
         turned = [(_turned(_scaled(b, f), matrix), _turned(a, matrix)) for a, b, f in pairs]
-        split = split_equation("...y,xy->...x", len(inputs.shape))
-        terms = [Term(inputs, b, a) for b, a in turned]
-        logits = adapted_sum(einsum_products(split, matrix), inputs, terms)
+        logits = adapted_sum(products, inputs, [Term(inputs, b, a) for b, a in turned])
         for rows in computation.rows:
             logits = ops.add(logits, rows.columns(inputs, matrix, wide))
         return logits

@@ -17,6 +17,11 @@ class Adapting:
     """Marks this package's classes, which come before Keras's among the bases of a layer class."""
 
 
+def adapted_class(lora_class: type) -> type:
+    """The class that a class of this package adapts."""
+    return next(c for c in lora_class.__mro__ if not issubclass(c, Adapting))
+
+
 class Guarded(Adapting):
     """Abstract: a layer whose `W0` neither trains nor takes another form while it has adapters."""
 
@@ -56,8 +61,12 @@ class Guarded(Adapting):
         keras.layers.Layer.set_weights(layer, weights)
 
     def quantize(self, *_: Any, **__: Any) -> None:
-        """Refuse: a quantized `W0` is another variable, and the adapters would be skipped."""
-        raise ValueError(f"{_described(self)}: {QUANTIZED}")
+        """Refuse: of one layer alone, the compiled functions of the model would be stale."""
+        raise ValueError(
+            f"{_described(self)}: expected model.quantize, which keeps them. Received: "
+            "layer.quantize. Call model.quantize(mode, filters=...), in which filters choose "
+            "layers; or merge first: merge_lora(model)."
+        )
 
     def _trackable_children(self, save_type: str = "checkpoint", **options: Any) -> Any:
         """Refuse a `tf.train.Checkpoint`, which would have neither `A` nor `B`.
@@ -74,13 +83,6 @@ class Guarded(Adapting):
         added: Any = self
         variables = {f"adapter_{i}": v.value for i, v in enumerate(added.adapter_variables)}
         return {**children, **variables}
-
-
-QUANTIZED = (
-    "expected no adapters in what is quantized, since quantizing puts other variables in the place "
-    "of those that adapters were made for. Merge first: merge_lora(model), then "
-    "model.quantize(...)."
-)
 
 
 def _described(layer: Any) -> str:

@@ -27,6 +27,14 @@ from keras_lora.layers.convolving import (
     pointwise_products,
     transposed_products,
 )
+from keras_lora.layers.quantized import (
+    Integers,
+    Quantized,
+    base_product,
+    float_shape,
+    integers_of,
+    mode_of,
+)
 from keras_lora.lowrank.equations import EinsumSplit, Shape, Tensor, split_equation
 from keras_lora.lowrank.products import Products, einsum_products
 
@@ -53,7 +61,7 @@ class Kind:
             contain it: `"all-linear"` and `"attention"` select linear ones, `"all"` every family
             but `"weight"`, of bare variables.
         products: How `W0` acts on an input. The default is the einsum.
-        weight: `W0` in floating point, if the variable has another form (quantized).
+        quantizes: Whether Keras's quantized forms of it can be adapted (`quantized`).
         start: How factors begin; None where `AdapterSpec.init` says it. A start that does not
             yield to it goes before it.
         has_dropout: Whether dropout applies to the adapter's input.
@@ -69,7 +77,7 @@ class Kind:
     constraint: str | None = "kernel_constraint"
     family: Family = "linear"
     products: Callable[[Site, Tensor], Products] | None = None
-    weight: Callable[[Site], Tensor] | None = None
+    quantizes: bool = False
     start: Start | None = None
     has_dropout: bool = True
     takes_dora: bool = True
@@ -98,15 +106,31 @@ class Site:
 
     @property
     def matrix(self) -> keras.Variable:
-        """`W0`."""
+        """The variable with `W0`; of a quantized layer, with its integers."""
         # Of some adapted layers the attribute itself is the effective matrix (`EffectiveMatrix`).
-        name, held = self.kind.matrix, vars(self.layer)
+        name, held = self.attribute, vars(self.layer)
         value = held[name] if name in held else getattr(self.layer, name)
         return value if self.kind.item is None else value[self.kind.item]
 
     @property
+    def attribute(self) -> str:
+        """The layer's attribute that is the variable."""
+        return integers_of(self.layer, self.kind.matrix)
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.kind.quantizes and mode_of(self.layer) is not None
+
+    @property
     def shape(self) -> Shape:
-        return tuple(self.matrix.shape)
+        """The shape of `W0` in floating point."""
+        return float_shape(self.layer) if self.is_quantized else tuple(self.matrix.shape)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of `W0` in floating point."""
+        dtype = self.layer.variable_dtype if self.is_quantized else self.matrix.dtype
+        return str(keras.backend.standardize_dtype(dtype))
 
     @property
     def bias(self) -> keras.Variable | None:
@@ -115,13 +139,28 @@ class Site:
     @property
     def wide_dtype(self) -> str:
         """The dtype of sums, which are rounded once at the end."""
-        dtype = keras.backend.standardize_dtype(self.matrix.dtype)
-        return "float64" if dtype == "float64" else "float32"
+        return "float64" if self.dtype == "float64" else "float32"
+
+    def assign(self, value: Tensor) -> None:
+        """`W0 <- value`.
+
+        Raises:
+            ValueError: a quantized layer, whose integers are no place for it.
+        """
+        if self.is_quantized:
+            raise invalid(
+                "value",
+                f"a layer in floating point, to assign to its W0; {self.layer.name!r} is quantized",
+                value,
+                'call merge_lora(model, quantized="dequantize") first',
+            )
+        self.matrix.assign(value)
 
     def weight(self) -> Tensor:
         """`W0` in floating point."""
-        kind = self.kind
-        return ops.convert_to_tensor(self.matrix) if kind.weight is None else kind.weight(self)
+        if self.is_quantized:
+            return Integers.of(self.layer).weight(self.wide_dtype)
+        return ops.convert_to_tensor(self.matrix)
 
     def wide_matrix(self) -> Tensor:
         """`W0` in the wide dtype."""
@@ -166,7 +205,10 @@ class Site:
         """How `W0` acts on these inputs."""
         if self.kind.products is not None:
             return self.kind.products(self, inputs)
-        return einsum_products(self.split(len(inputs.shape)), self.weight())
+        split = self.split(len(inputs.shape))
+        if self.is_quantized:
+            return Quantized(base_product(self.layer).quantized_call, split, self.shape)
+        return einsum_products(split, self.weight())
 
 
 def dense_equation(layer: Layer) -> str:  # noqa: ARG001
@@ -210,8 +252,8 @@ def _depthwise(site: Site, _: Tensor) -> Products:
     return Depthwise(site.layer, site.split(), ops.stop_gradient(site.weight()))
 
 
-_DENSE = Kind(equation=dense_equation, by_row=True)
-_EINSUM_DENSE = Kind(equation=einsum_dense_equation, by_row=True)
+_DENSE = Kind(equation=dense_equation, by_row=True, quantizes=True)
+_EINSUM_DENSE = Kind(equation=einsum_dense_equation, by_row=True, quantizes=True)
 # The einsum of an embedding is that of tokens as one-hot vectors, which are never formed.
 _EMBEDDING = Kind(
     equation=dense_equation,
@@ -224,6 +266,7 @@ _EMBEDDING = Kind(
     has_dropout=False,
     # The outputs are columns in the lookup and rows in reverse: no one norm serves both.
     takes_dora=False,
+    quantizes=True,
 )
 
 _CONVOLUTION = Kind(equation=convolution_equation, family="convolution", products=_convolution)

@@ -31,8 +31,9 @@ from keras_lora.layers.checkpoint import (
 )
 from keras_lora.layers.computation import Computation, computing
 from keras_lora.layers.converting import fill
-from keras_lora.layers.guarded import Adapting, Guarded
+from keras_lora.layers.guarded import Guarded, adapted_class
 from keras_lora.layers.kinds import KINDS, kinds_of, only
+from keras_lora.layers.quantized import mode_of
 from keras_lora.layers.rematerialized import Rematerialized
 from keras_lora.layers.slots import Room, Slot
 from keras_lora.layers.state import LoRAState, own_weights
@@ -201,7 +202,7 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
 
     @property
     def base_kernel(self) -> keras.Variable:
-        """The frozen matrix `W0`; `assign_base` gives it other values."""
+        """The variable with the frozen `W0`, or its integers; `assign_base` changes its values."""
         return self.bank.site.matrix
 
     def assign_base(self, value: Tensor) -> None:
@@ -312,9 +313,12 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
         """
         computations = [bank.computation for bank in self.banks.values()]
         if not any(computation.changes_output for computation in computations):
-            return super().call(inputs)
+            return (super().quantized_call if mode_of(self) else super().call)(inputs)
         x = computations[-1].add_bias(self.adapted_product(inputs, training), bias)
         return x if self.activation is None else self.activation(x)
+
+    def quantized_call(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.call(*args, **kwargs)  # whose frozen product is Keras's own quantized one
 
     def _trains_bias(self) -> bool:
         if not self.built:
@@ -333,11 +337,6 @@ class LoRALayer(Guarded, Rematerialized, keras.layers.Layer):
                 or f"Layer '{self.path}' expected {expected} base variables in the file. "
                 f"Received: {len(store.keys())}."
             )
-
-
-def adapted_class(lora_class: type) -> type:
-    """The class that an adapted class is of without adapters."""
-    return next(c for c in lora_class.__mro__ if not issubclass(c, Adapting))
 
 
 def plain_class(layer: keras.layers.Layer) -> type:

@@ -117,11 +117,11 @@ class SlotAdapters(Computation):
     def kernel_of(self, site: Site) -> Tensor:
         """Summed in float32, or in the dtype of `W0` where that is wider, and rounded once."""
         if not self.multipliers:
-            return site.matrix
+            return ops.cast(site.weight(), site.dtype) if site.is_quantized else site.matrix
         split, dtype, total = site.split(), site.wide_dtype, site.wide_matrix()
         norms = self._bank.squared_norms
         if self.rows:
             total = replaced(self.rows, ops.arange(total.shape[0]), total)
         updates = [slot.update(split, total, norms, dtype, factor) for slot, factor in self.parts]
         cast = [(ops.cast(a, dtype), ops.cast(b, dtype), gain) for a, b, gain in updates]
-        return ops.cast(split.effective(total, cast), site.matrix.dtype)
+        return ops.cast(split.effective(total, cast), site.dtype)

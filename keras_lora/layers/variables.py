@@ -27,9 +27,9 @@ from keras_lora.config import AdapterSpec
 from keras_lora.layers.adaptable import remember_flag
 from keras_lora.layers.converting import convert, fill
 from keras_lora.layers.effective import BaseVariables, EffectiveMatrix, forming
-from keras_lora.layers.guarded import Adapting
+from keras_lora.layers.guarded import Adapting, adapted_class
 from keras_lora.layers.kinds import KINDS, Kind, Layer, Site, dense_equation
-from keras_lora.layers.lora_layer import LoRALayer, adapted_class
+from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.slots import Room
 
 # The banks of experts of KerasHub's mixtures, in the classes that have them.

@@ -21,6 +21,7 @@ from keras import ops
 
 from keras_lora.lowrank.equations import (
     EinsumSplit,
+    Shape,
     Tensor,
     joint_gain,
     reshaped,
@@ -97,13 +98,18 @@ def einsum_products(split: EinsumSplit, w: Tensor) -> Products:
     return Matrices(split, w) if split.is_matrix_product else Einsum(split, w)
 
 
+def factored_products(split: EinsumSplit, shape: Shape) -> Products:
+    """Those of updates alone, beside a matrix of this shape that another function multiplies by."""
+    return Matrices(split, None, shape) if split.is_matrix_product else Einsum(split, None)
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Einsum(Products):
     """The products of any einsum."""
 
     split: EinsumSplit
-    w: Tensor
+    w: Tensor | None
 
     def base(self, x: Tensor) -> Tensor:
         split = self.split
@@ -123,9 +129,10 @@ class Matrices(Products):
     On TensorFlow an einsum costs more than the same product in two dimensions.
     """
 
-    def __init__(self, split: EinsumSplit, w: Tensor) -> None:
+    def __init__(self, split: EinsumSplit, w: Tensor | None, shape: Shape = ()) -> None:
         self.split = split
         self.w = w
+        self._shape = shape if w is None else tuple(w.shape)
         # Each input with its form in two dimensions, which `base` and `update` both need.
         self._flattened: list[tuple[Tensor, Tensor]] = []
 
@@ -143,7 +150,7 @@ class Matrices(Products):
 
     @cached_property
     def _sides(self) -> tuple[int, int]:
-        return self.split.matrix_shape(tuple(self.w.shape))
+        return self.split.matrix_shape(self._shape)
 
     @cached_property
     def _columns(self) -> Tensor:
@@ -163,7 +170,7 @@ class Matrices(Products):
 
     def _restored(self, product: Tensor, x: Tensor) -> Tensor:
         split = self.split
-        size = split.sizes(tuple(self.w.shape)) | dict(zip(split.input, ops.shape(x), strict=True))
+        size = split.sizes(self._shape) | dict(zip(split.input, ops.shape(x), strict=True))
         order = split.batch + split.free
         product = reshaped(product, split.batch, split.free, tuple(size[c] for c in order))
         return transposed(product, order, split.output)
