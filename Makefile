@@ -52,6 +52,9 @@ BACKEND_TESTS := tests/test_layers.py tests/test_starts.py tests/test_starts_dat
 	tests/test_variables.py::test_training_follows_the_gradient_of_the_matrices \
 	tests/test_rates.py::test_each_variable_moves_as_by_the_plain_optimizer_at_its_own_rate \
 	tests/test_rates.py::test_fit_moves_each_group_at_its_rate \
+	tests/test_quantized.py::test_the_gradient_of_a_quantized_reverse_is_that_of_floating_point \
+	tests/test_quantized.py::test_dora_on_a_quantized_base_equals_the_reference \
+	tests/test_quantized.py::test_low_precision \
 	tests/test_train_tokens.py::test_the_rows_of_the_tokens_are_replaced_and_no_others \
 	tests/test_train_tokens.py::test_only_these_rows_train_and_as_in_a_model_that_trains_the_whole_matrix \
 	tests/test_copies.py::test_a_copy_preprocesses_as_its_original \

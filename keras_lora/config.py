@@ -72,6 +72,9 @@ class AdapterSpec:
             - `"eva"`: `A` along the directions in which the layer's inputs vary most, `B` zero;
               `"lora_ga"`: both along the gradient of `W0`, with frozen copies. They need
               `apply_lora(model, config, data=batches)`, and adapt linear layers alone.
+            - `"loftq"`: the best correction of a quantized `W0`, by
+              `apply_lora(model, config, data=float_model)`. A fresh adapter is then nearer to
+              that model than its base is, and differs from its base.
 
         freeze_a: Train `B` alone (LoRA-FA): `A` stays as it starts, and has no gradient, for which
             the inputs of the layer would be kept. Not for embeddings, whose `A` starts at zero.
@@ -260,7 +263,9 @@ def check_start(init: str, alphas: Iterable[float]) -> None:
     Raises:
         ValueError: a part of `W0` cannot be `s A0 B0`, since the scale `s` is not positive.
     """
-    wrong = [alpha for alpha in alphas if alpha <= 0] if start_of(init).has_counterpart else []
+    start = start_of(init)
+    divides = start.has_counterpart or start.measures == "weights"
+    wrong = [alpha for alpha in alphas if alpha <= 0] if divides else []
     if wrong:
         raise invalid("alpha", f"a positive number for init={init!r}", wrong[0])
 

@@ -1,4 +1,4 @@
-"""Keras's private API that quantized layers build on: each of these fails where Keras changes it."""
+"""Keras's private API that quantized layers build on: a test fails where Keras changes it."""
 
 from __future__ import annotations
 

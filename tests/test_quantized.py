@@ -30,7 +30,10 @@ from support.quantized import GRIDS, LINEAR, PAIR_IDS, PAIRS, TABLES, quantized
 
 import keras_lora as kl
 
-pytestmark = pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The rank is above:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors:UserWarning"),  # in Keras
+]
 pairs = pytest.mark.parametrize(("case", "grid"), PAIRS, ids=PAIR_IDS)
 SCALE = ALPHA / RANK
 LOOSE = 0.05  # of a product that rounds its inputs to 8 bits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from keras_lora.checks import invalid
 from keras_lora.initializers.drawn import Gaussian, Lookup, Orthogonal, Uniform
-from keras_lora.initializers.measured import EVA, LoRAGA
+from keras_lora.initializers.measured import EVA, LoftQ, LoRAGA
 from keras_lora.initializers.spectral import OLoRA, PiSSA
 from keras_lora.initializers.starts import Start
 
@@ -17,9 +17,9 @@ STARTS: dict[str, Start] = {
     "olora": OLoRA(),
     "eva": EVA(),
     "lora_ga": LoRAGA(),
+    "loftq": LoftQ(),
 }
 _WITH_ITERATIONS = "pissa"  # may be followed by `:N`
-_LATER = {"loftq": "it is for a quantized base, which adapters do not take yet"}
 
 
 def start_of(init: str) -> Start:
@@ -38,7 +38,7 @@ def start_of(init: str) -> Start:
         return PiSSA(int(number))
     if name not in STARTS or name != init:
         expected = f"one of {(*STARTS, f'{_WITH_ITERATIONS}:N')}, N being a number of iterations"
-        raise invalid("init", expected, init, _LATER.get(name, ""))
+        raise invalid("init", expected, init)
     return STARTS[name]
 
 

@@ -1,10 +1,10 @@
-"""Starts from what a model computes on a few batches of data."""
+"""Starts from what a model computes on a few batches of data, or from another model."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import keras
 import numpy as np
@@ -81,7 +81,36 @@ class LoRAGA(Start):
         return together(rank, pair)
 
 
-def _measured(w: FrozenMatrix, init: str) -> Array:
+@final
+@dataclass(frozen=True)
+class LoftQ(Start):
+    """The best correction of a quantized `W0`: most of what rounding to integers took from `W`.
+
+        W - W0 = U S V^T      A0 = U_r sqrt(S_r / s)      B0 = sqrt(S_r / s) V_r^T
+
+    so that `|W - (W0 + s A0 B0)|` is the least that rank `r` allows. Nothing is taken off again: a
+    fresh adapter is nearer to the model in floating point than its base is. The paper goes on to
+    round `W - s A0 B0` anew; here `W0` never changes, which is its algorithm 1 with `T = 1`.
+
+    Reference: Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language
+    Models", https://arxiv.org/abs/2310.08659, section 3.2 and algorithm 1.
+    """
+
+    measures: ClassVar[Measure | None] = "weights"
+
+    def started(self, w: FrozenMatrix, rank: int, scaling: float) -> Started:
+        given = _measured(w, "loftq")
+
+        def pair() -> tuple[Array, Array]:
+            lost = given() - ops.convert_to_numpy(w.values())
+            u, values, v = np.linalg.svd(lost, full_matrices=False)
+            roots = np.sqrt(values[:, None, :rank] / scaling)
+            return u[..., :rank] * roots, roots.swapaxes(1, 2) * v[:, :rank]
+
+        return together(rank, pair)
+
+
+def _measured(w: FrozenMatrix, init: str) -> Any:
     if w.measured is None:
         raise invalid(
             "init",

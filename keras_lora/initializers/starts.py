@@ -3,7 +3,8 @@
     h = x W0 + s (x A B - x A0 B0)        A begins at A0, B at B0
 
 A fresh adapter computes what its base does, and `W0` is never changed: `A0 B0` is zero, or it is
-taken off again as the frozen counterpart of `A B`.
+taken off again as the frozen counterpart of `A B`. A start that corrects a quantized base is the
+exception: its `A0 B0` is what the base lacks.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 from keras import ops
 
 from keras_lora.lowrank.equations import Shape, Tensor
 
-Measure = Literal["inputs", "gradient"]
+Measure = Literal["inputs", "gradient", "weights"]
 # Called as `initializer(shape, dtype)`, when the factor is first needed.
 Initializer = Callable[[Shape, str], Tensor]
 
@@ -32,12 +32,13 @@ class FrozenMatrix:
         shape: `(shared, d, k)`: `d` inputs and `k` outputs.
         values: Gives `W0` in that shape, in float32 or wider; computed when it is called.
         measured: What a start that `measures` has measured on data: inputs `(shared, n, d)` that
-            have the right-singular vectors of all inputs, or the gradient `(shared, d, k)`.
+            have the right-singular vectors of all inputs, the gradient `(shared, d, k)`, or
+            a function that gives the weights in floating point of a quantized `W0`, likewise.
     """
 
     shape: tuple[int, int, int]
     values: Callable[[], Tensor]
-    measured: np.ndarray | None = None
+    measured: Any = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Start(ABC):
     Attributes:
         has_counterpart: Whether `A0 B0` is not zero, so that a frozen copy is taken off.
         yields: Whether a kind that begins in a way of its own, as embeddings do, goes before.
-        measures: What is measured on data before: the inputs of the layer, or the gradient of `W0`.
+        measures: What is found before: on data the inputs of the layer, or the gradient of `W0`; in
+            another model the weights that `W0` was before it was quantized.
     """
 
     has_counterpart: ClassVar[bool] = False

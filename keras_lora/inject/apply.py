@@ -82,7 +82,8 @@ def apply_lora(
             its defaults.
         data: For `init="eva"` and `"lora_ga"`, which begin with what they measure on data: batches
             as a dataset gives them to `fit`, of which eight at most are used. `"lora_ga"` asks for
-            a compiled model, and for memory for the gradients of all target matrices.
+            a compiled model, and for memory for the gradients of all target matrices. For
+            `init="loftq"`: the model in floating point that `model` was before it was quantized.
 
     Returns:
         The adapted model: `model` itself, or the copy.

@@ -20,6 +20,7 @@ from keras import ops
 from keras_lora.checks import invalid
 from keras_lora.initializers import randomized_svd, start_of
 from keras_lora.initializers.starts import Measure
+from keras_lora.inject.correcting import check_weights, with_weights
 from keras_lora.inject.freezing import flags_kept, let_train
 from keras_lora.inject.plan import Plan, PlannedLayer
 from keras_lora.layers import Site
@@ -41,10 +42,14 @@ def check_data(tree: Tree, plan: Plan, init: str, data: Any) -> Measure | None:
     """
     measure = start_of(init).measures
     if (data is None) is not (measure is None):
-        expected = "None" if measure is None else "a few batches"
+        wanted = {"weights": "the model in floating point"}
+        expected = "None" if measure is None else wanted.get(measure, "a few batches")
         raise invalid("data", f"{expected} for init={init!r}", type(data))
     if measure is None:
         return None
+    if measure == "weights":
+        check_weights(tree, plan, init, data)
+        return measure
     if isinstance(data, tuple | Mapping | str) or not _is_batches(data):
         fix = "put the batches in a list: data=[(x, y)]"
         raise invalid("data", "batches, as a dataset gives them to fit", type(data), fix)
@@ -114,6 +119,8 @@ def measured_plan(tree: Tree, plan: Plan, measure: Measure, data: Any) -> Plan:
     Raises:
         ValueError: layers that the data does not reach.
     """
+    if measure == "weights":
+        return with_weights(tree, plan, data)
     found = measured(tree, plan, measure, data)
     layers = [dataclasses.replace(x, measured=found[x.target.path].values) for x in plan.layers]
     return dataclasses.replace(plan, layers=layers)

@@ -1,0 +1,75 @@
+"""The weights in floating point that a start corrects a quantized base with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora.checks import invalid
+from keras_lora.inject.plan import Plan
+from keras_lora.layers import Site, sites_of
+from keras_lora.walker import Tree, site_path
+
+
+def check_weights(tree: Tree, plan: Plan, init: str, data: Any) -> None:
+    """
+    Raises:
+        ValueError: no model in floating point with the matrices of the plan, or matrices that
+            are not quantized, of which nothing is to be corrected.
+    """
+    if not isinstance(data, keras.layers.Layer):
+        fix = "pass data=model, made before it was quantized"
+        raise invalid("data", f"the model in floating point for init={init!r}", type(data), fix)
+    exact = [x.target.path for x in plan.layers if not x.target.site.is_quantized]
+    if exact:
+        expected = f"a start for {exact}, which are not quantized"
+        raise invalid("init", expected, init, "exclude them, or quantize them first")
+    if any(x.spec.use_dora for x in plan.layers):
+        fix = "the norms that its magnitudes begin with are those of the base alone"
+        raise invalid("use_dora", f"False for init={init!r}", True, fix)
+    theirs = _sites(Tree.of(data))
+    paths = {x.target.path: _stable(tree, x.target.path) for x in plan.layers}
+    wrong = [
+        x.target.path
+        for x in plan.layers
+        if not _is_origin(theirs.get(paths[x.target.path]), x.target.site)
+    ]
+    if wrong:
+        expected = f"a model with {wrong} in floating point and of the same shapes"
+        raise invalid("data", expected, data.name, "pass the model from before it was quantized")
+
+
+def with_weights(tree: Tree, plan: Plan, model: Any) -> Plan:
+    """The plan with the weights in floating point, each read when it is needed."""
+    theirs = _sites(Tree.of(model))
+    layers = [
+        dataclasses.replace(x, measured=_reader(theirs[_stable(tree, x.target.path)]))
+        for x in plan.layers
+    ]
+    return dataclasses.replace(plan, layers=layers)
+
+
+def _reader(site: Site) -> Callable[[], np.ndarray]:
+    return lambda: ops.convert_to_numpy(site.split().stacked(ops.stop_gradient(site.wide_matrix())))
+
+
+def _stable(tree: Tree, path: str) -> str:
+    return tree.stable_paths.get(path, path)
+
+
+def _sites(tree: Tree) -> Mapping[str, Site]:
+    return {
+        site_path(node.stable_path, name): site
+        for node in tree.nodes
+        if node.layer.built
+        for name, site in sites_of(node.layer).items()
+    }
+
+
+def _is_origin(found: Site | None, site: Site) -> bool:
+    return found is not None and not found.is_quantized and found.shape == site.shape
