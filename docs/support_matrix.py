@@ -130,7 +130,11 @@ def is_quantized(case: Case) -> None:
     model.quantize("int8")
     if model.get_layer(NAME).quantization_mode is None:
         raise ValueError("a kind that Keras does not quantize")
+    x = case.inputs()
+    base = np.array(model(x))
     kl.apply_lora(model, kl.LoRAConfig(rank=RANK, targets=TARGETS))
+    np.testing.assert_array_equal(np.array(model(x)), base)
+    kl.merge_lora(model, quantized="dequantize")
 
 
 def starts(*inits: str) -> Callable[[Case], None]:

@@ -46,3 +46,9 @@ def test_a_layer_of_another_mode_runs_its_quantized_call() -> None:
     layer.quantize("int8")
     vars(layer)["quantized_call"] = lambda x: x + 1
     assert float(keras.ops.sum(layer(keras.ops.ones((2, 5))))) == 20
+
+
+def test_a_variable_may_stand_for_one_of_another_shape() -> None:
+    variable = keras.Variable(0.0, trainable=False)
+    variable._shape = (5, 7)
+    assert tuple(variable.shape) == (5, 7)

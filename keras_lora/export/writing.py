@@ -81,6 +81,11 @@ def no_file(target: Path, mark: bytes, where: int) -> str:
 
 
 def write_merged(model: keras.Model, endpoints: Sequence[Endpoint], path: Path) -> None:
-    """Write a SavedModel of the endpoints; the model is merged until it is written."""
-    with merged(model) if lora_layers(model) else contextlib.nullcontext():
+    """Write a SavedModel of the endpoints; the model is merged until it is written.
+
+    Adapters on quantized layers are served beside them: integers cannot take them exactly.
+    """
+    banks = [bank for layer in lora_layers(model).values() for bank in layer.banks.values()]
+    apart = not banks or any(bank.site.is_quantized and bank.active for bank in banks)
+    with contextlib.nullcontext() if apart else merged(model):
         write_endpoints(model, endpoints, path)

@@ -1,4 +1,8 @@
-"""Running a converter of KerasHub without a checkpoint, to record which weight goes where."""
+"""Running a converter of KerasHub without a checkpoint, to record which weight goes where.
+
+Private Keras API in this file, and why (`tests/test_private_quantizing.py` watches it):
+    `_shape`: a variable that stands for a matrix of any size without its memory.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ import keras
 
 from keras_lora.exchange.converters.converters import Converter, MissingFieldError
 from keras_lora.exchange.converters.tensors import Traced, Weight
-from keras_lora.walker import lora_layers
+from keras_lora.layers import Site, sites_of
+from keras_lora.walker import lora_layers, walk
 
 
 @dataclass
@@ -143,10 +148,37 @@ def caught_assignments(model: keras.Model, recording: Recording) -> Iterator[Non
     with contextlib.ExitStack() as stack:
         for layer in lora_layers(model).values():
             stack.enter_context(layer.without_adapters())  # so that `kernel` is the variable
-        for variable in model.variables:
+        placed = [stack.enter_context(_placed(site)) for site in _quantized(model)]
+        for variable in [*model.variables, *(variable for variable, _ in placed)]:
             stack.callback(_set_assign, variable, vars(variable).get("assign"))
             vars(variable)["assign"] = catch(variable)
         yield
+        for variable, site in placed:
+            if id(variable) in recording.values:
+                recording.values[id(site.matrix)] = recording.values.pop(id(variable))
+
+
+def _quantized(model: keras.Model) -> list[Site]:
+    layers = [node.layer for node in walk(model) if node.layer.built]
+    sites = [site for layer in layers for site in sites_of(layer).values()]
+    return [site for site in sites if site.is_quantized]
+
+
+@contextlib.contextmanager
+def _placed(site: Site) -> Iterator[tuple[keras.Variable, Site]]:
+    """Within the context `kernel` of a quantized layer is a variable of the float shape.
+
+    A converter assigns to that, and not to integers. It has one value, whatever its shape says.
+    """
+    layer, known = site.layer, type(site.layer)
+    variable = keras.Variable(0.0, trainable=False)
+    variable._shape = site.shape
+    body = {"kernel": variable, "embeddings": variable}
+    layer.__class__ = type(known.__name__, (known,), body)
+    try:
+        yield variable, site
+    finally:
+        layer.__class__ = known
 
 
 def _set_assign(variable: keras.Variable, assign: Callable[[Any], Any] | None) -> None:
