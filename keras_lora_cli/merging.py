@@ -35,6 +35,7 @@ def merge(
     kind: Kind | None,
     options: PeftOptions,
     *,
+    quantized: str | None,
     overwrite: bool,
     steps: Steps,
 ) -> Answer:
@@ -46,7 +47,7 @@ def merge(
     with steps.step("merging and writing"):
         activate(model, named)
         if kind is not Kind.SAVED_MODEL:
-            model = kl.merge_lora(model)
+            model = kl.merge_lora(model, quantized=quantized)
         found = _WRITERS[kind](model, out)
     return answer(model, out, kind, list(adapters), found)
 

@@ -85,6 +85,10 @@ def merge(
     heads: o.Heads = None,
     model_type: o.ModelType = None,
     config_file: o.ConfigFile = None,
+    quantized: Annotated[
+        Literal["dequantize", "requantize"] | None,
+        typer.Option(help="Of a quantized base: layers in floating point, or integers anew."),
+    ] = None,
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,  # noqa: ARG001
 ) -> Answer:
@@ -98,6 +102,7 @@ def merge(
             out,
             Kind(format_) if format_ else None,
             o.peft_options(base, heads, model_type, config_file),
+            quantized=quantized,
             overwrite=overwrite,
             steps=bar,
         )
