@@ -154,6 +154,19 @@ def test_the_inverse_leaves_nothing_and_files_never_have_anything(tmp_path: Any)
     assert all(layer._remat_mode is None for layer in model.layers)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="SavedModels are of TensorFlow")
+def test_a_graph_that_is_not_differentiated_is_the_plain_one() -> None:
+    tf, model = pytest.importorskip("tensorflow"), encoder(blocks=1)
+
+    def operations() -> list[str]:
+        function = tf.function(model).get_concrete_function(tf.constant(TOKENS))
+        return [operation.type for operation in function.graph.get_operations()]
+
+    plain = operations()
+    kl.rematerialize(model, blocks=["block_0"])
+    assert operations() == plain
+
+
 def test_compiled_functions_are_made_anew() -> None:
     model = encoder(blocks=1)
     model.compile("sgd", "mse", jit_compile=False)
