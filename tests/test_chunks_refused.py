@@ -106,4 +106,6 @@ def test_the_mask_of_a_graph_and_the_key_of_a_slice() -> None:
     assert getattr(part, "_keras_mask", None) is None
     (node,) = part._keras_history.operation._inbound_nodes
     assert type(node.operation).__name__ == "GetItem"
-    assert node.arguments.args[1] == (slice(None), slice(2, None), slice(None))
+    key = (slice(None), slice(2, None), slice(None))
+    assert node.arguments.args[1] == key
+    assert node.arguments.fill_in({id(embedded): 3}) == ((3, key), {})

@@ -4,6 +4,9 @@ Private Keras API in this file, and why (`tests/test_chunks_refused.py` watches 
     `_keras_history`, `_inbound_nodes`: the only way from a model's outputs back to the layer
         that made them.
     `_keras_mask`: the mask that a graph has for its logits.
+
+A node's `arguments.fill_in` is how a graph of Keras is computed. `keras.Function` would want the
+length that the graph was made for.
 """
 
 from __future__ import annotations
@@ -27,6 +30,19 @@ _TOKENS, _PART = 5, 2  # of the trial
 
 
 @dataclass(frozen=True)
+class Logits:
+    """From hidden states to logits, for any number of tokens: nodes of a graph and their inputs."""
+
+    steps: Sequence[tuple[Any, Any]]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for node, tensor in self.steps:
+            args, kwargs = node.arguments.fill_in({id(tensor): x})
+            x = node.operation(*args, **kwargs)
+        return x
+
+
+@dataclass(frozen=True)
 class Head:
     """How a model makes logits.
 
@@ -38,7 +54,7 @@ class Head:
     """
 
     states: keras.Model
-    logits: keras.Function
+    logits: Logits
     layer: Layer
 
     @contextlib.contextmanager
@@ -63,36 +79,43 @@ def head_of(tree: Tree) -> Head:
     if len(outputs) != 1:
         _refuse(model, f"{len(outputs)} outputs of a graph of layers")
     (output,) = outputs
-    # The layer, its input, and what the operations after it are.
-    layer, hidden, cut, whole = _traced(model, output)
-    logits = keras.Function(hidden, whole)
+    logits, cut = _traced(model, output)
+    (node, hidden), *_ = logits.steps
     (sequential,) = model.inputs if isinstance(model, keras.Sequential) else (None,)
     inputs = model.input if sequential is None else sequential
     mask = getattr(output, "_keras_mask", None)
     outputs = [hidden if cut is None else hidden[cut], *([] if mask is None else [mask])]
     states = keras.Model(inputs, outputs)
     if len(outputs[0].shape) != 3 or not _is_token_by_token(logits, hidden):
-        _refuse(model, f"'{layer.name}', of which a token's logits depend on other tokens")
-    return Head(states, logits, layer)
+        _refuse(model, f"'{node.operation.name}', of which a token's logits depend on other tokens")
+    return Head(states, logits, node.operation)
 
 
-def _traced(model: keras.Model, output: Any) -> tuple[Layer, Any, Any, Any]:
-    """Back from the output through operations without variables to the layer that is the head."""
+def _traced(model: keras.Model, output: Any) -> tuple[Logits, Any]:
+    """Back from the output through operations without variables to the layer that is the head.
+
+    Returns:
+        The head and what follows it, and the key of a slice that ends the graph, or None.
+    """
+    steps: list[tuple[Any, Any]] = []
     cut, tensor = None, output
     while True:
         history = tensor._keras_history
         operation = history.operation
         nodes = operation._inbound_nodes
-        inputs: Sequence[Any] = nodes[history.node_index].input_tensors if nodes else ()
+        node: Any = nodes[history.node_index] if nodes else None
+        inputs: Any = node.input_tensors if nodes else ()
         if len(inputs) != 1:
             _refuse(model, f"logits that '{operation.name}' makes of {len(inputs)} inputs")
-        if isinstance(operation, keras.layers.Layer) and operation.variables:
-            _check_head(model, operation, inputs[0])
-            return operation, inputs[0], cut, output
-        if type(operation).__name__ == "GetItem" and tensor is output:
-            # Logits of a part of the tokens, as in PaliGemma: those of the part's hidden states.
-            cut, output = nodes[history.node_index].arguments.args[1], inputs[0]
         (tensor,) = inputs
+        if type(operation).__name__ == "GetItem" and not steps and cut is None:
+            # Logits of a part of the tokens, as in PaliGemma: those of the part's hidden states.
+            cut = node.arguments.args[1]
+            continue
+        steps.insert(0, (node, tensor))
+        if isinstance(operation, keras.layers.Layer) and operation.variables:
+            _check_head(model, operation, tensor)
+            return Logits(steps), cut
 
 
 def _check_head(model: keras.Model, layer: Layer, hidden: Any) -> None:
@@ -115,13 +138,16 @@ def _refuse(model: Any, received: str) -> NoReturn:
     )
 
 
-def _is_token_by_token(logits: keras.Function, hidden: Any) -> bool:
+def _is_token_by_token(logits: Logits, hidden: Any) -> bool:
     """Whether logits of a few tokens are the same with and without the other tokens."""
     width = (1, _TOKENS, hidden.shape[-1])
     x = ops.cast(np.random.default_rng(0).normal(size=width), hidden.dtype)
-    whole = logits(x)
+    try:
+        whole = logits(x)
+        parts = ops.concatenate([logits(x[:, :_PART]), logits(x[:, _PART:])], axis=1)
+    except Exception:  # an operation may be made for one length
+        return False
     if len(whole.shape) != 3 or whole.shape[1] != _TOKENS:
         return False
-    parts = ops.concatenate([logits(x[:, :_PART]), logits(x[:, _PART:])], axis=1)
     difference, scale = (ops.max(ops.abs(ops.cast(v, "float32"))) for v in (whole - parts, whole))
     return bool(difference <= 0.02 * scale)

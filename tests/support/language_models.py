@@ -57,7 +57,8 @@ def adapted(make: Callable[..., keras.Model], **options: Any) -> Callable[[], ke
 
 
 def einsum() -> keras.Model:
-    states = keras.Input((None, DIM))
+    """Made for one length."""
+    states = keras.Input((LENGTH, DIM))
     head = keras.layers.EinsumDense("btd,dv->btv", (None, VOCABULARY), bias_axes="v", name="head")
     return keras.Model(states, head(keras.layers.LayerNormalization()(states)))
 
