@@ -48,7 +48,7 @@ LARGE = {
 }
 TINY = {
     "vocabulary": 61,
-    "layers": 1,
+    "layers": 2,
     "width": 16,
     "heads": 2,
     "kv_heads": 1,
