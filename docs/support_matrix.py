@@ -153,6 +153,7 @@ OPTIONS: dict[str, Callable[[Case], None]] = {
     "`freeze_a`": lambda case: merges(case, freeze_a=True),
     '`init`: `"orthogonal"`, `"pissa"`, `"olora"`': starts("orthogonal", "pissa", "olora"),
     '`"eva"`, `"lora_ga"`': starts(*DATA),
+    "`train_tokens`": lambda case: merges(case, train_tokens=[1, 2]),
     "an adapter for each row": has_adapter_by_row,
     "an int8 base": is_quantized,
 }

@@ -60,6 +60,7 @@ def named_adapter() -> keras.Model:
 def tokens_in() -> keras.Model:
     inputs = keras.Input((None,), dtype="int32")
     x = keras.layers.Embedding(31, 5, name="table")(inputs)
+    x = keras.layers.Dense(5, name="up")(x)
     return keras.Model(inputs, keras.layers.GlobalMaxPooling1D()(x))
 
 
@@ -82,6 +83,11 @@ REFUSED: dict[str, tuple[Callable[[], keras.Model], kl.LoRAConfig, str]] = {
     "embedding": (
         tokens_in,
         config(2, ["table"]),
+        "'table': the adapters of Embedding cannot differ from row to row",
+    ),
+    "rows of tokens": (
+        tokens_in,
+        config(2, ["up"], train_tokens=[3, 29]),
         "'table': the adapters of Embedding cannot differ from row to row",
     ),
     "convolution": (

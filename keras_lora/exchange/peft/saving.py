@@ -278,10 +278,16 @@ def _dropout(banks: Mapping[str, AdapterBank], name: str) -> float:
 
     Zero beside experts, for which PEFT refuses any other.
     """
-    if any(bank.site.kind.family == "expert" for bank in banks.values()):
-        return 0.0
     specs = (bank.adapters[name].spec for bank in banks.values())
-    return next((spec.dropout for spec in specs if spec.rank), 0.0)
+    dropout = next((spec.dropout for spec in specs if spec.rank and spec.dropout), 0.0)
+    if dropout and any(bank.site.kind.family == "expert" for bank in banks.values()):
+        warn(
+            f"{name!r} has dropout={dropout}, which PEFT takes for no adapter with experts: the "
+            "files say lora_dropout=0. PEFT computes the same without training; it trains without "
+            "dropout."
+        )
+        return 0.0
+    return dropout
 
 
 def _trained_apart(
