@@ -95,7 +95,8 @@ def test_experts_of_keras_compute_the_same_in_peft(
     name: str, targets: Any, options: dict[str, Any], base: Path, tmp_path: Path
 ) -> None:
     model = adapted(base, targets, **options)
-    hub, warned = hub_model(base), contextlib.nullcontext()
+    hub = hub_model(base)
+    warned: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if "dropout" in options:
         warned = pytest.warns(UserWarning, match="dropout=0.1.*the files say lora_dropout=0")
     with warned:
