@@ -178,16 +178,18 @@ def _matrices(layer: Layer) -> _Matrices:
 
 def _places(layer: Layer) -> dict[_Place, keras.Variable]:
     """The matrices of a layer, by the attribute and, in a list, tuple or dict, the item."""
-    found: dict[_Place, Any] = {}
-    for name, value in vars(layer).items():
-        if name not in _of_every_layer():
-            found |= {(name, item): each for item, each in _items(value)}
-    return {place: value for place, value in found.items() if _is_matrix(value)}
+    return {
+        (name, item): each
+        for name, value in vars(layer).items()
+        if name not in _of_every_layer()
+        for item, each in _items(value)
+        if _is_matrix(each)
+    }
 
 
 def _items(value: Any) -> Iterable[tuple[int | str | None, Any]]:
     if isinstance(value, dict):
-        return [(key, each) for key, each in value.items() if isinstance(key, str)]
+        return ((key, each) for key, each in value.items() if isinstance(key, str))
     if isinstance(value, list | tuple):
         return enumerate(value)
     return [(None, value)]
