@@ -35,6 +35,9 @@ import keras_lora as kl
 from keras_lora.chunks import chunked_tokens
 
 BACKEND = keras.backend.backend()
+NOT_ON_TORCH = pytest.mark.skipif(
+    BACKEND == "torch", reason="Keras's masked losses change weights in place, before the metrics"
+)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -93,19 +96,19 @@ METRICS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("make", [untied, lambda: untied(mask=True)], ids=["", "mask"])
-def test_metrics_are_those_of_whole_logits(make: Callable[[], keras.Model]) -> None:
+@pytest.mark.parametrize("mask", [False, pytest.param(True, marks=NOT_ON_TORCH)])
+def test_metrics_are_those_of_whole_logits(mask: bool) -> None:
     results = []
     for chunks in (False, True):
         keras.utils.set_random_seed(3)
-        model = kl.chunk_logits(make(), CHUNK) if chunks else make()
+        model = untied(mask)
+        if chunks:
+            kl.chunk_logits(model, CHUNK)
         metrics, weighted = ([make() for make in METRICS.values()] for _ in range(2))
         compiled(model, metrics=metrics, weighted_metrics=weighted)
         x = np.where(X % 3 == 0, 0, X)
         results.append(model.evaluate(x, Y, 2, 0, WEIGHTS, return_dict=True))
     assert len(results[0]) == 1 + 2 * len(METRICS)
-    if BACKEND == "torch":  # a masked loss changes weights in place, which a perplexity counts then
-        results = [{k: v for k, v in x.items() if "perplexity" not in k} for x in results]
     check_same(results[1:], results[:1])
 
 
