@@ -54,11 +54,10 @@ def adapted(model: keras.Model) -> None:
 
 
 def enabled(model: keras.Model) -> None:
-    targets = [target.layer for target in kl.find_targets(model)]
-    model.trainable = False
-    for layer in targets:
-        layer.trainable = True
-        layer.enable_lora(RANK)
+    for target in kl.find_targets(model):
+        target.layer.enable_lora(RANK)
+    for variable in model.variables:
+        variable.trainable = "lora_" in variable.name
 
 
 def whole(_: keras.Model) -> None:
