@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -50,6 +51,11 @@ def fixed_batch(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         "padding_mask": np.ones(shape, "int32"),
     }
     return x, rng.integers(0, CLASSES, args.batch)
+
+
+def train_only(model: keras.Model, chosen: Callable[[keras.Variable], bool]) -> None:
+    for variable in model.variables:
+        variable.trainable = chosen(variable)
 
 
 def with_everything(model: keras.Model) -> None:

@@ -38,6 +38,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from encoder import train_only, with_everything
 from resident import MIB, billion, forget_peak, resident, size
 from rich.console import Console
 from rich.table import Table
@@ -56,12 +57,7 @@ def adapted(model: keras.Model) -> None:
 def enabled(model: keras.Model) -> None:
     for target in kl.find_targets(model):
         target.layer.enable_lora(RANK)
-    for variable in model.variables:
-        variable.trainable = "lora_" in variable.name
-
-
-def whole(_: keras.Model) -> None:
-    """Everything trains."""
+    train_only(model, lambda variable: "lora_" in variable.name)
 
 
 @dataclass(frozen=True)
@@ -79,8 +75,8 @@ VARIANTS = {
     "LoRA, blocks": Variant(blocks=True),
     "LoRA, blocks, chunks": Variant(blocks=True, chunks=True),
     "enable_lora": Variant(enabled),
-    "full": Variant(whole),
-    "full, blocks, chunks": Variant(whole, blocks=True, chunks=True),
+    "full": Variant(with_everything),
+    "full, blocks, chunks": Variant(with_everything, blocks=True, chunks=True),
 }
 # The first variant's memory or time as a share of the second's, and the bar.
 BARS = {
@@ -178,7 +174,7 @@ def outputs(model: keras.Model) -> np.ndarray:
 
 def merged(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
-    model = language_model(args, Variant(whole, quantized=args.quantized))
+    model = language_model(args, Variant(with_everything, quantized=args.quantized))
     kl.load_adapter(model, args.folder)
     options: dict[str, Any] = {"quantized": "dequantize"} if args.quantized else {}
     kl.merge_lora(model, **options)

@@ -40,6 +40,7 @@ from encoder import (
     classifier,
     compiled,
     fixed_batch,
+    train_only,
     with_everything,
 )
 from timing import Bars, Seconds, Step, interleaved, print_bars, print_times, ratio
@@ -47,11 +48,6 @@ from timing import Bars, Seconds, Step, interleaved, print_bars, print_times, ra
 import keras_lora as kl
 
 RANK, ALPHA = 8, 16.0
-
-
-def train_only(model: keras.Model, chosen: Callable[[keras.Variable], bool]) -> None:
-    for variable in model.variables:
-        variable.trainable = chosen(variable)
 
 
 def with_keras_lora(model: keras.Model) -> None:
