@@ -6,6 +6,8 @@ Private Keras API in this file, and why (`tests/test_private_api.py` watches eac
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -167,20 +169,22 @@ class LoRAReversibleEmbedding(LoRALayer, keras.layers.ReversibleEmbedding, Looku
 
     def adapted_reverse(self, inputs: Tensor) -> Tensor:
         """`h E^T + sum_j s_j (h B_j^T) A_j^T`."""
-        site = self.bank.site
-        matrix = site.weight()
-        split = split_equation("...y,xy->...x", len(inputs.shape))
+        site, computation = self.bank.site, adapters_of(self)
+        split, matrix = split_equation("...y,xy->...x", len(inputs.shape)), None
         if site.is_quantized:
             base = reverse_product(self, inputs)
-            inputs, matrix = (ops.cast(x, base.dtype) for x in (inputs, matrix))
+            inputs, dtype = ops.cast(inputs, base.dtype), base.dtype
+            if computation.rows:
+                matrix = ops.cast(site.weight(), dtype)
             products: Products = Quantized(lambda _: base, split, site.shape)
         else:
+            matrix = site.weight()
             if self.reverse_dtype is not None:
                 inputs, matrix = (ops.cast(x, self.reverse_dtype) for x in (inputs, matrix))
-            products = einsum_products(split, matrix)
-        wide, computation = site.wide_dtype, adapters_of(self)
+            products, dtype = einsum_products(split, matrix), matrix.dtype
+        wide = site.wide_dtype
         pairs = [(*slot.pair(wide), factor) for slot, factor in computation.low_rank]
-        turned = [(_turned(_scaled(b, f), matrix), _turned(a, matrix)) for a, b, f in pairs]
+        turned = [(_turned(_scaled(b, f), dtype), _turned(a, dtype)) for a, b, f in pairs]
         logits = adapted_sum(products, inputs, [Term(inputs, b, a) for b, a in turned])
         for rows in computation.rows:
             logits = ops.add(logits, rows.columns(inputs, matrix, wide))
@@ -198,6 +202,6 @@ def _scaled(factor: Tensor, by: float) -> Tensor:
     return factor if by == 1 else by * factor
 
 
-def _turned(factor: Tensor, matrix: Tensor) -> Tensor:
-    """A factor transposed, in the dtype of the matrix."""
-    return ops.cast(ops.transpose(factor), matrix.dtype)
+def _turned(factor: Tensor, dtype: Any) -> Tensor:
+    """A factor transposed, in this dtype."""
+    return ops.cast(ops.transpose(factor), dtype)
