@@ -10,7 +10,7 @@ import keras
 
 from keras_lora.checks import invalid
 from keras_lora.export.endpoints import Endpoint, write_endpoints
-from keras_lora.inject import merged
+from keras_lora.inject import is_merged_apart, merged
 from keras_lora.walker import lora_layers
 
 # What a SavedModel's directory can have, by TensorFlow, Keras 2 and this package.
@@ -86,6 +86,6 @@ def write_merged(model: keras.Model, endpoints: Sequence[Endpoint], path: Path) 
     Adapters on quantized layers are served beside them: integers cannot take them exactly.
     """
     banks = [bank for layer in lora_layers(model).values() for bank in layer.banks.values()]
-    apart = not banks or any(bank.site.is_quantized and bank.active for bank in banks)
+    apart = not banks or any(map(is_merged_apart, banks))
     with contextlib.nullcontext() if apart else merged(model):
         write_endpoints(model, endpoints, path)

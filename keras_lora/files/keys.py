@@ -42,8 +42,7 @@ def stable_banks(tree: Tree) -> dict[str, AdapterBank]:
     Raises:
         ValueError: the model has no adapters.
     """
-    stable = tree.stable_paths
-    return {stable.get(path, path): bank for path, bank in adapted(tree).items()}
+    return {tree.stable_path(path): bank for path, bank in adapted(tree).items()}
 
 
 def values_beside(tree: Tree, name: str) -> list[tuple[keras.Variable, np.ndarray]]:

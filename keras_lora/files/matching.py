@@ -100,9 +100,8 @@ class _Reader:
         return ""
 
     def layers(self) -> list[PlannedLayer]:
-        stable = self._tree.stable_paths
         wanted = [key.removesuffix("/lora_a") for key in self._tensors if key.endswith("/lora_a")]
-        targets = {stable.get(t.path, t.path): t for t in all_targets(self._tree)}
+        targets = {self._tree.stable_path(t.path): t for t in all_targets(self._tree)}
         missing = [path for path in wanted if path not in targets]
         self._absent += missing
         self._used |= {
@@ -154,8 +153,8 @@ class _Reader:
 
     def compare_grids(self, layers: Sequence[PlannedLayer]) -> None:
         """Warn of layers that were quantized otherwise when the adapter was saved."""
-        then, stable = self._config.get("quantization", {}), self._tree.stable_paths
-        targets = {stable.get(x.target.path, x.target.path): x.target for x in layers}
+        then = self._config.get("quantization", {})
+        targets = {self._tree.stable_path(x.target.path): x.target for x in layers}
         pairs = {p: (then.get(p), grid_of(target.layer)) for p, target in targets.items()}
         other = [
             f"{p}: {a or 'floating point'}, now {b or 'floating point'}"

@@ -189,8 +189,8 @@ def _description(tree: Tree, name: str, beside: Sequence[str], ordinary: bool) -
     model = tree.root
     free = [v for v in trained_by_none(tree) if v.trainable]
     trained = unique([*(whole.trained if whole else ()), *free])
-    grids = {p: grid for p, x in stable_banks(tree).items() if (grid := grid_of(x.site.layer))}
-    grids = {path: grid for path, grid in grids.items() if path in layers}
+    banks = stable_banks(tree)
+    grids = {path: grid for path in layers if (grid := grid_of(banks[path].site.layer))}
     return {
         "keras_lora_version": __version__,
         "keras_version": keras.__version__,

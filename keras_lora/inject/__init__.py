@@ -17,6 +17,7 @@ from keras_lora.inject.plan import (
     plan_of,
     unique,
 )
+from keras_lora.inject.quantizing import is_merged_apart
 from keras_lora.inject.rematerializing import rematerialize, unrematerialize
 from keras_lora.inject.replacing import loses_dropout, misfits, replace
 from keras_lora.inject.switching import (
@@ -54,6 +55,7 @@ __all__ = [
     "guard_keras_savers",
     "in_trace",
     "install",
+    "is_merged_apart",
     "leaving",
     "loses_dropout",
     "make_plan",

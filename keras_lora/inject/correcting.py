@@ -33,11 +33,10 @@ def check_weights(tree: Tree, plan: Plan, init: str, data: Any) -> None:
         fix = "the norms that its magnitudes begin with are those of the base alone"
         raise invalid("use_dora", f"False for init={init!r}", True, fix)
     theirs = _sites(Tree.of(data))
-    paths = {x.target.path: _stable(tree, x.target.path) for x in plan.layers}
     wrong = [
         x.target.path
         for x in plan.layers
-        if not _is_origin(theirs.get(paths[x.target.path]), x.target.site)
+        if not _is_origin(theirs.get(tree.stable_path(x.target.path)), x.target.site)
     ]
     if wrong:
         expected = f"a model with {wrong} in floating point and of the same shapes"
@@ -48,18 +47,14 @@ def with_weights(tree: Tree, plan: Plan, model: Any) -> Plan:
     """The plan with the weights in floating point, each read when it is needed."""
     theirs = _sites(Tree.of(model))
     layers = [
-        dataclasses.replace(x, measured=_reader(theirs[_stable(tree, x.target.path)]))
+        dataclasses.replace(x, measured=_reader(theirs[tree.stable_path(x.target.path)]))
         for x in plan.layers
     ]
     return dataclasses.replace(plan, layers=layers)
 
 
 def _reader(site: Site) -> Callable[[], np.ndarray]:
-    return lambda: ops.convert_to_numpy(site.split().stacked(ops.stop_gradient(site.wide_matrix())))
-
-
-def _stable(tree: Tree, path: str) -> str:
-    return tree.stable_paths.get(path, path)
+    return lambda: ops.convert_to_numpy(site.frozen_matrix().values())
 
 
 def _sites(tree: Tree) -> Mapping[str, Site]:

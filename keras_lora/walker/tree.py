@@ -132,6 +132,10 @@ class Tree:
             for name in (sites_of(node.layer) if node.layer.built else ())
         }
 
+    def stable_path(self, path: str) -> str:
+        """The stable path of a matrix; the path itself of what cannot be adapted."""
+        return self.stable_paths.get(path, path)
+
     @cached_property
     def variable_keys(self) -> Mapping[int, str]:
         """The key of each weight, by its id: the stable path of its layer, and its name.
