@@ -20,7 +20,7 @@ from keras_lora.inject import (
     turn,
     whole_adapters,
 )
-from keras_lora.layers import Adapter, AdapterBank, LayerAdapter, all_owned
+from keras_lora.layers import Adapter, AdapterBank, LayerAdapter, all_owned, factor_matrices
 from keras_lora.lowrank.combining import Combination, WeightedFactors, combine
 from keras_lora.walker import Target, Tree, all_targets
 
@@ -111,8 +111,8 @@ def _combine(tree: Tree, weights: Mapping[str, float], name: str, options: Combi
 
 
 def _term(bank: AdapterBank, name: str, weight: float) -> WeightedFactors:
-    adapter, site = bank.ordinary(name), bank.site
-    a, b = site.split().matrices(np.array(adapter.a), np.array(adapter.b), site.shape)
+    adapter = bank.ordinary(name)
+    a, b = factor_matrices(bank.site, adapter)
     return WeightedFactors(a, b, weight * adapter.scaling)
 
 

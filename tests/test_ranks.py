@@ -228,6 +228,22 @@ def test_an_adapter_that_learned_nothing_can_still_learn(kind: str) -> None:
     assert not update.any()
 
 
+@pytest.mark.parametrize("factor", [0, -3])
+def test_the_factor_of_an_adapter_is_no_part_of_it(factor: float) -> None:
+    """At a factor of zero an adapter does not act, and is not lost."""
+    model = adapted("dense")
+    adapter = kl.lora_layers(model)["layer"].adapters["default"]
+    product = np.array(adapter.a, "float64") @ np.array(adapter.b, "float64")
+    kl.scale_adapter(model, "default", factor)
+    kl.shrink_adapter(model, "default", rank=2, console=QUIET)
+    adapter = kl.lora_layers(model)["layer"].adapters["default"]
+    u, s, vt = np.linalg.svd(product)
+    best = (u[:, :2] * s[:2]) @ vt[:2]
+    np.testing.assert_allclose(np.array(adapter.a) @ np.array(adapter.b), best, atol=2e-5)
+    assert adapter.spec.scaling == pytest.approx(3 / 5)
+    assert adapter.scale_factor == factor
+
+
 def test_rows_of_tokens_stay_and_an_adapter_of_them_alone_has_no_rank() -> None:
     model = adapted("embedding", train_tokens=[2, 3])
     rows = np.array(kl.lora_layers(model)["layer"].adapters["default"].tokens)

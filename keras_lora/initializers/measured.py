@@ -13,6 +13,7 @@ from keras import ops
 from keras_lora.checks import invalid
 from keras_lora.initializers.spectral import Array, padded, randomized_svd, together
 from keras_lora.initializers.starts import FrozenMatrix, Measure, Start, Started
+from keras_lora.lowrank.decomposing import balanced
 from keras_lora.lowrank.equations import Shape, Tensor
 
 _STABLE = 16  # the authors' gamma
@@ -103,9 +104,7 @@ class LoftQ(Start):
 
         def pair() -> tuple[Array, Array]:
             lost = given() - ops.convert_to_numpy(w.values())
-            u, values, v = np.linalg.svd(lost, full_matrices=False)
-            roots = np.sqrt(values[:, None, :rank] / scaling)
-            return u[..., :rank] * roots, roots.swapaxes(1, 2) * v[:, :rank]
+            return balanced(*np.linalg.svd(lost, full_matrices=False), rank, scaling)
 
         return together(rank, pair)
 

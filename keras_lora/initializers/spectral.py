@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora.initializers.starts import FrozenMatrix, Start, Started
+from keras_lora.lowrank.decomposing import balanced
 from keras_lora.lowrank.equations import Shape, Tensor
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
@@ -55,8 +56,7 @@ class PiSSA(Start):
                 u, values, v = np.linalg.svd(matrices, full_matrices=False)
             else:
                 u, values, v = randomized_svd(matrices, rank, self.iterations, normal)
-            roots = np.sqrt(values[:, None, :rank] / scaling)
-            return u[..., :rank] * roots, roots.swapaxes(1, 2) * v[:, :rank]
+            return balanced(u, values, v, rank, scaling)
 
         return together(rank, pair)
 

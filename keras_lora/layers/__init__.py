@@ -53,6 +53,7 @@ from keras_lora.layers.recurrent import (
 from keras_lora.layers.registry import (
     attach,
     detach,
+    factor_matrices,
     is_registered,
     lora_class_for,
     output_gain,
@@ -114,6 +115,7 @@ __all__ = [
     "computing",
     "dequantize",
     "detach",
+    "factor_matrices",
     "factor_names",
     "family_of",
     "goes_by_element",

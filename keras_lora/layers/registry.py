@@ -198,6 +198,11 @@ def output_gain(site: Site, adapter: LayerAdapter) -> np.ndarray:
     return ops.convert_to_numpy(gain).astype("float32")
 
 
+def factor_matrices(site: Site, adapter: LayerAdapter) -> tuple[np.ndarray, np.ndarray]:
+    """`A` and `B` of an adapter of the site, as `(shared, d, r)` and `(shared, r, k)`."""
+    return site.split().matrices(np.array(adapter.a), np.array(adapter.b), site.shape)
+
+
 def is_registered(layer: LoRALayer) -> bool:
     """Whether Keras can find the layer's class by name when it reads a file."""
     if isinstance(layer, LoRAVariables):

@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,9 +45,12 @@ class Truncation(NamedTuple):
     @property
     def relative_error(self) -> float:
         """`|A B - A' B'| / |A B|` in the Frobenius norm, over all shared indices; 0 for 0/0."""
-        whole = np.linalg.norm(self.singular_values)
-        left_out = np.linalg.norm(self.singular_values[:, self.a.shape[-1] :])
-        return float(left_out / whole) if whole else 0.0
+        return _relative_error(self.singular_values, self.a.shape[-1])
+
+
+def _relative_error(singular_values: Array, rank: int) -> float:
+    whole = np.linalg.norm(singular_values)
+    return float(np.linalg.norm(singular_values[:, rank:]) / whole) if whole else 0.0
 
 
 class Decomposition(NamedTuple):
@@ -100,14 +104,16 @@ class Decomposition(NamedTuple):
 
     def rank_of(self, energy: float) -> int:
         """The lowest rank, from 1 on, that keeps this share; rounding errors do not count."""
-        enough = self.energies >= energy - np.finfo(np.float64).eps
-        return int(np.argmax(enough)) + 1 if enough.any() else len(enough)
+        return rank_of(self.energies, energy)
+
+    def relative_error(self, rank: int) -> float:
+        """That of `truncated(rank)`."""
+        return _relative_error(self.singular_values, rank)
 
     def truncated(self, rank: int) -> Truncation:
         """`truncate` of the decomposed product."""
         check_rank(rank)
-        root = np.sqrt(self.singular_values[:, None, :rank])  # (shared, 1, rank)
-        a, b = self.left[..., :rank] * root, (self.right[..., :rank] * root).mT
+        a, b = balanced(self.left, self.singular_values, self.right.mT, rank)
         return Truncation(a, b, self.singular_values)
 
     def amplification(self, w: Array) -> float:
@@ -155,6 +161,36 @@ def decompose(a: Array, b: Array) -> Decomposition:
     # Where adapters cancel each other, only rounding errors are left, which count as zero.
     s[s <= _rounding(r_a, r_b)] = 0
     return Decomposition(q_a @ u, s, q_b @ vt.mT)
+
+
+def rank_of(energies: Sequence[float] | Array, energy: float) -> int:
+    """The lowest rank, from 1 on, whose share in `Decomposition.energies` is this large."""
+    enough = np.asarray(energies) >= energy - np.finfo(np.float64).eps
+    return int(np.argmax(enough)) + 1 if enough.any() else len(enough)
+
+
+def balanced(
+    u: Array, values: Array, v: Array, rank: int, scaling: float = 1.0
+) -> tuple[Array, Array]:
+    """Factors of equal norm of the largest part of a matrix: `s A B = U_r S_r V_r^T`.
+
+        A = U_r sqrt(S_r / s)      B = sqrt(S_r / s) V_r^T
+
+    Args:
+        u: `U`, of shape `(shared, d, n)`.
+        values: `S`, of shape `(shared, n)`.
+        v: `V^T`, of shape `(shared, n, k)`.
+        rank: `r`.
+        scaling: `s`, positive.
+
+    Example:
+
+    >>> a, b = balanced(np.eye(2)[None], np.array([[4.0, 1.0]]), np.eye(2)[None], 1, scaling=4.0)
+    >>> a.tolist(), b.tolist()
+    ([[[1.0], [0.0]]], [[[1.0, 0.0]]])
+    """
+    roots = np.sqrt(values[:, None, :rank] / scaling)  # (shared, 1, rank)
+    return u[..., :rank] * roots, roots.mT * v[:, :rank]
 
 
 def truncate(a: Array, b: Array, rank: int) -> Truncation:

@@ -16,8 +16,14 @@ from rich.table import Table
 
 from keras_lora.checks import invalid, is_number
 from keras_lora.inject import adapter_names, check_names, turn
-from keras_lora.layers import AdapterBank
-from keras_lora.lowrank.decomposing import Array, Decomposition, decompose, intruders
+from keras_lora.layers import AdapterBank, factor_matrices
+from keras_lora.lowrank.decomposing import (
+    Array,
+    Decomposition,
+    decompose,
+    intruders,
+    rank_of,
+)
 from keras_lora.ranks.heat_map import write_heat_map
 from keras_lora.summary import PathCell, joined, template
 from keras_lora.walker import Tree
@@ -65,7 +71,7 @@ class RankRow:
 
     def rank_of(self, energy: float) -> int:
         """The lowest rank that keeps this share of `|D|^2`."""
-        return int(np.argmax(np.array(self.energies) >= energy)) + 1
+        return rank_of(self.energies, energy)
 
 
 @dataclass(frozen=True)
@@ -173,12 +179,11 @@ def rank_report(
     return report
 
 
-def decomposed(bank: AdapterBank, name: str) -> Decomposition:
+def decomposed(bank: AdapterBank, name: str, scaling: float) -> Decomposition:
     """The singular values and directions of `s A B`."""
-    adapter, site = bank.ordinary(name), bank.site
-    a, b = site.split().matrices(np.array(adapter.a), np.array(adapter.b), site.shape)
+    a, b = factor_matrices(bank.site, bank.ordinary(name))
     try:
-        return decompose(a * adapter.scaling, b)
+        return decompose(scaling * a, b)
     except ValueError as error:
         raise ValueError(f"Adapter {name!r}: {error}") from error
 
@@ -205,12 +210,13 @@ def _rows(tree: Tree, names: Sequence[str], count: int, epsilon: float) -> list[
 
 
 def _row(path: str, bank: AdapterBank, name: str, count: int, epsilon: float) -> RankRow:
-    site, found = bank.site, decomposed(bank, name)
-    w = ops.convert_to_numpy(site.split().stacked(ops.stop_gradient(site.wide_matrix())))
+    site, adapter = bank.site, bank.adapters[name]
+    found = decomposed(bank, name, adapter.scaling)
+    w = ops.convert_to_numpy(site.frozen_matrix().values())
     return RankRow(
         path,
         name,
-        bank.adapters[name].spec.rank,
+        adapter.spec.rank,
         tuple(np.sort(found.singular_values.ravel())[::-1].tolist()),
         found.effective_rank,
         tuple(found.energies.tolist()),

@@ -47,6 +47,7 @@ from keras_lora.layers import (
     AdapterBank,
     LayerAdapter,
     LoRALayer,
+    factor_matrices,
     family_of,
     output_norms,
     site_of,
@@ -241,8 +242,7 @@ def _modules(
 
 def _part(layer: LoRALayer, name: str, block: Block) -> KernelPart:
     adapter = layer.bank.ordinary(name)
-    factors = np.array(adapter.a), np.array(adapter.b)
-    a, b = site_of(layer).split().matrices(*factors, site_of(layer).shape)
+    a, b = factor_matrices(layer.bank.site, adapter)
     return KernelPart(block, a[0], b[0], adapter.acting_spec, family_of(layer) == "embedding")
 
 
