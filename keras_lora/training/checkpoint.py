@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,17 @@ from keras import ops
 from keras_lora.checks import AdapterFileError, given_path, invalid, warn
 from keras_lora.files.adapter_files import TENSORS_FILE, PathLike
 from keras_lora.files.saving import save_adapter
-from keras_lora.inject import active_names, check_names
 from keras_lora.layers import DEFAULT_ADAPTER
 from keras_lora.training.fitting import (
     MODES,
     SkippedBatches,
+    check_trains,
     direction_of,
+    is_better,
     start_fit_at,
     stop_skipping,
 )
 from keras_lora.training.run_state import RunState
-from keras_lora.walker import Tree
 
 STATE_DIRECTORY = "training_state"
 
@@ -118,7 +118,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
         model = self.model
         stop_skipping(model)  # of a `fit` that was interrupted while it skipped
-        self._check_model(model)
+        check_trains(model, self.name)
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         self._epoch = None
@@ -179,15 +179,6 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         number = isinstance(self.save_freq, int) and not isinstance(self.save_freq, bool)
         if self.save_freq != "epoch" and not (number and int(self.save_freq) > 0):
             raise invalid("save_freq", "'epoch' or a number of batches", self.save_freq)
-
-    def _check_model(self, model: keras.Model) -> None:
-        tree = Tree.of(model)
-        check_names(tree, [self.name])
-        if not any(bank.trains for bank in tree.banks if self.name in bank.active):
-            raise ValueError(
-                f"Expected an adapter that trains. Received: name={self.name!r}, while "
-                f"{active_names(tree)} are active. Call set_adapter(model, {self.name!r}) first."
-            )
 
     def _found_state(self) -> RunState | None:
         """The state to go on from, or None to start anew."""
@@ -260,15 +251,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             )
             return True
         value = float(logs[self.monitor])
-        better = self._is_better(value)
+        direction = partial(direction_of, self.model, self.monitor, self.mode)
+        better = is_better(value, self.best, direction)
         if better:
             self.best = value
         return better
-
-    def _is_better(self, value: float) -> bool:
-        if math.isnan(value):
-            return False
-        if self.best is None:
-            return True
-        upwards = direction_of(self.model, self.monitor, self.mode)
-        return value > self.best if upwards else value < self.best

@@ -10,12 +10,15 @@ Private Keras API in this file, and why (`tests/test_private_api.py` watches eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
 from keras_lora.checks import invalid
+from keras_lora.inject import active_names, check_names
+from keras_lora.walker import Tree
 
 MODES = ("auto", "min", "max")
 
@@ -32,6 +35,30 @@ def improves_upwards(model: keras.Model, metric: str) -> bool | None:
     nested = [m for outer in model.metrics for m in getattr(outer, "metrics", [outer])]
     directions = [getattr(m, "_direction", None) for m in nested if m.name == metric]
     return None if None in directions or not directions else directions[0] == "up"
+
+
+def check_trains(model: keras.Model, name: str) -> None:
+    """
+    Raises:
+        ValueError: no adapter of that name, or one that does not train.
+    """
+    tree = Tree.of(model)
+    check_names(tree, [name])
+    if not any(bank.trains for bank in tree.banks if name in bank.active):
+        raise ValueError(
+            f"Expected an adapter that trains. Received: name={name!r}, while "
+            f"{active_names(tree)} are active. Call set_adapter(model, {name!r}) first."
+        )
+
+
+def is_better(value: float, best: float | None, upwards: Callable[[], bool]) -> bool:
+    """Whether a value is better than the best before, if there was one; NaN never is.
+
+    `upwards` says whether more is better. It is asked only where there is something to compare.
+    """
+    if math.isnan(value):
+        return False
+    return best is None or (value > best if upwards() else value < best)
 
 
 def direction_of(model: keras.Model, monitor: str, mode: str) -> bool:

@@ -22,10 +22,9 @@ from keras_lora.checks import AdapterFileError, given_path, invalid, is_finite
 from keras_lora.files.adapter_files import PathLike
 from keras_lora.files.atomic import write_files
 from keras_lora.files.saving import load_adapter, save_adapter
-from keras_lora.inject import check_names
 from keras_lora.layers import DEFAULT_ADAPTER, goes_by_element
-from keras_lora.ranks import shrink_adapter, take_ranks
-from keras_lora.training.fitting import MODES, direction_of
+from keras_lora.ranks import check_shrinkable, parameters_of, shrink_adapter, take_ranks
+from keras_lora.training.fitting import MODES, check_trains, direction_of, is_better
 from keras_lora.walker import Tree
 
 STATE_FILE = "rank_schedule.json"
@@ -199,16 +198,8 @@ class RankSchedule(keras.callbacks.Callback):
         return folder
 
     def _check_model(self) -> None:
-        tree = Tree.of(self.model)
-        check_names(tree, [self.name])
-        banks = [bank for bank in tree.banks if self.name in bank.adapters]
-        if not any(bank.trains for bank in banks if self.name in bank.active):
-            fix = f"call set_adapter(model, {self.name!r}) first"
-            raise invalid("name", "an adapter that is active and trains", self.name, fix)
-        if any(bank.adapters[self.name].spec.use_dora for bank in banks):
-            raise invalid(
-                "name", "an adapter without DoRA, which cannot be made smaller", self.name
-            )
+        check_trains(self.model, self.name)
+        check_shrinkable(Tree.of(self.model), self.name)
         if not goes_by_element(self.model.optimizer):
             optimizer = type(self.model.optimizer).__name__
             fix = "compile with Adam, SGD or another that does"
@@ -224,9 +215,7 @@ class RankSchedule(keras.callbacks.Callback):
     def _better(self, one: float | None, other: float) -> float:
         if one is None or math.isnan(one):
             return other
-        if math.isnan(other):
-            return one
-        return max(one, other) if self._upwards() else min(one, other)
+        return other if is_better(other, one, self._upwards) else one
 
     def _upwards(self) -> bool:
         # Asked after the first epoch: before it Keras does not know the metrics.
@@ -274,10 +263,7 @@ class RankSchedule(keras.callbacks.Callback):
 
     def _size(self, ranks: Mapping[str, int]) -> int:
         banks = Tree.of(self.model).banks_by_path
-        shapes = {
-            path: banks[path].site.split().stacked_shape(banks[path].site.shape) for path in ranks
-        }
-        return sum(shared * (d + k) * ranks[path] for path, (shared, d, k) in shapes.items())
+        return sum(parameters_of(banks[path].site, rank) for path, rank in ranks.items())
 
     def _write(self, epochs: int) -> None:
         assert self._state is not None
