@@ -12,8 +12,8 @@ from keras import ops
 
 from keras_lora.checks import invalid
 from keras_lora.inject.plan import Plan
-from keras_lora.layers import Site, sites_of
-from keras_lora.walker import Tree, site_path
+from keras_lora.layers import Site
+from keras_lora.walker import Tree, all_targets
 
 
 def check_weights(tree: Tree, plan: Plan, init: str, data: Any) -> None:
@@ -58,12 +58,7 @@ def _reader(site: Site) -> Callable[[], np.ndarray]:
 
 
 def _sites(tree: Tree) -> Mapping[str, Site]:
-    return {
-        site_path(node.stable_path, name): site
-        for node in tree.nodes
-        if node.layer.built
-        for name, site in sites_of(node.layer).items()
-    }
+    return {tree.stable_path(target.path): target.site for target in all_targets(tree)}
 
 
 def _is_origin(found: Site | None, site: Site) -> bool:
