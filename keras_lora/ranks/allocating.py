@@ -64,8 +64,8 @@ def allocate_ranks(
     Example:
 
     >>> import keras, numpy as np, keras_lora as kl
-    >>> up, down = keras.layers.Dense(5, name="up"), keras.layers.Dense(4, name="down")
-    >>> model = keras.Sequential([keras.Input((3,)), up, down])
+    >>> up = keras.layers.Dense(5, activation="tanh", kernel_initializer="identity", name="up")
+    >>> model = keras.Sequential([keras.Input((3,)), up, keras.layers.Dense(4, name="down")])
     >>> x = np.random.default_rng(0).normal(size=(32, 3)) * [9, 1, 1]
     >>> config = kl.LoRAConfig(targets=["up", "down"], rank=2)
     >>> config = kl.allocate_ranks(model, [x.astype("float32")], config, parameters=26)
