@@ -47,6 +47,7 @@ by `make architectures` with KerasHub {version}; not edited by hand.
   [transformers 5 renames some](peft.md#names-in-transformers-5). "(3)" marks a fused matrix, which
   is that many layers in Keras. The routers of experts (`gate`, `router`) and Gemma 3's
   `mm_input_projection_weight` are no `nn.Linear` in transformers 5, and PEFT does not adapt them.
+- **Experts** of mixtures are [parameters](peft.md#to-peft), exchanged too and not in this table.
 - **Compared**: in the tests, on tiny random models. *outputs*: those of both models with an
   adapter, against `peft` and `transformers`, both ways. *weights*: each kernel with the weight
   that it is said to be, in a checkpoint of `transformers`. *names only*: neither; these are the

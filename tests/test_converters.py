@@ -31,6 +31,7 @@ ROUNDED = {"mistral"}
 # Variables that are not one weight: fused experts, sums, and matrices that the model computes.
 WITHOUT_ORIGIN = {
     "dinov2": ["interpolated_position_embeddings"],
+    "gpt_oss": ["experts/gate_up_proj", "experts/down_proj"],
     "mixtral": [
         "expert_feedforward_gate_dense",
         "expert_feedforward_intermediate_dense",

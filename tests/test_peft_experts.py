@@ -13,6 +13,7 @@ import peft
 import pytest
 from support.cases import randomize
 from support.peft_models import (
+    MIXTURES,
     assert_agree,
     check_back,
     difference,
@@ -31,7 +32,7 @@ pytest_plugins = ["support.peft_models"]
 
 pytestmark = peft_warnings
 
-MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe"]
+FUSED = ["mixtral", "qwen2_moe", "qwen3_moe"]
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 EXPERTS = {"target_modules": [], "target_parameters": BOTH}
 
@@ -55,7 +56,8 @@ def adapted(base: Path, targets: Any, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, EXPERTS) for name in MIXTURES),
+        *((name, EXPERTS) for name in FUSED),
+        *((name, {**EXPERTS, "target_modules": ["q_proj"]}) for name in MIXTURES),
         (
             "mixtral",
             {
@@ -84,7 +86,8 @@ def test_experts_of_peft_compute_the_same_in_keras_and_come_back_bit_for_bit(
 @pytest.mark.parametrize(
     ("name", "targets", "options"),
     [
-        *((name, "experts", {}) for name in MIXTURES),
+        *((name, "experts", {}) for name in FUSED),
+        ("gemma4_text moe", "experts", {}),
         ("mixtral", ["query", "experts/expert_feedforward_intermediate_dense"], {}),
         ("mixtral", "experts", {"init": "pissa", "use_rslora": True}),
         ("mixtral", "experts", {"rank_pattern": {"expert_feedforward_gate_dense": 2}}),

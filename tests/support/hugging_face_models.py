@@ -9,17 +9,13 @@ square.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 
-Save = Callable[[Path], None]
+from support.hugging_face_files import Save, as_on_the_hub, saved, with_packed_experts, write_model
 
 HIDDEN, INTERMEDIATE, VOCAB = 24, 37, 61
 
@@ -80,48 +76,6 @@ LINEAR_ATTENTION: dict[str, Any] = {
 }
 
 
-def _saved(model: str, config: str, **settings: Any) -> Save:
-    """A function that writes a random model of these classes of transformers."""
-
-    def save(directory: Path) -> None:
-        made = getattr(transformers, config)(**settings)
-        _save(getattr(transformers, model), made, directory)
-
-    return save
-
-
-def _save(model_class: Any, config: Any, directory: Path) -> None:
-    torch.manual_seed(3)
-    model = model_class(config).to(torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():  # zeros and ones would hide a mix-up
-            parameter.copy_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(directory)
-
-
-def _as_on_the_hub(
-    save: Save, config: Mapping[str, Any] | None = None, keys: Mapping[str, str] | None = None
-) -> Save:
-    """Edit the files of transformers 5 to be like those on the Hugging Face Hub.
-
-    `config` is added to `config.json`; `keys` maps endings of keys to the endings on the Hub.
-    """
-
-    def edited(directory: Path) -> None:
-        save(directory)
-        path = directory / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | dict(config or {})))
-        path = directory / "model.safetensors"
-        tensors = load_file(path)
-        for key in list(tensors):
-            for ending, new in (keys or {}).items():
-                if key.endswith(ending):
-                    tensors[key.removesuffix(ending) + new] = tensors.pop(key)
-        save_file(tensors, path, {"format": "pt"})
-
-    return edited
-
-
 def _t5gemma(directory: Path) -> None:
     sizes = {**DECODER, "layer_types": ["sliding_attention", "full_attention"]}
     encoder = T5GemmaModuleConfig(**sizes)
@@ -131,14 +85,23 @@ def _t5gemma(directory: Path) -> None:
     config = transformers.T5GemmaConfig(
         encoder=encoder, decoder=decoder, vocab_size=VOCAB, tie_word_embeddings=False
     )
-    _save(transformers.T5GemmaForConditionalGeneration, config, directory)
+    write_model(transformers.T5GemmaForConditionalGeneration, config, directory)
 
 
-_QWEN3_MOE = _saved("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **DECODER, **EXPERTS, num_experts=3)
-_ESM = _saved(
+# Packed experts are blocks of 32.
+_GPT_OSS = saved(
+    "GptOssForCausalLM",
+    "GptOssConfig",
+    **DECODER | {"hidden_size": 32, "intermediate_size": 64},
+    **TOKENS,
+    num_local_experts=5,
+    num_experts_per_tok=2,
+)
+_QWEN3_MOE = saved("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **DECODER, **EXPERTS, num_experts=3)
+_ESM = saved(
     "EsmForMaskedLM", "EsmConfig", **ENCODER, position_embedding_type="rotary", mask_token_id=3
 )
-_BART = _saved(
+_BART = saved(
     "BartForConditionalGeneration",
     "BartConfig",
     vocab_size=VOCAB,
@@ -154,14 +117,14 @@ _BART = _saved(
 
 HUGGING_FACE_MODELS: dict[str, Save] = {
     # Text decoders.
-    "llama": _saved("LlamaForCausalLM", "LlamaConfig", **DECODER),
-    "llama tied": _saved(
+    "llama": saved("LlamaForCausalLM", "LlamaConfig", **DECODER),
+    "llama tied": saved(
         "LlamaForCausalLM", "LlamaConfig", **DECODER | {"tie_word_embeddings": True}
     ),
-    "gemma": _saved("GemmaForCausalLM", "GemmaConfig", **DECODER),
-    "gemma2": _saved("Gemma2ForCausalLM", "Gemma2Config", **DECODER | {"intermediate_size": 38}),
-    "gemma3_text": _saved("Gemma3ForCausalLM", "Gemma3TextConfig", **DECODER),
-    "gemma4_text": _saved(
+    "gemma": saved("GemmaForCausalLM", "GemmaConfig", **DECODER),
+    "gemma2": saved("Gemma2ForCausalLM", "Gemma2Config", **DECODER | {"intermediate_size": 38}),
+    "gemma3_text": saved("Gemma3ForCausalLM", "Gemma3TextConfig", **DECODER),
+    "gemma4_text": saved(
         "Gemma4ForCausalLM",
         "Gemma4TextConfig",
         **DECODER,
@@ -170,8 +133,22 @@ HUGGING_FACE_MODELS: dict[str, Save] = {
         hidden_size_per_layer_input=5,
         layer_types=["sliding_attention", "full_attention"],
     ),
-    "mistral": _saved("MistralForCausalLM", "MistralConfig", **DECODER),
-    "mixtral": _saved(
+    "gemma4_text moe": saved(
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        **DECODER,
+        global_head_dim=8,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=5,
+        layer_types=["sliding_attention", "full_attention"],
+        enable_moe_block=True,
+        num_experts=3,
+        top_k_experts=2,
+        moe_intermediate_size=11,
+    ),
+    "gpt_oss": with_packed_experts(_GPT_OSS),
+    "mistral": saved("MistralForCausalLM", "MistralConfig", **DECODER),
+    "mixtral": saved(
         "MixtralForCausalLM",
         "MixtralConfig",
         **DECODER,
@@ -179,8 +156,8 @@ HUGGING_FACE_MODELS: dict[str, Save] = {
         num_experts_per_tok=2,
         output_router_logits=False,
     ),
-    "qwen2": _saved("Qwen2ForCausalLM", "Qwen2Config", **DECODER),
-    "qwen2_moe": _saved(
+    "qwen2": saved("Qwen2ForCausalLM", "Qwen2Config", **DECODER),
+    "qwen2_moe": saved(
         "Qwen2MoeForCausalLM",
         "Qwen2MoeConfig",
         **DECODER,
@@ -188,16 +165,16 @@ HUGGING_FACE_MODELS: dict[str, Save] = {
         num_experts=3,
         shared_expert_intermediate_size=13,
     ),
-    "qwen3": _saved("Qwen3ForCausalLM", "Qwen3Config", **DECODER),
-    "qwen3_moe": _as_on_the_hub(_QWEN3_MOE, {"num_experts": 3}),
-    "qwen3_5": _saved(
+    "qwen3": saved("Qwen3ForCausalLM", "Qwen3Config", **DECODER),
+    "qwen3_moe": as_on_the_hub(_QWEN3_MOE, {"num_experts": 3}),
+    "qwen3_5": saved(
         "Qwen3_5ForConditionalGeneration",
         "Qwen3_5Config",
         text_config=DECODER | LINEAR_ATTENTION,
         vision_config=QWEN_VISION,
     ),
-    "smollm3": _saved("SmolLM3ForCausalLM", "SmolLM3Config", **DECODER, **TOKENS),
-    "gpt2": _saved(
+    "smollm3": saved("SmolLM3ForCausalLM", "SmolLM3Config", **DECODER, **TOKENS),
+    "gpt2": saved(
         "GPT2LMHeadModel",
         "GPT2Config",
         vocab_size=VOCAB,
@@ -209,11 +186,11 @@ HUGGING_FACE_MODELS: dict[str, Save] = {
         eos_token_id=2,
     ),
     # Text encoders.
-    "bert": _saved("BertForSequenceClassification", "BertConfig", **ENCODER),
-    "bert without head": _saved("BertModel", "BertConfig", **ENCODER),
-    "roberta": _saved("RobertaForMaskedLM", "RobertaConfig", **ENCODER),
-    "xlm-roberta": _saved("XLMRobertaForMaskedLM", "XLMRobertaConfig", **ENCODER),
-    "distilbert": _saved(
+    "bert": saved("BertForSequenceClassification", "BertConfig", **ENCODER),
+    "bert without head": saved("BertModel", "BertConfig", **ENCODER),
+    "roberta": saved("RobertaForMaskedLM", "RobertaConfig", **ENCODER),
+    "xlm-roberta": saved("XLMRobertaForMaskedLM", "XLMRobertaConfig", **ENCODER),
+    "distilbert": saved(
         "DistilBertForMaskedLM",
         "DistilBertConfig",
         vocab_size=VOCAB,
@@ -223,26 +200,26 @@ HUGGING_FACE_MODELS: dict[str, Save] = {
         n_heads=3,
         max_position_embeddings=32,
     ),
-    "albert": _saved(
+    "albert": saved(
         "AlbertForSequenceClassification", "AlbertConfig", **ENCODER, embedding_size=17
     ),
-    "esm": _as_on_the_hub(
+    "esm": as_on_the_hub(
         _ESM, keys={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
     ),
     # Encoders with decoders.
-    "bart": _as_on_the_hub(_BART, {"num_hidden_layers": 2}),
+    "bart": as_on_the_hub(_BART, {"num_hidden_layers": 2}),
     "t5gemma": _t5gemma,
     # Images.
-    "vit": _saved("ViTForImageClassification", "ViTConfig", **IMAGES, num_labels=5),
-    "deit": _saved("DeiTForImageClassification", "DeiTConfig", **IMAGES, num_labels=5),
-    "dinov2": _saved(
+    "vit": saved("ViTForImageClassification", "ViTConfig", **IMAGES, num_labels=5),
+    "deit": saved("DeiTForImageClassification", "DeiTConfig", **IMAGES, num_labels=5),
+    "dinov2": saved(
         "Dinov2Model",
         "Dinov2Config",
         **{k: v for k, v in IMAGES.items() if k != "intermediate_size"},
         mlp_ratio=2,
     ),
-    "dinov3_vit": _saved("DINOv3ViTModel", "DINOv3ViTConfig", **IMAGES),
-    "swin": _saved(
+    "dinov3_vit": saved("DINOv3ViTModel", "DINOv3ViTConfig", **IMAGES),
+    "swin": saved(
         "SwinForImageClassification",
         "SwinConfig",
         image_size=32,
@@ -255,14 +232,14 @@ HUGGING_FACE_MODELS: dict[str, Save] = {
         num_labels=5,
     ),
     # Several modalities.
-    "metaclip_2": _saved(
+    "metaclip_2": saved(
         "MetaClip2Model",
         "MetaClip2Config",
         text_config=ENCODER | {"projection_dim": 13, "eos_token_id": 2, "bos_token_id": 1},
         vision_config=VISION | {"projection_dim": 13},
         projection_dim=13,
     ),
-    "qwen3_5_moe": _saved(
+    "qwen3_5_moe": saved(
         "Qwen3_5MoeForConditionalGeneration",
         "Qwen3_5MoeConfig",
         text_config=DECODER
@@ -271,7 +248,7 @@ HUGGING_FACE_MODELS: dict[str, Save] = {
         | {"num_experts": 3, "shared_expert_intermediate_size": 13},
         vision_config=QWEN_VISION,
     ),
-    "blip-2": _saved(
+    "blip-2": saved(
         "Blip2ForConditionalGeneration",
         "Blip2Config",
         num_query_tokens=4,
@@ -297,22 +274,13 @@ UNREADABLE: dict[str, Save] = {
     "qwen3_moe": _QWEN3_MOE,
     "esm": _ESM,
     "bart": _BART,
-    "bert without pooler": _saved("BertForMaskedLM", "BertConfig", **ENCODER),
-    "albert without pooler": _saved(
+    "bert without pooler": saved("BertForMaskedLM", "BertConfig", **ENCODER),
+    "albert without pooler": saved(
         "AlbertForMaskedLM", "AlbertConfig", **ENCODER, embedding_size=17
     ),
-    "gpt_oss": _saved(
-        "GptOssForCausalLM",
-        "GptOssConfig",
-        **DECODER,
-        **TOKENS,
-        num_local_experts=5,
-        num_experts_per_tok=2,
-    ),
-    "qwen3_5_text": _saved(
-        "Qwen3_5ForCausalLM", "Qwen3_5TextConfig", **DECODER, **LINEAR_ATTENTION
-    ),
-    "gemma3": _saved(
+    "gpt_oss": _GPT_OSS,
+    "qwen3_5_text": saved("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", **DECODER, **LINEAR_ATTENTION),
+    "gemma3": saved(
         "Gemma3ForConditionalGeneration",
         "Gemma3Config",
         text_config=DECODER,
@@ -322,7 +290,7 @@ UNREADABLE: dict[str, Save] = {
         boi_token_index=4,
         eoi_token_index=5,
     ),
-    "paligemma": _saved(
+    "paligemma": saved(
         "PaliGemmaForConditionalGeneration",
         "PaliGemmaConfig",
         text_config=DECODER | {"model_type": "gemma"},
@@ -330,7 +298,7 @@ UNREADABLE: dict[str, Save] = {
         image_token_index=3,
         projection_dim=HIDDEN,
     ),
-    "t5gemma2": _saved(
+    "t5gemma2": saved(
         "T5Gemma2ForConditionalGeneration",
         "T5Gemma2Config",
         encoder={

@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from keras import ops
 from safetensors.numpy import load_file
 
 from support.hugging_face_models import HUGGING_FACE_MODELS, VOCAB
@@ -43,10 +44,11 @@ CONFIG_EDITS = {name: {"query_pre_attn_scalar": 8} for name in ("gemma2", "gemma
 
 def _text(backbone: keras.Model) -> Any:
     inputs = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
+    inputs["position_ids"] = np.broadcast_to(np.arange(TOKENS.shape[1]), TOKENS.shape)
     names = {i.name for i in backbone.inputs}
     if "segment_ids" in names:
         inputs["segment_ids"] = np.zeros_like(TOKENS)
-    outputs = backbone({k: v for k, v in inputs.items() if k in names})
+    outputs = backbone({k: ops.convert_to_tensor(v) for k, v in inputs.items() if k in names})
     return outputs["sequence_output"] if isinstance(outputs, dict) else outputs
 
 
@@ -110,6 +112,8 @@ CASES: dict[str, Case] = {
         ["vit", "deit", "dinov2"], Case(_LLAMA.attention, "fc1|fc2", _image, _hub_image)
     ),
 }
+# Mixtures whose experts alone are compared, with a projection of their attention.
+MIXTURES = dict.fromkeys(["gemma4_text moe", "gpt_oss", "qwen3_5_moe"], Case("q_proj", ""))
 # The routers of experts are no `nn.Linear` in transformers 5.
 ROUTERS = ["sparse_feedforward_gate_dense", "shared_expert_gate_dense"]
 KERAS_OPTIONS: dict[str, dict[str, Any]] = {
@@ -154,9 +158,10 @@ def randomized(model: Any) -> Any:
 
 def difference(name: str, backbone: keras.Model, model: Any) -> float:
     inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    case = (CASES | MIXTURES)[name]
     with torch.no_grad():
-        theirs = CASES[name].hub(inner).numpy()
-    ours = keras.ops.convert_to_numpy(CASES[name].keras(backbone))
+        theirs = case.hub(inner).numpy()
+    ours = keras.ops.convert_to_numpy(case.keras(backbone))
     return float(np.abs(ours - theirs).max())
 
 

@@ -24,19 +24,33 @@ from keras_lora.exchange.problems import Problems
 from keras_lora.layers import AdapterBank, LayerAdapter
 from keras_lora.walker import Target, Tree, all_targets
 
-# For each type of Hugging Face model, in `model.layers.N.mlp.experts`: the banks of KerasHub that
-# are one parameter.
+# For each type of Hugging Face model, the parameters of a decoder layer, and the banks of KerasHub
+# that are one parameter. GPT-OSS has gate and up in turns, in both models.
 _QWEN = {
-    "gate_up_proj": ("expert_feedforward_gate_dense",),
-    "down_proj": ("expert_feedforward_output_dense",),
+    "mlp.experts.gate_up_proj": ("expert_feedforward_gate_dense",),
+    "mlp.experts.down_proj": ("expert_feedforward_output_dense",),
+}
+_GEMMA4 = {
+    "experts.gate_up_proj": ("gate_proj", "up_proj"),
+    "experts.down_proj": ("down_proj",),
 }
 _PARAMETERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "gemma4": _GEMMA4,
+    "gemma4_text": _GEMMA4,
+    "gpt_oss": {
+        "mlp.experts.gate_up_proj": ("gate_up_proj",),
+        "mlp.experts.down_proj": ("down_proj",),
+    },
     "mixtral": {
-        "gate_up_proj": ("expert_feedforward_gate_dense", "expert_feedforward_intermediate_dense"),
-        "down_proj": ("expert_feedforward_output_dense",),
+        "mlp.experts.gate_up_proj": (
+            "expert_feedforward_gate_dense",
+            "expert_feedforward_intermediate_dense",
+        ),
+        "mlp.experts.down_proj": ("expert_feedforward_output_dense",),
     },
     "qwen2_moe": _QWEN,
     "qwen3_moe": _QWEN,
+    "qwen3_5_moe": _QWEN,
 }
 
 
@@ -56,19 +70,21 @@ def expert_parameters(tree: Tree, weights: HuggingFaceWeights) -> dict[str, list
         if target.site.kind.family == "expert":
             layers.setdefault(target.layer_path, {})[target.matrix] = target
     return {
-        f"{module}.{parameter}": [matrices[name] for name in names]
+        f"{decoder}.{parameter}": [matrices[name] for name in names]
         for path, matrices in layers.items()
-        if (module := _module(path, weights)) is not None
+        if (decoder := _decoder(path, weights)) is not None
         for parameter, names in known.items()
     }
 
 
-def _module(path: str, weights: HuggingFaceWeights) -> str | None:
-    """The module of a layer of experts, by the other weights of the same decoder layer."""
-    decoder = path.rsplit("/", 2)[0]
-    names = [b[0].weight for p, b in weights.blocks.items() if p.startswith(f"{decoder}/")]
-    found = {m[1] for name in names if (m := re.match(r"(.*?\.\d+)\.", name))}
-    return f"{found.pop()}.mlp.experts" if len(found) == 1 else None
+def _decoder(path: str, weights: HuggingFaceWeights) -> str | None:
+    """The decoder layer of a layer of experts, by the nearest other weights."""
+    while path := path.rpartition("/")[0]:
+        names = [b[0].weight for p, b in weights.blocks.items() if p.startswith(f"{path}/")]
+        if names:
+            found = {m[1] for name in names if (m := re.match(r"(.*?\.\d+)\.", name))}
+            return found.pop() if len(found) == 1 else None
+    return None
 
 
 def expert_modules(

@@ -19,6 +19,7 @@ from keras_lora.exchange.peft.kernels import (
     module_names,
 )
 from keras_lora.exchange.peft.names import Rename, common_prefix, renaming_to_converter
+from keras_lora.exchange.peft.single_experts import stacked_experts
 from keras_lora.exchange.peft.token_rows import token_factors
 from keras_lora.exchange.peft.values import (
     check_copies,
@@ -28,6 +29,7 @@ from keras_lora.exchange.peft.values import (
 )
 from keras_lora.exchange.peft_files import (
     PeftAdapter,
+    PeftModule,
     read_peft_adapter,
 )
 from keras_lora.exchange.problems import Problems
@@ -59,7 +61,7 @@ def load_peft_adapter(
     The model need not come from Hugging Face, nor be adapted yet. If no adapter is active, the new
     one is active and trains at once. Otherwise activate it with `set_adapter`. If a Hugging Face
     matrix is several kernels in Keras, as GPT-2's `c_attn` is, each kernel gets the components of
-    `b a` that change it.
+    `b a` that change it. Modules of single experts, as before transformers 5, are stacked.
 
     Args:
         model: A KerasHub model, or a model that has a KerasHub backbone inside.
@@ -102,13 +104,13 @@ def load_peft_adapter(
         adapter = read_peft_adapter(directory)
         problems = Problems()
         parameters = expert_parameters(tree, weights)
+        dropout = float(adapter.config.get("lora_dropout") or 0)
+        stacked = stacked_experts(adapter.modules, parameters, problems)
         known = [*module_names(weights), *slices, *parameters]
-        rename = renaming_to_converter(
-            weights.model_type, [*adapter.modules, *adapter.saved, *adapter.tokens], known
-        )
-        modules = _renamed(adapter.modules, rename)
-        kernels, dropout = exchanged_kernels(model, weights), adapter.config.get("lora_dropout")
-        factors = split_modules(modules, kernels, weights, float(dropout or 0), problems)
+        names = [*stacked, *adapter.saved, *adapter.tokens]
+        rename = renaming_to_converter(weights.model_type, names, known)
+        modules, kernels = _renamed(stacked, rename), exchanged_kernels(model, weights)
+        factors = split_modules(modules, kernels, weights, dropout, problems)
         factors |= split_experts(modules, parameters, problems)
         tokens = _renamed(adapter.tokens, rename)
         factors = token_factors(model, tokens, factors, weights, problems)
@@ -120,12 +122,23 @@ def load_peft_adapter(
         check_copies({rename(k): adapter.saved[k] for k in copies}, everywhere, problems)
         expected = f"an adapter for the {weights.model_type!r} model {model.name!r}"
         problems.raise_any(lambda received: invalid_file(directory, expected, received, _FIX))
-        prefix = common_prefix(adapter.modules, rename, known)
+        prefix = common_prefix(stacked, rename, known)
         whole = Adapter(None, [variable for variable, _ in values], peft_prefix=prefix)
         plan = plan_factors(tree, name, whole, plan_layers(tree, factors), values)
-        if adapter.unknown:
-            warn(f"{str(directory)!r}: left out the tensors {adapter.unknown}, of unknown meaning")
+        _warn(directory, adapter, modules, dropout)
         install(tree, plan, active=not active_names(tree))
+
+
+def _warn(
+    directory: PathLike, adapter: PeftAdapter, modules: Mapping[str, PeftModule], dropout: float
+) -> None:
+    if adapter.unknown:
+        warn(f"{str(directory)!r}: left out the tensors {adapter.unknown}, of unknown meaning")
+    if dropout and any(module.experts for module in modules.values()):
+        warn(
+            f"{str(directory)!r}: the experts train without lora_dropout={dropout}, since they are "
+            "stacked in the model, as in transformers 5"
+        )
 
 
 def _renamed(values: Mapping[str, Any], rename: Rename) -> dict[str, Any]:

@@ -78,8 +78,8 @@ def save_peft_adapter(
     Several kernels may be slices of one Hugging Face matrix. If their factors differ, the factors
     are stacked: the update is exact, and the rank in the files is the sum of the ranks. PEFT has
     DoRA for all modules or for none. So if some layers have DoRA, each other layer gets the norms
-    of its own weights as magnitudes, which change nothing. The experts of Mixtral, Qwen2 MoE and
-    Qwen3 MoE are PEFT's `target_parameters`.
+    of its own weights as magnitudes, which change nothing. The experts of KerasHub's mixtures are
+    PEFT's `target_parameters`.
 
     Args:
         model: An adapted KerasHub model, or a model that has a KerasHub backbone inside.
