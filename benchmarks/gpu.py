@@ -4,7 +4,8 @@
 
 The shapes of Llama 3.2 1B with random weights in bfloat16, 4 x 2,048 tokens, rank 8 on every linear
 layer of the blocks, Adam. Each row has a process of its own. PEFT is on torch over transformers,
-with the fastest attention that is installed. A row that would not end within the time left is not
+with the fastest attention that is installed, plain and with gradient checkpointing, which is what
+rematerialized blocks are in keras_lora. A row that would not end within the time left is not
 run.
 `--tiny` has small shapes, for a run without a GPU; the memory is that of the process then.
 """
@@ -27,7 +28,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PEFT, RANK = "PEFT", 8
+RANK = 8
+PEFT = ("PEFT", "PEFT, gradient checkpointing")
 VARIANTS = (
     "keras_lora",
     "keras_lora, chunks",
@@ -64,19 +66,19 @@ Figures = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--backends", nargs="+", choices=("jax", "torch"), default=["jax", "torch"])
-    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, PEFT))
+    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *PEFT))
     parser.add_argument("--steps", type=int, default=6, help="timed, after 3 that are not")
     parser.add_argument("--seconds", type=float, default=470, help="for all rows together")
     parser.add_argument("--tiny", action="store_true", help="small shapes")
-    parser.add_argument("--one", choices=(*VARIANTS, PEFT), help="this row alone, in this process")
+    parser.add_argument("--one", choices=(*VARIANTS, *PEFT), help="this row alone, in this process")
     args = parser.parse_args(arguments)
     if args.one is not None:
         print(json.dumps(measured(args.one, TINY if args.tiny else LARGE, args.steps)))
         return 0
     end, rows = time.monotonic() + args.seconds, []
     for backend in args.backends:
-        for name in args.variants or (*VARIANTS, PEFT):
-            if name != PEFT or backend == "torch":
+        for name in args.variants or (*VARIANTS, *PEFT):
+            if name not in PEFT or backend == "torch":
                 options = ["--steps", str(args.steps), *(["--tiny"] if args.tiny else [])]
                 rows.append((name, backend, _in_a_process(name, backend, options, end)))
     Console(width=110).print(_table(rows))
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measured(name: str, shape: dict[str, int], steps: int) -> Figures:
     """The figures of one row, in this process, on the backend that KERAS_BACKEND names."""
-    step, trained = (_peft if name == PEFT else _keras)(name, shape)
+    step, trained = (_peft if name in PEFT else _keras)(name, shape)
     seconds = []
     for _ in range(3 + steps):
         start = time.perf_counter()
@@ -154,7 +156,7 @@ def _prepare(model: Any, name: str) -> None:
         kl.chunk_logits(model, CHUNK)
 
 
-def _peft(_: str, shape: dict[str, int]) -> tuple[Callable[[], float], int]:
+def _peft(name: str, shape: dict[str, int]) -> tuple[Callable[[], float], int]:
     import peft  # noqa: PLC0415
     import torch  # noqa: PLC0415
     import transformers  # noqa: PLC0415
@@ -175,6 +177,8 @@ def _peft(_: str, shape: dict[str, int]) -> tuple[Callable[[], float], int]:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     lora = peft.LoraConfig(r=RANK, target_modules="all-linear")
     network: Any = peft.get_peft_model(model, lora).train()
+    if "checkpointing" in name:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-4)
     ids = torch.randint(1, shape["vocabulary"], (shape["batch"], shape["length"]), device=device)

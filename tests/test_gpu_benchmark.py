@@ -12,7 +12,7 @@ from support.processes import ROOT
 @pytest.mark.slow
 def test_it_prints_a_row_for_each_run() -> None:
     command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--steps", "1", "--backends", "torch"]
-    rows = ["keras_lora, blocks, chunks", "PEFT"]
+    rows = ["keras_lora, blocks, chunks", "PEFT, gradient checkpointing"]
     run = subprocess.run(
         [*command, "--variants", *rows], cwd=ROOT, capture_output=True, text=True, check=False
     )
