@@ -61,9 +61,14 @@ def encoder(policy: str = "float32", blocks: int = 2, attends: bool = True) -> k
     return model
 
 
-def trained(rematerialized: bool, policy: str, adapted: bool, **options: Any) -> list[np.ndarray]:
+def trained(
+    rematerialized: bool, policy: str, adapted: bool, integers: str = "", **options: Any
+) -> list[np.ndarray]:
     """The loss of a step, all variables after it, seeds too, and the outputs."""
-    model = encoder(policy, attends=not options.get("jit_compile"))  # XLA compiles long
+    attends = not options.get("jit_compile") and not integers  # XLA compiles long
+    model = encoder(policy, attends=attends)
+    if integers:
+        model.quantize(integers, filters=["up", "down"])
     if adapted:
         kl.apply_lora(model, kl.LoRAConfig(rank=2, dropout=0.2))
         randomize_adapters(model, 0.1)
@@ -74,10 +79,12 @@ def trained(rematerialized: bool, policy: str, adapted: bool, **options: Any) ->
     return [loss, *map(numpy_of, model.variables), numpy_of(model(TOKENS))]
 
 
-MODES = {
+MODES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "compiled": ("float32", False, {"jit_compile": False}),
     "eager, adapted": ("float32", True, {"run_eagerly": True}),
     "XLA, adapted, bfloat16": ("mixed_bfloat16", True, {"jit_compile": True}),
+    "int8": ("float32", True, {"run_eagerly": True, "integers": "int8"}),
+    "int4, float16": ("mixed_float16", True, {"run_eagerly": True, "integers": "int4"}),
 }
 
 
