@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -60,3 +61,10 @@ def train_only(model: keras.Model, chosen: Callable[[keras.Variable], bool]) -> 
 
 def with_everything(model: keras.Model) -> None:
     """Full fine-tuning: all of a new model trains."""
+
+
+def quantize(model: keras.Model, mode: str, **options: Any) -> None:
+    """`model.quantize`, without Keras's warnings about layers that have nothing to quantize."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Layer .* does not have a `quantize` method")
+        model.quantize(mode, **options)

@@ -1,15 +1,20 @@
 """The memory of a training step, and a billion parameters on one machine.
 
     python benchmarks/memory.py [--length 2048] [--jit] [--tiny] [--check]
+    python benchmarks/memory.py --interleaved [--length 2048] [--steps 3]
     python benchmarks/memory.py --billion [--dtype bfloat16] [--quantized int8]
 
 A Llama-shaped KerasHub language model with random weights (8 layers of 1,024, a vocabulary of
 8,000), all linear layers adapted at rank 8, Adam, in a process for each row: as it is, with blocks
-rematerialized, and with logits in chunks of 512 tokens too. The memory is the peak
-resident size minus the size when everything was imported, so it counts weights, activations and
-what TensorFlow keeps. With `--billion`, a model of 1.1 billion parameters is adapted, trained with
-`fit` and `AdapterCheckpoint`, resumed, and merged, each in a process of its own. Linux with glibc
-only.
+rematerialized, with logits in chunks of 512 tokens too, and with a base in 8 or 4 bits. The memory
+is the peak resident size during the steps minus the size when everything was imported, so it counts
+weights, activations and what TensorFlow keeps. The making of the model does not count: one that is
+quantized is whole before. The weights are the bytes of the backbone, adapters too. With
+`--interleaved`, steps of LoRA and of `enable_lora` are timed in turn, in one process.
+
+With `--billion`, a model of 1.1 billion parameters is adapted, trained with `fit` and
+`AdapterCheckpoint`, resumed, and merged, each in a process of its own, whose whole peak counts. A
+row that comes to more than `--most` GiB is stopped there. Linux with glibc only.
 """
 
 from __future__ import annotations
@@ -38,11 +43,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from encoder import train_only, with_everything
+from encoder import quantize, train_only, with_everything
 from resident import MIB, billion, forget_peak, resident, size
 from rich.console import Console
 from rich.table import Table
-from timing import Bars, print_bars
+from timing import Bars, Step, interleaved, print_bars, print_times, ratio
 
 import keras_lora as kl
 
@@ -74,14 +79,20 @@ VARIANTS = {
     "LoRA": Variant(),
     "LoRA, blocks": Variant(blocks=True),
     "LoRA, blocks, chunks": Variant(blocks=True, chunks=True),
+    "int8": Variant(quantized="int8"),
+    "int4": Variant(quantized="int4"),
+    "int4, blocks, chunks": Variant(blocks=True, chunks=True, quantized="int4"),
     "enable_lora": Variant(enabled),
     "full": Variant(with_everything),
     "full, blocks, chunks": Variant(with_everything, blocks=True, chunks=True),
 }
-# The first variant's memory or time as a share of the second's, and the bar.
+# The first variant's figure as a share of the second's, and the bar.
 BARS = {
     ("LoRA, blocks, chunks", "LoRA", "peak"): 0.35,
     ("LoRA, blocks, chunks", "LoRA", "seconds"): 1.35,
+    ("int8", "LoRA", "weights"): 0.30,
+    ("int4", "LoRA", "weights"): 0.20,
+    ("int4, blocks, chunks", "enable_lora", "peak"): 0.20,
 }
 
 
@@ -103,7 +114,7 @@ def language_model(args: argparse.Namespace, variant: Variant) -> keras.Model:
     backbone = billion(args.layers, args.width, args.dtype) if args.billion else llama(args)
     model = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
     if variant.quantized:
-        model.quantize(variant.quantized)
+        quantize(model, variant.quantized)
     variant.prepare(model)
     if variant.blocks:
         kl.rematerialize(model)
@@ -131,6 +142,28 @@ def steps(args: argparse.Namespace, model: keras.Model) -> dict[str, Any]:
     return {"loss": losses[-1], "seconds": median(times[1:] or times)}
 
 
+def in_turn(args: argparse.Namespace) -> Bars:
+    """The time of a step of LoRA against `enable_lora`, of both in this process."""
+    x, y = batch(args)
+
+    def stepper(name: str) -> Step:
+        model = language_model(args, VARIANTS[name])
+
+        def step() -> None:
+            model.train_on_batch(x, y)
+
+        return step
+
+    times = interleaved({n: stepper(n) for n in ("LoRA", "enable_lora")}, args.steps, warmups=1)
+    print_times(title_of(args), times, "LoRA")
+    return {"LoRA / enable_lora, wall time": (ratio(times, "LoRA", "enable_lora"), 0.0, 0.92)}
+
+
+def title_of(args: argparse.Namespace) -> str:
+    title = f"{args.layers} layers of {args.width}, {args.dtype}, {args.batch} x {args.length}"
+    return f"A training step, {title}, XLA {'on' if args.jit else 'off'}"
+
+
 def in_this_process(args: argparse.Namespace) -> None:
     """One row, printed as JSON."""
     forget_peak()
@@ -141,13 +174,22 @@ def in_this_process(args: argparse.Namespace) -> None:
 
 def row(args: argparse.Namespace, variant: Variant) -> dict[str, Any]:
     model = language_model(args, variant)
+    forget_peak()
     return {"weights": size(model.backbone.variables), **steps(args, model)}
 
 
 def measured(args: argparse.Namespace, only: str) -> dict[str, Any]:
     """One row, from a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", only, "--folder", args.folder]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        while child.poll() is None:
+            if resident("VmRSS", child.pid) > 1024 * MIB * args.most:
+                child.kill()
+                return {"stopped": True, "peak": 1024 * MIB * args.most}
+            time.sleep(0.1)
+        output, _ = child.communicate()
+    if child.returncode:
+        raise RuntimeError(f"Expected figures of {only!r}. Received: status {child.returncode}.")
     figures: dict[str, Any] = json.loads(output.splitlines()[-1])
     return figures
 
@@ -157,8 +199,8 @@ def fitted(args: argparse.Namespace, epochs: int) -> dict[str, Any]:
     x, y = batch(args)
     checkpoint = kl.AdapterCheckpoint(args.folder, monitor="loss")
     start = time.perf_counter()
-    callbacks = [checkpoint]
-    history = model.fit(x, y, args.batch, epochs, callbacks=callbacks, verbose=0, shuffle=False)
+    options = {"batch_size": args.batch, "epochs": epochs, "shuffle": False}
+    history = model.fit(x, y, **options, callbacks=[checkpoint], verbose=0)
     seconds = (time.perf_counter() - start) / len(history.epoch)
     np.save(f"{args.folder}/outputs.npy", outputs(model))
     weights = size(model.backbone.variables)
@@ -195,6 +237,9 @@ def print_rows(rows: dict[str, dict[str, Any]], title: str) -> None:
     table = Table("", "weights MiB", "peak MiB", "of the first", "s a step", "loss", title=title)
     first = next(iter(rows.values()))
     for name, figures in rows.items():
+        if "stopped" in figures:
+            table.add_row(name, "", f"stopped at {figures['peak'] / MIB:,.0f}")
+            continue
         sizes = [f"{figures[key] / MIB:,.0f}" for key in ("weights", "peak")]
         share = f"{figures['peak'] / first['peak']:.3f}"
         table.add_row(name, *sizes, share, f"{figures['seconds']:.2f}", f"{figures['loss']:.4f}")
@@ -212,6 +257,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", help="of the base, such as bfloat16")
     parser.add_argument("--quantized", help="with --billion: the mode of the base, such as int8")
     parser.add_argument("--jit", action="store_true", help="with XLA")
+    parser.add_argument("--most", type=float, default=18.0, help="GiB that a row may come to")
+    parser.add_argument("--interleaved", action="store_true", help="time LoRA and enable_lora")
     parser.add_argument("--billion", action="store_true", help="stages of a model of 1.1 billion")
     parser.add_argument(
         "--tiny", action="store_true", help="small enough for CI; bars mean nothing"
@@ -241,8 +288,16 @@ def bars(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> Bars:
     return {
         f"{name} / {other}, {key}": (rows[name][key] / rows[other][key], 0.0, highest)
         for (name, other, key), highest in BARS.items()
-        if {name, other} <= rows.keys()
+        if key in rows.get(name, {}) and key in rows.get(other, {})
     }
+
+
+def in_processes(args: argparse.Namespace) -> Bars:
+    names = args.variants or list(STAGES if args.billion else VARIANTS)
+    with tempfile.TemporaryDirectory() as args.folder:
+        rows = {name: measured(args, name) for name in names}
+    print_rows(rows, title_of(args))
+    return bars(args, rows)
 
 
 def main() -> None:
@@ -250,12 +305,8 @@ def main() -> None:
     if args.only:
         in_this_process(args)
         return
-    names = args.variants or list(STAGES if args.billion else VARIANTS)
-    with tempfile.TemporaryDirectory() as args.folder:
-        rows = {name: measured(args, name) for name in names}
-    title = f"{args.layers} layers of {args.width}, {args.dtype}, {args.batch} x {args.length}"
-    print_rows(rows, f"A training step, {title}, XLA {'on' if args.jit else 'off'}")
-    if not print_bars(bars(args, rows)) and args.check:
+    found = in_turn(args) if args.interleaved else in_processes(args)
+    if not print_bars(found) and args.check:
         sys.exit(1)
 
 

@@ -31,14 +31,17 @@ def size(variables: Iterable[keras.Variable]) -> int:
     return sum(v.value.dtype.size * int(v.value.shape.num_elements()) for v in variables)
 
 
-def resident(key: str) -> int:
-    """Bytes of this process: `VmRSS` is the present size, `VmHWM` the peak since `forget_peak`."""
-    return 1024 * _of_this_process("status", key)
+def resident(key: str, process: int | str = "self") -> int:
+    """Bytes of a process: `VmRSS` is the present size, `VmHWM` the peak since `forget_peak`.
+
+    0 if the process has ended.
+    """
+    return 1024 * _of_a_process(process, "status", key)
 
 
 def read_so_far() -> int:
     """Bytes that this process has read, from a disk or from the system's cache."""
-    return _of_this_process("io", "rchar")
+    return _of_a_process("self", "io", "rchar")
 
 
 def forget_peak() -> None:
@@ -48,6 +51,6 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def _of_this_process(file: str, key: str) -> int:
-    lines = Path("/proc/self", file).read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if key in line)
+def _of_a_process(process: int | str, file: str, key: str) -> int:
+    lines = Path("/proc", str(process), file).read_text(encoding="utf-8").splitlines()
+    return next((int(line.split()[1]) for line in lines if key in line), 0)
