@@ -64,7 +64,7 @@ def trainee(mode: str | None) -> keras.Model:
     if mode is not None:
         quantize(backbone, mode, filters=lambda layer: layer.name not in HEAD)
     model = classifier(len(CLASSES), backbone)
-    compile_for_training(model, jit=False)
+    compile_for_training(model)
     return model
 
 
