@@ -67,6 +67,7 @@ from keras_lora.ranks import (
 from keras_lora.rates import LoRAPlus, set_rates
 from keras_lora.summary import LoRASummary, lora_summary, print_trainable_parameters
 from keras_lora.training.checkpoint import AdapterCheckpoint
+from keras_lora.training.learning_rate import RateReport, RateTrial, suggest_learning_rate
 from keras_lora.training.rank_schedule import RankSchedule, RankTrial
 from keras_lora.version import __version__
 from keras_lora.walker import Target, find_targets, lora_layers
@@ -110,6 +111,8 @@ __all__ = [
     "RankReport",
     "RankSchedule",
     "RankTrial",
+    "RateReport",
+    "RateTrial",
     "RuntimeReport",
     "ShrinkReport",
     "Target",
@@ -146,6 +149,7 @@ __all__ = [
     "set_adapter",
     "set_rates",
     "shrink_adapter",
+    "suggest_learning_rate",
     "unchunk_logits",
     "unload_lora",
     "unrematerialize",

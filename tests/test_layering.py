@@ -22,6 +22,7 @@ FLOORS = [
     {"distribution", "rates"},
     {"inject"},
     {"adapters", "chunks", "combining", "files", "summary"},
+    {"pictures"},
     {"ranks"},
     {"exchange", "training"},
     {"export"},

@@ -6,7 +6,14 @@ from keras_lora.inject.compiled import changing, refresh
 from keras_lora.inject.freezing import original_flag, thawed_by_others
 from keras_lora.inject.keras_savers import guard_keras_savers
 from keras_lora.inject.leaving import leaving
-from keras_lora.inject.measuring import Measured, check_data, measured
+from keras_lora.inject.measuring import (
+    Measured,
+    batches_of,
+    check_batches,
+    check_data,
+    left_as_it_was,
+    measured,
+)
 from keras_lora.inject.merge import merge_lora, merged, unload, unload_lora
 from keras_lora.inject.plan import (
     Plan,
@@ -43,8 +50,10 @@ __all__ = [
     "adapted",
     "adapter_names",
     "apply_lora",
+    "batches_of",
     "changing",
     "check_adapted",
+    "check_batches",
     "check_data",
     "check_names",
     "check_no_dora",
@@ -57,6 +66,7 @@ __all__ = [
     "install",
     "is_merged_apart",
     "leaving",
+    "left_as_it_was",
     "loses_dropout",
     "make_plan",
     "measured",

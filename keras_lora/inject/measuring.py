@@ -50,9 +50,7 @@ def check_data(tree: Tree, plan: Plan, init: str, data: Any) -> Measure | None:
     if measure == "weights":
         check_weights(tree, plan, init, data)
         return measure
-    if isinstance(data, tuple | Mapping | str) or not _is_batches(data):
-        fix = "put the batches in a list: data=[(x, y)]"
-        raise invalid("data", "batches, as a dataset gives them to fit", type(data), fix)
+    check_batches(data)
     _check_sites(plan, init)
     if measure == "gradient":
         _check_trainable(plan, init)
@@ -62,10 +60,15 @@ def check_data(tree: Tree, plan: Plan, init: str, data: Any) -> Measure | None:
     return measure
 
 
-def _is_batches(data: Any) -> bool:
-    return not hasattr(data, "shape") and (
-        hasattr(data, "__iter__") or hasattr(data, "num_batches")
-    )
+def check_batches(data: Any) -> None:
+    """
+    Raises:
+        ValueError: data of no form in which `batches_of` finds batches.
+    """
+    iterable = hasattr(data, "__iter__") or hasattr(data, "num_batches")
+    if isinstance(data, tuple | Mapping | str) or hasattr(data, "shape") or not iterable:
+        fix = "put the batches in a list: data=[(x, y)]"
+        raise invalid("data", "batches, as a dataset gives them to fit", type(data), fix)
 
 
 def _check_sites(plan: Plan, init: str) -> None:
@@ -132,7 +135,7 @@ def measured(tree: Tree, plan: Plan, measure: Measure, data: Any) -> dict[str, M
     Raises:
         ValueError: layers that the data does not reach.
     """
-    with _left_as_it_was(tree.root):
+    with left_as_it_was(tree.root):
         found = (_inputs if measure == "inputs" else _gradients)(tree, plan.layers, data)
     missing = [x.target.path for x in plan.layers if not _reached(found.get(x.target.path))]
     if missing:
@@ -145,19 +148,17 @@ def _reached(found: Measured | None) -> bool:
     return found is not None and bool(np.any(found.values))
 
 
-def _batches(data: Any) -> Iterable[Any]:
+def batches_of(data: Any, most: int = _BATCHES) -> Iterable[Any]:
+    """The first batches of a dataset."""
     count = getattr(data, "num_batches", None)
-    return (
-        islice(data, _BATCHES)
-        if count is None
-        else map(data.__getitem__, range(min(count, _BATCHES)))
-    )
+    return islice(data, most) if count is None else map(data.__getitem__, range(min(count, most)))
 
 
 @contextlib.contextmanager
-def _left_as_it_was(model: keras.Model) -> Iterator[None]:
-    """Afterwards states, seeds and metrics have the values from before."""
-    variables = [*model.non_trainable_variables, *getattr(model, "metrics_variables", ())]
+def left_as_it_was(model: keras.Model, others: Iterable[keras.Variable] = ()) -> Iterator[None]:
+    """Afterwards states, seeds, metrics and the other variables have the values from before."""
+    metrics = getattr(model, "metrics_variables", ())
+    variables = [*model.non_trainable_variables, *metrics, *others]
     values = [read(v) for v in variables]
     try:
         yield
@@ -175,7 +176,7 @@ def _inputs(tree: Tree, layers: Sequence[PlannedLayer], data: Any) -> dict[str, 
     with contextlib.ExitStack() as stack:
         for planned in layers:
             stack.enter_context(_watching(planned, found))
-        for batch in _batches(data):
+        for batch in batches_of(data):
             sample = keras.utils.unpack_x_y_sample_weight(batch)
             x = sample[0] if preprocess is None else _first(preprocess(*sample))
             model(x, training=False)
@@ -240,7 +241,7 @@ def _gradients(tree: Tree, layers: Sequence[PlannedLayer], data: Any) -> dict[st
         matrices = model.trainable_variables
         model.optimizer, model.train_function = sums, None
         try:
-            for batch in _batches(data):
+            for batch in batches_of(data):
                 model.train_on_batch(*keras.utils.unpack_x_y_sample_weight(batch))
         finally:
             model.optimizer, model.train_function = optimizer, function

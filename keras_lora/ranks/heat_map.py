@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import io
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from keras_lora.files.atomic import write_files
+from keras_lora.pictures import new_figure, write_figure
 
 
 def write_heat_map(
@@ -25,25 +21,14 @@ def write_heat_map(
         ImportError: matplotlib is not installed.
         ValueError: the end of the name is no kind of picture.
     """
-    figure = _figure(singular_values)
-    target, content = Path(path), io.BytesIO()
-    figure.savefig(content, format=target.suffix[1:], dpi=120)
-    write_files(target.parent, {target.name: content.getvalue()})
-
-
-def _figure(singular_values: Mapping[str, Sequence[float]]) -> Any:
-    try:
-        matplotlib = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ImportError("A plot needs matplotlib: pip install 'keras-lora[plot]'.") from error
     labels, shares = list(singular_values), _shares(list(singular_values.values()))
-    figure = matplotlib.Figure(figsize=(7, 1.5 + 0.16 * len(labels)), layout="constrained")
+    figure = new_figure(7, 1.5 + 0.16 * len(labels))
     axes = figure.subplots()
     image = axes.imshow(shares, aspect="auto", vmin=-4, vmax=0)
     axes.set_yticks(range(len(labels)), labels, fontsize=6)
     axes.set_xlabel("singular values of the update, the largest first")
     figure.colorbar(image, label="log10 of the share of the energy")
-    return figure
+    write_figure(figure, path)
 
 
 def _shares(rows: Sequence[Sequence[float]]) -> np.ndarray:
