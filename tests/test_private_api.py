@@ -62,6 +62,7 @@ def test_the_experts_of_mixtures_are_attributes() -> None:
         layer.build(None)
         for attribute in EXPERTS[type(layer).__name__]:
             assert len(vars(layer)[attribute].shape) == 3, attribute
+        assert type(layer).call.__globals__["ops"] is keras.ops, "einsums of experts are factored"
 
 
 @pytest.mark.parametrize("layer_class", [keras.layers.Embedding, keras.layers.ReversibleEmbedding])

@@ -16,6 +16,7 @@ from support.variables import (
     CASES,
     DIM,
     INNER,
+    MIXTURES,
     OWN,
     RANK,
     STEPS,
@@ -31,7 +32,7 @@ from support.variables import (
 import keras_lora as kl
 from keras_lora.files.adapter_files import write_adapter_files
 from keras_lora.files.keys import base_fingerprint
-from keras_lora.layers import AdapterBank
+from keras_lora.layers import AdapterBank, factored_calls
 from keras_lora.walker import Tree
 
 
@@ -75,6 +76,24 @@ def test_training_follows_the_gradient_of_the_matrices(name: str) -> None:
             np.testing.assert_allclose(numpy_of(found), value, rtol=1e-3, atol=1e-5)
     for variable, value in zip(model.non_trainable_variables, others, strict=True):
         np.testing.assert_array_equal(numpy_of(variable), value)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_einsums_of_experts_are_factored(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(name), inputs()
+    factored, seen = numpy_of(model(x)), []
+    product = factored_calls._product
+
+    def watched(*args: Any) -> Any:
+        total = product(*args)
+        seen.append((args[2].site.name, total is not None))
+        return total
+
+    monkeypatch.setattr(factored_calls, "_product", watched)
+    model(x)
+    assert seen == [(bank.site.name, True) for bank in banks(model)]
+    monkeypatch.setattr(factored_calls, "_product", lambda *_: None)
+    np.testing.assert_allclose(factored, numpy_of(model(x)), rtol=1e-5, atol=1e-5)
 
 
 def effective_of(bank: AdapterBank, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -60,6 +60,11 @@ def unformed(layers: Iterable[Any]) -> Iterator[None]:
         _FORMED.reset(token)
 
 
+def formed_bank(matrix: Any) -> AdapterBank | None:
+    """The bank that a matrix was formed for in this thread, if it was."""
+    return next((bank for bank, formed in _FORMED.get().items() if formed is matrix), None)
+
+
 def _as_read(bank: AdapterBank) -> Tensor:
     """The effective matrix, in the dtype in which Keras reads the variable at the moment."""
     site = bank.site

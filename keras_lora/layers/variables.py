@@ -27,6 +27,7 @@ from keras_lora.config import AdapterSpec
 from keras_lora.layers.adaptable import remember_flag
 from keras_lora.layers.converting import convert, fill
 from keras_lora.layers.effective import BaseVariables, EffectiveMatrix, forming
+from keras_lora.layers.factored_calls import factored
 from keras_lora.layers.guarded import Adapting, adapted_class
 from keras_lora.layers.kinds import KINDS, Kind, Layer, Site, dense_equation
 from keras_lora.layers.lora_layer import LoRALayer
@@ -267,7 +268,8 @@ def _made_class(layer_class: Any, matrices: _Matrices) -> type[LoRALayer]:
     # A subclass of a layer with a kernel reads the property of its own class.
     kernel = inspect.getattr_static(layer_class, "kernel", None)
     own = {} if kernel is None else {"kernel": kernel}
-    body = {**own, **effective, "call": _forming(layer_class.call)}
+    call = factored(layer_class.call) if _experts(layer_class) else layer_class.call
+    body = {**own, **effective, "call": _forming(call)}
     made = type(f"LoRA{layer_class.__name__}", bases, body)
     KINDS[made] = _kinds(matrices)
     return keras.saving.register_keras_serializable(*_FILE_NAME)(made)
