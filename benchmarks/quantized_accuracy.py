@@ -5,9 +5,10 @@
 A pretrained MiniLM learns Rotten Tomatoes from 3,072 sentences by adapters of rank 8, as in
 `examples/text_classification.py`, with the learning rate that was chosen there for a base in
 floating point. The encoder is quantized before it is adapted, but for the pooler, which trains in
-full. Each seed gives all bases the same head, factors and batches, and all are scored on the same
-3,000 sentences, none of which is in training. Each run is written as a line of JSON as soon as it
-ends, and a run that is in the file is not run again. Downloads 97 MB on the first run.
+full. With LoftQ the adapters begin with what quantizing lost. Each seed gives all bases the same
+head and batches, and all are scored on the same 3,000 sentences, none of which is in training. Each
+run is written as a line of JSON as soon as it ends, and a run that is in the file is not run again.
+Downloads 97 MB on the first run.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import minilm
 import numpy as np
 from comparing import Study
 from encoder import quantize
-from minilm import HEAD, Data, classifier, tokenise
+from minilm import CONFIG, HEAD, Data, classifier, tokenise
 from rich.console import Console
 from rich.table import Table
 from text_classification import (
@@ -51,9 +52,17 @@ from text_classification import (
 from timing import Bars, print_bars
 from training import compile_for_training, output_folder, positive, progress_bars
 
+import keras_lora as kl
+
 TEST_ROWS = 3000  # a multiple of SCORED_AT_ONCE; 4,530 sentences are left for training
-BASES: dict[str, str | None] = {"float32": None, "int8": "int8", "int4": "int4"}
-MOST_POINTS = {"int8": 0.5, "int4": 1.0}  # below the base in floating point
+# The mode of a base, and whether its adapters begin with what quantizing lost.
+BASES: dict[str, tuple[str | None, bool]] = {
+    "float32": (None, False),
+    "int8": ("int8", False),
+    "int4": ("int4", False),
+    "int4, LoftQ": ("int4", True),
+}
+MOST_POINTS = {"int8": 0.5, "int4": 1.0, "int4, LoftQ": 1.0}  # below the base in floating point
 
 Right = np.ndarray  # of each test row, whether the answer is right
 
@@ -68,7 +77,11 @@ def trainee(mode: str | None) -> keras.Model:
     return model
 
 
-def runner(mode: str | None, plain: Study, test: Data) -> Callable[[int], Right]:
+def adapt_to_loss(model: keras.Model) -> None:
+    kl.apply_lora(model, replace(CONFIG, init="loftq"), data=classifier(len(CLASSES)))
+
+
+def runner(name: str, plain: Study, test: Data) -> Callable[[int], Right]:
     """A function of a seed that trains and says what is right then; its model compiles once."""
     right: list[Right] = []
 
@@ -78,8 +91,9 @@ def runner(mode: str | None, plain: Study, test: Data) -> Callable[[int], Right]
         right.append(np.argmax(answers, axis=-1) == test.labels)
         return float(np.mean(right[-1]))
 
+    mode, loftq = BASES[name]
     ours = replace(plain, base=lambda: trainee(mode), score=score)
-    method = replace(LORA, name=mode or "float32")
+    method = replace(LORA, name=name, prepare=adapt_to_loss if loftq else LORA.prepare)
     model = ours.trainee(method)
 
     def run(seed: int) -> Right:
@@ -96,7 +110,7 @@ def run_missing(options: argparse.Namespace, path: Path, console: Console) -> No
     train, test = (tokenise(rows, SEQUENCE_LENGTH) for rows in (splits.train, splits.test))
     with output_folder(None) as folder, progress_bars(console) as progress:
         plain = study(train, test, options.steps, folder, progress)
-        run = functools.cache(lambda name: runner(BASES[name], plain, test))
+        run = functools.cache(lambda name: runner(name, plain, test))
         for seed, name in itertools.product(range(options.seeds), BASES):
             if (name, seed) not in known:
                 bits = np.packbits(run(name)(seed)).tobytes().hex()
