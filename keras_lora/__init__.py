@@ -57,6 +57,7 @@ from keras_lora.layers import (
     LoRASimpleRNNCell,
     register_lora_class,
 )
+from keras_lora.memory import MemoryPlan, MemoryRow, memory_plan
 from keras_lora.ranks import (
     RankReport,
     ShrinkReport,
@@ -108,6 +109,8 @@ __all__ = [
     "LoRASeparableConv2D",
     "LoRASimpleRNNCell",
     "LoRASummary",
+    "MemoryPlan",
+    "MemoryRow",
     "RankReport",
     "RankSchedule",
     "RankTrial",
@@ -134,6 +137,7 @@ __all__ = [
     "load_peft_adapter",
     "lora_layers",
     "lora_summary",
+    "memory_plan",
     "merge_lora",
     "merged",
     "print_trainable_parameters",

@@ -23,7 +23,7 @@ FLOORS = [
     {"inject"},
     {"adapters", "chunks", "combining", "files", "summary"},
     {"pictures"},
-    {"ranks"},
+    {"memory", "ranks"},
     {"exchange", "training"},
     {"export"},
     {""},  # the public names: `keras_lora/__init__.py`
@@ -38,6 +38,7 @@ PRIVATE_API = {
     "rates",
     "chunks",
     "inject",
+    "memory",
     "training",
     "export",
     "exchange",

@@ -2,6 +2,7 @@
 
 from keras_lora.inject.apply import apply_lora, drop, install
 from keras_lora.inject.choosing import computing_scaled, computing_with
+from keras_lora.inject.cloning import bare_copy, base_variables
 from keras_lora.inject.compiled import changing, refresh
 from keras_lora.inject.freezing import original_flag, thawed_by_others
 from keras_lora.inject.keras_savers import guard_keras_savers
@@ -38,7 +39,7 @@ from keras_lora.inject.switching import (
     trained_by_none,
     whole_adapters,
 )
-from keras_lora.inject.tracing import in_trace
+from keras_lora.inject.tracing import are_without_values, in_trace, without_values
 from keras_lora.inject.turns import CHOOSING, context, turn
 
 __all__ = [
@@ -50,6 +51,9 @@ __all__ = [
     "adapted",
     "adapter_names",
     "apply_lora",
+    "are_without_values",
+    "bare_copy",
+    "base_variables",
     "batches_of",
     "changing",
     "check_adapted",
@@ -89,4 +93,5 @@ __all__ = [
     "unload_lora",
     "unrematerialize",
     "whole_adapters",
+    "without_values",
 ]

@@ -25,23 +25,38 @@ def plain_copy(tree: Tree) -> Any:
             layers or variables (`LlamaBackbone.get_config` of KerasHub 0.32 forgets tied
             embeddings), or the state of a layer cannot be written or read.
     """
-    model: Any = tree.root
-    with _as_plain(tree.adapted):
-        copy = _from_config(model)
+    copy = bare_copy(tree, "inplace=False", "Use inplace=True")
     originals, copies = base_variables(tree), copy.variables
-    layers = list(Tree.of(copy).layers)
-    _check_alike(tree, layers, copies)
-    pairs = list(zip(tree.layers, layers, strict=True))
-    for original, layer in pairs:
+    for original, layer in zip(tree.layers, Tree.of(copy).layers, strict=True):
         _carry_state(original, layer)
-        if is_recomputed(original):
-            recompute(layer)
     for original, variable in zip(originals, copies, strict=True):
         # A copy: on JAX training donates the arrays of the original.
         variable.assign(ops.copy(original.value))
-    for original, layer in pairs + list(zip(originals, copies, strict=True)):
+    _compile_like(copy, tree.root, list(zip(originals, copies, strict=True)))
+    return copy
+
+
+def bare_copy(tree: Tree, asked: str, fix: str) -> Any:
+    """A copy without adapters and without the base's state: its architecture and its flags.
+
+    Args:
+        tree: The model.
+        asked: What asks for a copy, for errors.
+        fix: What to do instead, for errors.
+
+    Raises:
+        ValueError: as `plain_copy`.
+    """
+    with _as_plain(tree.adapted):
+        copy = _from_config(tree.root, asked, fix)
+    layers = list(Tree.of(copy).layers)
+    _check_alike(tree, layers, copy.variables, asked, fix)
+    pairs = list(zip(tree.layers, layers, strict=True))
+    for original, layer in pairs:
+        if is_recomputed(original):
+            recompute(layer)
+    for original, layer in pairs + list(zip(base_variables(tree), copy.variables, strict=True)):
         layer.trainable = original_flag(original)
-    _compile_like(copy, model, list(zip(originals, copies, strict=True)))
     return copy
 
 
@@ -51,31 +66,33 @@ def base_variables(tree: Tree) -> list[keras.Variable]:
     return [v for v in tree.root.variables if id(v) not in ours]
 
 
-def _from_config(model: keras.Model) -> keras.Model:
+def _from_config(model: keras.Model, asked: str, fix: str) -> keras.Model:
     try:
         copy = type(model).from_config(model.get_config())
         if not copy.built:
             copy.build_from_config(model.get_build_config())
     except Exception as error:
         raise ValueError(
-            "inplace=False: expected a model that can be made from its get_config(). Received: "
-            f"{type(model).__name__}, which cannot ({str(error).splitlines()[0]}). Use "
-            "inplace=True, or implement get_config."
+            f"{asked}: expected a model that can be made from its get_config(). Received: "
+            f"{type(model).__name__}, which cannot ({str(error).splitlines()[0]}). {fix}, or "
+            "implement get_config."
         ) from error
     return copy
 
 
-def _check_alike(tree: Tree, layers: Sequence[Layer], variables: Sequence[keras.Variable]) -> None:
+def _check_alike(
+    tree: Tree, layers: Sequence[Layer], variables: Sequence[keras.Variable], asked: str, fix: str
+) -> None:
     originals = base_variables(tree)
     # By name: a notebook may have made the class anew.
     classes = [[type(layer).__name__ for layer in each] for each in (tree.layers, layers)]
     shapes = [[(tuple(v.shape), v.dtype) for v in each] for each in (originals, variables)]
     if classes[0] != classes[1] or shapes[0] != shapes[1]:
         raise ValueError(
-            f"inplace=False: expected the model made from {type(tree.root).__name__}.get_config() "
-            f"to have the layers and variables of the original, {len(tree.layers)} and "
+            f"{asked}: expected the model made from {type(tree.root).__name__}.get_config() to "
+            f"have the layers and variables of the original, {len(tree.layers)} and "
             f"{len(originals)} of them. Received: {len(layers)} and {len(variables)}, or other "
-            "classes or shapes: its get_config is incomplete. Use inplace=True."
+            f"classes or shapes: its get_config is incomplete. {fix}."
         )
 
 

@@ -5,13 +5,33 @@ In a `tf.function`, or under `jax.jit` and `jax.grad`, a variable has no value t
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_lora.walker import Tree
+
+_WITHOUT_VALUES = ContextVar("without_values", default=False)
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Within it verbs may change a model whose variables have shapes and dtypes, and no values."""
+    token = _WITHOUT_VALUES.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_VALUES.reset(token)
+
+
+def are_without_values() -> bool:
+    """Whether this code runs in `without_values`."""
+    return _WITHOUT_VALUES.get()
 
 
 def in_trace(tree: Tree) -> bool:
@@ -47,7 +67,7 @@ def check_not_traced(tree: Tree, verb: str) -> None:
     Raises:
         ValueError: a computation is being recorded.
     """
-    if in_trace(tree):
+    if not are_without_values() and in_trace(tree):
         raise ValueError(
             f"{verb}: expected a call outside compiled functions, since it moves values and "
             f"changes {tree.root.name!r}. Received: a call in a function that is being traced "

@@ -1,0 +1,186 @@
+"""Predicted beside measured: `memory_plan` and the peak of the training step that it is of.
+
+    python benchmarks/memory_plan.py [--tiny] [--check]
+
+A Llama-shaped decoder and a BERT-shaped encoder of KerasHub with random weights, LoRA on all linear
+layers, Adam, XLA off, in eight ways. Measured is the peak resident size of a second step minus the
+size when everything was imported, in a process of its own, minus what TensorFlow itself takes: the
+same figure of a tiny model, beyond its plan. glibc returns freed blocks at once in these processes
+(`MALLOC_MMAP_THRESHOLD_`), so that what is measured is what is alive. The plans are made of models
+without values. Linux with glibc only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import keras_hub
+import memory  # sets the backend
+import numpy as np
+import tensorflow as tf
+from resident import MIB, forget_peak, resident
+from rich.console import Console
+from rich.table import Table
+from timing import print_bars
+
+import keras_lora as kl
+
+MOST = 0.15
+TOKENS = 256
+OPTIONS: dict[str, dict[str, Any]] = {
+    "blocks": {"rematerialize": "auto"},
+    "chunks": {"chunk_tokens": TOKENS},
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, how it trains, and its batch."""
+
+    kind: str
+    dtype: str
+    how: tuple[str, ...] = ()
+    tiny: bool = False
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        if self.tiny:
+            return 2, 32
+        return (2, 512) if self.kind == "decoder" else (4, 256)
+
+    @property
+    def quantized(self) -> str | None:
+        return next((name for name in self.how if name not in OPTIONS), None)
+
+    def __str__(self) -> str:
+        return " ".join([self.kind, self.dtype, *self.how])
+
+
+SHAPES = [
+    Shape("decoder", "float32"),
+    Shape("decoder", "bfloat16"),
+    Shape("decoder", "float32", ("blocks",)),
+    Shape("decoder", "bfloat16", ("blocks", "chunks")),
+    Shape("decoder", "float32", ("int8",)),
+    Shape("decoder", "float32", ("int4", "blocks", "chunks")),
+    Shape("encoder", "float32"),
+    Shape("encoder", "bfloat16", ("blocks",)),
+]
+
+
+def decoder(shape: Shape) -> keras.Model:
+    given = ["--layers", "3", "--dtype", shape.dtype]
+    sizes = memory.arguments([*given, *(["--width", "256"] if shape.tiny else [])])
+    return keras_hub.models.LlamaCausalLM(memory.llama(sizes), preprocessor=None)
+
+
+def encoder(shape: Shape) -> keras.Model:
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=8000,
+        num_layers=2 if shape.tiny else 3,
+        num_heads=4 if shape.tiny else 12,
+        hidden_dim=64 if shape.tiny else 768,
+        intermediate_dim=256 if shape.tiny else 3072,
+        dtype=shape.dtype,
+    )
+    return keras_hub.models.BertTextClassifier(backbone, num_classes=3, preprocessor=None)
+
+
+MODELS: dict[str, Callable[[Shape], keras.Model]] = {"decoder": decoder, "encoder": encoder}
+CONFIG = kl.LoRAConfig(rank=memory.RANK)
+
+
+def planned(shape: Shape) -> kl.MemoryPlan:
+    """The plan, for a model without values."""
+    with tf.Graph().as_default():
+        model = MODELS[shape.kind](shape)
+    options: dict[str, Any] = {"quantized": shape.quantized, "optimizer": "adam"}
+    for name in shape.how:
+        options |= OPTIONS.get(name, {})
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return kl.memory_plan(model, CONFIG, shape.batch_shape, loss=loss, **options)
+
+
+def prepared(shape: Shape) -> keras.Model:
+    model = MODELS[shape.kind](shape)
+    if shape.quantized:
+        model.quantize(shape.quantized)
+    kl.apply_lora(model, CONFIG)
+    if "blocks" in shape.how:
+        kl.rematerialize(model)
+    if "chunks" in shape.how:
+        kl.chunk_logits(model, TOKENS)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, jit_compile=False, weighted_metrics=[])
+    return model
+
+
+def batch(shape: Shape) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    tokens = np.random.default_rng(0).integers(1, 8000, shape.batch_shape, "int32")
+    x = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    if shape.kind == "decoder":
+        return x, tokens
+    return {**x, "segment_ids": np.zeros_like(tokens)}, tokens[:, 0] % 3
+
+
+def measure_here(shape: Shape) -> None:
+    """Print the peak of a second step above the size of this process as it is now."""
+    before = resident("VmRSS")
+    model = prepared(shape)
+    x, y = batch(shape)
+    model.train_on_batch(x, y)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    forget_peak()
+    model.train_on_batch(x, y)
+    print(json.dumps(resident("VmHWM") - before))
+
+
+def measured(shape: Shape) -> int:
+    command = [sys.executable, __file__, "--only", json.dumps(dataclasses.asdict(shape))]
+    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=settings)
+    return int(output.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--tiny", action="store_true", help="small enough for CI")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        given = json.loads(args.only)
+        measure_here(Shape(**{**given, "how": tuple(given["how"])}))
+        return
+    shapes = [dataclasses.replace(shape, tiny=args.tiny) for shape in SHAPES]
+    tiny = {kind: Shape(kind, "float32", tiny=True) for kind in MODELS}
+    runtime = {kind: measured(shape) - planned(shape).peak for kind, shape in tiny.items()}
+    title = "A second step's peak, XLA off"
+    table = Table("", "predicted MiB", "measured MiB", "predicted / measured", title=title)
+    bars = {}
+    for shape in shapes:
+        figures = planned(shape).peak, measured(shape) - runtime[shape.kind]
+        ratio = figures[0] / figures[1]
+        table.add_row(str(shape), *(f"{x / MIB:,.0f}" for x in figures), f"{ratio:.3f}")
+        print(f"{shape}: {ratio:.3f}", flush=True)
+        bars[str(shape)] = (ratio, 1 - MOST, 1 + MOST)
+    Console().print(table)
+    print("TensorFlow itself, MiB:", {kind: round(x / MIB) for kind, x in runtime.items()})
+    if not print_bars(bars) and args.check:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
