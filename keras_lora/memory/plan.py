@@ -103,7 +103,7 @@ class MemoryPlan:
             shape[axis] = size
             return self.for_shape(shape).peak
 
-        return _largest(peak, {self.batch_shape[axis]: self.peak}, budget)
+        return largest_size(peak, {self.batch_shape[axis]: self.peak}, budget)
 
     def __rich__(self) -> Table:
         shape = " x ".join(map(str, self.batch_shape))
@@ -141,7 +141,8 @@ def memory_plan(
     Args:
         model: A built model with one output, adapted or not: a graph of layers that can be made
             from its config, as KerasHub's tasks can.
-        config: What `apply_lora` would be given; None trains what the model trains now.
+        config: What `apply_lora` would be given, for a model without adapters; None trains what the
+            model trains now.
         batch_shape: `(batch, length)`: the size of the first axis of each input, and that of its
             others that the model leaves open. `(batch,)` if it leaves none open.
         optimizer: As for `compile`; by default the model's own, or else Adam.
@@ -157,7 +158,8 @@ def memory_plan(
 
     Raises:
         ValueError: another backend than TensorFlow, a model that cannot be made from its config,
-            several outputs, a shape that does not fit, or what the verbs refuse.
+            several outputs, a `config` for a model with adapters, a shape that does not fit, or
+            what the verbs refuse.
 
     Example:
 
@@ -289,7 +291,7 @@ def _bytes(variables: Iterable[Any]) -> int:
     return sum(math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in variables)
 
 
-def _largest(peak: Callable[[int], int], known: dict[int, int], budget: float) -> int:
+def largest_size(peak: Callable[[int], int], known: dict[int, int], budget: float) -> int:
     """The largest size whose peak fits, for a peak that grows ever faster.
 
     Between a size that fits and one that does not, the line through both is below the peak: a
