@@ -167,7 +167,7 @@ def memory_plan(
     >>> up, head = keras.layers.Dense(500, "gelu", name="up"), keras.layers.Dense(3, name="head")
     >>> model = keras.Sequential([keras.Input((300,)), up, head])
     >>> plan = kl.memory_plan(model, kl.LoRAConfig(rank=2, targets=["up"]), (32,))
-    >>> plan["factors"].bytes == 4 * 2 * (300 + 500)
+    >>> plan["gradients"].bytes == 4 * 2 * (300 + 500)
     True
     >>> plan.largest_batch(plan.peak) >= 32
     True
