@@ -39,12 +39,18 @@ def stepped(model: keras.Model, x: np.ndarray, y: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "filters"), [("conv2d, same", 7), ("conv2d, same", 61), ("conv2d, groups", 62)]
+    ("name", "options"),
+    [
+        ("conv2d, same", {"filters": 7}),
+        ("conv2d, same", {"filters": 61}),
+        ("conv2d, same", {"kernel_size": 1, "strides": 1}),
+        ("conv2d, groups", {"filters": 62}),
+    ],
 )
-def test_gradients_are_those_through_the_kernel(name: str, filters: int) -> None:
+def test_gradients_are_those_through_the_kernel(name: str, options: dict[str, Any]) -> None:
     """`dA = s dW B^T` and `dB = s A^T dW`; the gradient of the input is that of a bias before."""
     case = BY_ID[name]
-    model, x = case.model(filters=filters), case.batch()
+    model, x = case.model(**options), case.batch()
     axis = 1 if case.options.get("data_format") == "channels_first" else -1
     biased = keras.Sequential(
         [keras.Input(case.input_shape), Shift(axis, name="shift"), model.get_layer("case")]

@@ -33,6 +33,8 @@ class Convolution(FormingProducts):
         operation: The layer's convolution, without bias and activation.
         down: `A` as a kernel of the operation.
         groups: Each group of outputs has channels of its own in the input.
+        is_pointwise: Whether it is a product of matrices, and trains as one: on a processor the
+            gradients of a convolution of size 1 take longer.
     """
 
     layer: Any
@@ -41,6 +43,7 @@ class Convolution(FormingProducts):
     operation: Operation
     down: Callable[[Tensor], Tensor]
     groups: int = 1
+    is_pointwise: bool = False
 
     def base(self, x: Tensor) -> Tensor:
         return self.operation(x, self.w)
@@ -48,7 +51,8 @@ class Convolution(FormingProducts):
     def update(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         ones: Any = (1,) * (len(x.shape) - 2)
         up = ops.reshape(b, (*ones, *b.shape))
-        return ops.conv(self._hidden(x, a), up, data_format=self.layer.data_format)
+        hidden = self.operation(x, self.down(a))
+        return ops.conv(hidden, up, data_format=self.layer.data_format)
 
     def times_gain(self, product: Tensor, gain: Tensor) -> Tensor:
         return times(product, by_channel(self.layer, gain, len(product.shape)))
@@ -58,11 +62,12 @@ class Convolution(FormingProducts):
         if loses_digits(self.w) or (thin and has_gain):
             return None
         w = self.split.effective(self.w, [term[1:] for term in terms])
+        operation = _matrix_product if training and self.is_pointwise else self.operation
         if not thin:
-            return self.operation(x, w)
-        y, still = self.operation(x, ops.stop_gradient(w)), ops.stop_gradient(x)
+            return operation(x, w)
+        y, still = operation(x, ops.stop_gradient(w)), ops.stop_gradient(x)
         for term in terms:
-            y = self._with_gradient(y, self._hidden(still, term.a), term.b)
+            y = self._with_gradient(y, operation(still, self.down(term.a)), term.b)
         return y
 
     def _thin(self, terms: Sequence[Term]) -> bool:
@@ -74,10 +79,6 @@ class Convolution(FormingProducts):
         inputs, outputs = self.split.matrix_shape(tuple(self.w.shape))
         rank = sum(term.a.shape[-1] for term in terms)
         return 3 * 2 * rank * (inputs * self.groups + outputs) < inputs * outputs
-
-    def _hidden(self, x: Tensor, a: Tensor) -> Tensor:
-        """`x A`, of each group."""
-        return self.operation(x, self.down(a))
 
     def _with_gradient(self, y: Tensor, hidden: Tensor, b: Tensor) -> Tensor:
         """`y`, with the gradient that `y + (x A) B` has with respect to `x A` and `B`."""
@@ -122,7 +123,8 @@ def convolution_products(layer: Any, split: EinsumSplit, w: Tensor) -> Convoluti
     def operation(x: Tensor, kernel: Tensor) -> Tensor:
         return convolve(layer, x, kernel)
 
-    return Convolution(layer, split, ops.stop_gradient(w), operation, down, layer.groups)
+    pointwise = layer.groups == 1 and _is_pointwise(layer, w) and set(layer.strides) == {1}
+    return Convolution(layer, split, ops.stop_gradient(w), operation, down, layer.groups, pointwise)
 
 
 def transposed_products(layer: Any, split: EinsumSplit, w: Tensor) -> Convolution:
@@ -143,7 +145,21 @@ def pointwise_products(layer: Any, split: EinsumSplit, w: Tensor) -> Convolution
     def operation(x: Tensor, kernel: Tensor) -> Tensor:
         return ops.conv(x, kernel, data_format=layer.data_format)
 
-    return Convolution(layer, split, ops.stop_gradient(w), operation, lambda a: a)
+    pointwise = _is_pointwise(layer, w)
+    return Convolution(
+        layer, split, ops.stop_gradient(w), operation, lambda a: a, is_pointwise=pointwise
+    )
+
+
+def _is_pointwise(layer: Any, w: Tensor) -> bool:
+    return layer.data_format == "channels_last" and set(w.shape[:-2]) == {1}
+
+
+def _matrix_product(x: Tensor, kernel: Tensor) -> Tensor:
+    """The convolution with a kernel of size and stride 1, as `(positions, d) @ (d, k)`."""
+    inputs, outputs = kernel.shape[-2:]
+    rows = ops.matmul(ops.reshape(x, (-1, inputs)), ops.reshape(kernel, (inputs, outputs)))
+    return ops.reshape(rows, (*ops.shape(x)[:-1], outputs))
 
 
 @final
