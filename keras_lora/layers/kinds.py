@@ -30,8 +30,8 @@ from keras_lora.layers.convolving import (
 from keras_lora.layers.quantized import (
     Integers,
     Quantized,
-    base_product,
     float_shape,
+    frozen_product,
     integers_of,
     mode_of,
 )
@@ -207,7 +207,7 @@ class Site:
             return self.kind.products(self, inputs)
         split = self.split(len(inputs.shape))
         if self.is_quantized:
-            return Quantized(base_product(self.layer).quantized_call, split, self.shape)
+            return Quantized(frozen_product(self.layer, split), split, self.shape)
         return einsum_products(split, self.weight())
 
 

@@ -16,6 +16,8 @@ Private Keras API in this file, and why (`tests/test_private_quantizing.py` watc
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -171,24 +173,63 @@ def base_product(layer: Any) -> Any:
     return bare
 
 
+def frozen_product(layer: Layer, split: EinsumSplit) -> Callable[[Tensor], Tensor]:
+    """Keras's quantized product, with the gradient of the product in floating point.
+
+    y = x W0 (Keras's own)      dx = dy W0^T      W0: made anew in each pass, and not kept
+    """
+    product = base_product(layer).quantized_call
+    if set(split.input) - set(split.output) - set(split.kernel):
+        return product  # an axis is summed away without the kernel: no einsum has this gradient
+    backwards = f"{split.output},{split.kernel}->{split.input}"
+
+    def transposed(dy: Tensor) -> Tensor:
+        return ops.einsum(backwards, dy, Integers.of(layer).weight(dy.dtype))
+
+    return partial(_multiplied, product, transposed)
+
+
 def reverse_product(layer: Layer, inputs: Tensor) -> Tensor:
     """Keras's quantized product in reverse, with the gradient of the product in floating point.
 
     Keras rounds the inputs to integers, through which no gradient passes: what is left of it is
     that of their scale, which depends on the largest input alone.
     """
-    product, integers = base_product(layer), Integers.of(layer)
+
+    def transposed(dy: Tensor) -> Tensor:
+        return ops.matmul(dy, ops.transpose(Integers.of(layer).reverse(dy.dtype)))
+
+    product = partial(base_product(layer).quantized_call, reverse=True)
+    return _multiplied(product, transposed, inputs)
+
+
+def _multiplied(
+    product: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor], inputs: Tensor
+) -> Tensor:
+    """A product with a gradient of its own."""
 
     @ops.custom_gradient
     def multiplied(x: Tensor) -> Any:
         def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor]:
             dy = args[0] if upstream is None else upstream
-            dx = ops.matmul(dy, ops.transpose(integers.reverse(dy.dtype)))
-            return (ops.cast(dx, x.dtype),)
+            with _after(dy):
+                return (ops.cast(transposed(dy), x.dtype),)
 
-        return product.quantized_call(x, reverse=True), gradient
+        with _after(x):
+            return product(x), gradient
 
     return multiplied(inputs)
+
+
+def _after(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """On TensorFlow nothing within is computed before `x` is.
+
+    A graph computes at once what depends on variables alone: all matrices of a model would be in
+    floating point when a step begins, and be kept until it ends.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    return importlib.import_module("tensorflow").control_dependencies([x])
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:
