@@ -11,6 +11,7 @@ import keras_hub
 import numpy as np
 import pytest
 import tensorflow as tf
+from support import quantized
 from support.cases import ALPHA, BY_ID, RANK, adapted, adapter, numpy_of, reference_dora
 from support.models import composite, data, functional, randomize_adapters
 
@@ -207,3 +208,30 @@ def test_tensorflow_saves_what_an_adapted_model_computes(tmp_path: Path) -> None
     served = tf.saved_model.load(tmp_path / "model").signatures["serving_default"]
     (answer,) = served(inputs=tf.constant(x)).values()
     np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", quantized.GRIDS)
+def test_no_quantized_matrix_is_in_floating_point_before_it_is_needed(grid: str) -> None:
+    layers = [keras.layers.Dense(width, name=name) for name, width in (("up", 13), ("down", 7))]
+    model = keras.Sequential([keras.Input((11,)), *layers])
+    for layer in layers:
+        quantized.GRIDS[grid](layer)
+    kl.apply_lora(model, kl.LoRAConfig(rank=2, targets=["up", "down"]))
+
+    @tf.function(input_signature=[tf.TensorSpec((3, 11))], autograph=False)
+    def step(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            y = tf.reduce_sum(model(x, training=True) ** 2)
+        return tape.gradient(y, model.trainable_variables)
+
+    graph = step.get_concrete_function().graph
+    after, matrices = {graph.inputs[0].op.name}, []
+    for op in graph.get_operations():
+        sources = [*(tensor.op for tensor in op.inputs), *op.control_inputs]
+        if any(source.name in after for source in sources):
+            after.add(op.name)
+        shapes = [sorted(t.shape) for t in op.outputs if t.dtype.is_floating and t.shape.rank == 2]
+        if [11, 13] in shapes or [7, 13] in shapes:
+            matrices.append(op.name)
+    assert matrices
+    assert set(matrices) <= after
