@@ -74,6 +74,13 @@ LINEAR_ATTENTION: dict[str, Any] = {
     "linear_value_head_dim": 7,
     "linear_conv_kernel_dim": 3,
 }
+GEMMA4: dict[str, Any] = {
+    **DECODER,
+    "global_head_dim": 8,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
 
 def _t5gemma(directory: Path) -> None:
@@ -124,23 +131,11 @@ HUGGING_FACE_MODELS: dict[str, Save] = {
     "gemma": saved("GemmaForCausalLM", "GemmaConfig", **DECODER),
     "gemma2": saved("Gemma2ForCausalLM", "Gemma2Config", **DECODER | {"intermediate_size": 38}),
     "gemma3_text": saved("Gemma3ForCausalLM", "Gemma3TextConfig", **DECODER),
-    "gemma4_text": saved(
-        "Gemma4ForCausalLM",
-        "Gemma4TextConfig",
-        **DECODER,
-        global_head_dim=8,
-        vocab_size_per_layer_input=VOCAB,
-        hidden_size_per_layer_input=5,
-        layer_types=["sliding_attention", "full_attention"],
-    ),
+    "gemma4_text": saved("Gemma4ForCausalLM", "Gemma4TextConfig", **GEMMA4),
     "gemma4_text moe": saved(
         "Gemma4ForCausalLM",
         "Gemma4TextConfig",
-        **DECODER,
-        global_head_dim=8,
-        vocab_size_per_layer_input=VOCAB,
-        hidden_size_per_layer_input=5,
-        layer_types=["sliding_attention", "full_attention"],
+        **GEMMA4,
         enable_moe_block=True,
         num_experts=3,
         top_k_experts=2,
