@@ -172,8 +172,8 @@ def scheduled() -> keras.Model:
 
 
 class Silent(keras.Sequential):
-    def train_step(self, *args: Any) -> Any:
-        super().train_step(*args)
+    def train_on_batch(self, *args: Any, **options: Any) -> Any:
+        super().train_on_batch(*args, **options)
         return {"error": 1.0}
 
 

@@ -155,18 +155,28 @@ def batches_of(data: Any, most: int = _BATCHES) -> Iterable[Any]:
 
 
 @contextlib.contextmanager
-def left_as_it_was(model: keras.Model, others: Iterable[keras.Variable] = ()) -> Iterator[None]:
-    """Afterwards states, seeds, metrics and the other variables have the values from before."""
+def left_as_it_was(
+    model: keras.Model, others: Iterable[keras.Variable] = ()
+) -> Iterator[Callable[[], None]]:
+    """Afterwards states, seeds, metrics and the other variables have the values from before.
+
+    Yields:
+        A function that gives them these values at once.
+    """
     metrics = getattr(model, "metrics_variables", ())
     variables = [*model.non_trainable_variables, *metrics, *others]
     values = [read(v) for v in variables]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         if isinstance(model, keras.Model):
             model.reset_metrics()
         for variable, value in zip(variables, values, strict=True):
             write(variable, value)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def _inputs(tree: Tree, layers: Sequence[PlannedLayer], data: Any) -> dict[str, Measured]:

@@ -186,17 +186,18 @@ def _trials(
     moving = [*model.trainable_variables, *(v for each in optimizers for v in each.variables)]
     bar = progress.add_task("", total=len(rates) * steps)
     trials: list[RateTrial] = []
-    for rate in rates:
-        losses = []
-        with left_as_it_was(model, moving):
+    with left_as_it_was(model, moving) as restore:
+        for rate in rates:
+            restore()
             for part in parts_of(model.optimizer):
                 part.learning_rate = rate
+            losses = []
             for loss in _losses(model, batches, steps):
                 losses.append(loss)
                 progress.update(bar, advance=1, description=f"learning rate {rate:.1e}")
-        trials.append(RateTrial(rate, tuple(losses)))
-        if not trials[-1].loss <= losses[0]:
-            break
+            trials.append(RateTrial(rate, tuple(losses)))
+            if not trials[-1].loss <= losses[0]:
+                break
     return trials
 
 
