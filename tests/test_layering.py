@@ -13,7 +13,7 @@ ROOT = Path(keras_lora.__file__).parent
 # The floors of the package, the lowest first. A folder or a file of the package stands on one floor
 # and imports from the floors below it.
 FLOORS = [
-    {"as_command", "checks", "version"},
+    {"as_command", "checks", "tables", "version"},
     {"lowrank", "plain_values"},
     {"initializers"},
     {"config"},

@@ -11,7 +11,6 @@ from typing import Any
 import keras
 import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from keras_lora.checks import invalid, is_number
@@ -19,6 +18,7 @@ from keras_lora.config import LoRAConfig
 from keras_lora.memory.tracing import ACTIVATIONS, GRADIENTS, LOGITS, step_memory
 from keras_lora.memory.twin import Changes, nowhere, tensorflow, twin_of
 from keras_lora.summary import shown_bytes
+from keras_lora.tables import new_table
 from keras_lora.walker import Blocks, Tree
 
 
@@ -108,7 +108,7 @@ class MemoryPlan:
     def __rich__(self) -> Table:
         shape = " x ".join(map(str, self.batch_shape))
         title = f"Memory of a training step, predicted for {shape}"
-        table = Table(title=title, header_style="cyan", box=box.SIMPLE_HEAD, show_footer=True)
+        table = new_table(title=title, show_footer=True)
         table.add_column("", "peak")
         table.add_column("all", "", justify="right")
         table.add_column("at the peak", shown_bytes(self.peak), justify="right")

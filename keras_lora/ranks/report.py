@@ -10,7 +10,6 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +25,7 @@ from keras_lora.lowrank.decomposing import (
 )
 from keras_lora.ranks.heat_map import write_heat_map
 from keras_lora.summary import PathCell, joined, template
+from keras_lora.tables import new_table
 from keras_lora.walker import Tree
 
 # The share of the energy whose rank the table shows.
@@ -88,7 +88,7 @@ class RankReport:
         lines: dict[tuple[str, str], list[RankRow]] = {}
         for row in self.rows:
             lines.setdefault((row.adapter, template(row.path)), []).append(row)
-        table = Table(header_style="cyan", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = new_table(pad_edge=False)
         table.add_column("layer")
         columns = self._columns()
         for heading in columns:

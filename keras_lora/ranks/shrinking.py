@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import keras
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from keras_lora.inject import (
 from keras_lora.lowrank.budget import spend
 from keras_lora.ranks.factors import FactoredSite, factored_sites, put_factors
 from keras_lora.summary import PathCell
+from keras_lora.tables import new_table
 from keras_lora.walker import Tree
 
 
@@ -73,7 +73,7 @@ class ShrinkReport:
             f"{self.parameters:,} of {before:,} parameters ({self.parameters / before:.1%}), "
             f"relative error {self.relative_error:.3g}"
         )
-        table = Table(title=title, header_style="cyan", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = new_table(title=title, pad_edge=False)
         table.add_column("layer")
         for heading in ("before", "rank", "error", "parameters"):
             table.add_column(heading, justify="right", no_wrap=True)

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from keras_lora.summary.paths import PathCell, joined, template
+from keras_lora.tables import new_table
 
 # With the headings and the lines below, a screen of 24 lines.
 _ROWS = 12
@@ -82,7 +81,7 @@ def _titled_table(lines: Sequence[Line], names: Sequence[str]) -> Iterator[Rende
     headings = [name for name in cells[0] if name not in shared]
     facts = [f"{name} {value}" for name, value in shared.items() if value]
     yield _title(names, lines[0][0].active, facts)
-    table = Table(header_style="cyan", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = new_table(pad_edge=False)
     for name in headings:
         justify: Any = "left" if name in _LEFT else "right"
         table.add_column(name, justify=justify, no_wrap=name != "layer")

@@ -10,7 +10,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -20,6 +19,7 @@ from keras_lora.distribution import strategy_scope
 from keras_lora.inject import batches_of, check_batches, left_as_it_was, turn
 from keras_lora.layers import parts_of
 from keras_lora.pictures import new_figure, write_figure
+from keras_lora.tables import new_table
 
 # Two for each factor of ten, about as far apart as the loss tells them.
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -64,7 +64,7 @@ class RateReport:
         return self.best.rate
 
     def __rich__(self) -> Table:
-        table = Table(header_style="cyan", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = new_table(pad_edge=False)
         for heading in ("learning rate", "first loss", "loss"):
             table.add_column(heading, justify="right")
         table.add_column("")

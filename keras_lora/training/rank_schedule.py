@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +23,7 @@ from keras_lora.files.atomic import write_files
 from keras_lora.files.saving import load_adapter, save_adapter
 from keras_lora.layers import DEFAULT_ADAPTER, goes_by_element
 from keras_lora.ranks import check_shrinkable, parameters_of, shrink_adapter, take_ranks
+from keras_lora.tables import new_table
 from keras_lora.training.fitting import MODES, check_trains, direction_of, is_better
 from keras_lora.walker import Tree
 
@@ -299,7 +299,7 @@ def _check(patience: Any, tolerance: Any, factor: Any, mode: Any) -> None:
 
 
 def _table(trials: tuple[RankTrial, ...], monitor: str) -> Table:
-    table = Table(header_style="cyan", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = new_table(pad_edge=False)
     for heading in ("epochs", "parameters", "ranks", monitor, "kept"):
         table.add_column(heading, justify="right")
     for trial in trials:
