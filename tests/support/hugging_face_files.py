@@ -33,6 +33,20 @@ def write_model(model_class: Any, config: Any, directory: Path) -> None:
     model.save_pretrained(directory)
 
 
+def _edited(save: Save, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Save:
+    """`save`, and a change of its settings and its tensors."""
+
+    def edited(directory: Path) -> None:
+        save(directory)
+        settings, weights = directory / "config.json", directory / "model.safetensors"
+        config, tensors = json.loads(settings.read_text()), load_file(weights)
+        change(config, tensors)
+        settings.write_text(json.dumps(config))
+        save_file(tensors, weights, {"format": "pt"})
+
+    return edited
+
+
 def as_on_the_hub(
     save: Save, config: Mapping[str, Any] | None = None, keys: Mapping[str, str] | None = None
 ) -> Save:
@@ -41,19 +55,14 @@ def as_on_the_hub(
     `config` is added to `config.json`; `keys` maps endings of keys to the endings on the Hub.
     """
 
-    def edited(directory: Path) -> None:
-        save(directory)
-        path = directory / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | dict(config or {})))
-        path = directory / "model.safetensors"
-        tensors = load_file(path)
+    def change(settings: dict[str, Any], tensors: dict[str, Any]) -> None:
+        settings |= dict(config or {})
         for key in list(tensors):
             for ending, new in (keys or {}).items():
                 if key.endswith(ending):
                     tensors[key.removesuffix(ending) + new] = tensors.pop(key)
-        save_file(tensors, path, {"format": "pt"})
 
-    return edited
+    return _edited(save, change)
 
 
 def _packed(experts: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -70,18 +79,11 @@ def _packed(experts: torch.Tensor) -> dict[str, torch.Tensor]:
 def with_packed_experts(save: Save) -> Save:
     """GPT-OSS with the settings and experts of the Hub, beside the experts of transformers 5."""
 
-    def packed(directory: Path) -> None:
-        save(directory)
-        path = directory / "config.json"
-        config = json.loads(path.read_text())
-        rope = config.pop("rope_parameters")
-        config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-        path.write_text(json.dumps(config))
-        path = directory / "model.safetensors"
-        tensors = load_file(path)
+    def change(settings: dict[str, Any], tensors: dict[str, Any]) -> None:
+        rope = settings.pop("rope_parameters")
+        settings |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
         experts = ("experts.gate_up_proj", "experts.down_proj")
         for key in [key for key in tensors if key.endswith(experts)]:
             tensors |= {key + ending: part for ending, part in _packed(tensors[key]).items()}
-        save_file(tensors, path, {"format": "pt"})
 
-    return packed
+    return _edited(save, change)
