@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Notices of a library that looks for a GPU are no news on a machine without one.
 export CUDA_VISIBLE_DEVICES ?= -1
+# Containers often set it. Then each process compiles TensorFlow's and Keras's modules anew, for 15 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo many-tasks causal-lm image-classification image-generation time-series test quick lint \
 	test-tensorflow test-backends docs architectures support bench clean
