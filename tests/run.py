@@ -4,7 +4,10 @@ A process that has run a thousand tests takes half as long again for each, and g
 are cycles of objects, and TensorFlow keeps what it has traced. So each file starts anew, from a
 process that has imported what takes seconds to import.
 
-    python tests/run.py [options of pytest]
+    python tests/run.py [options of pytest] [tests]
+
+Without tests: all. With some, as `tests/test_a.py` or `tests/test_a.py::test_b`: these, again each
+file in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +25,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Nothing that pytest rewrites when it is imported.
-IMPORTED = ["tensorflow", "keras_hub", "keras_lora"]
-# Of these a process would go on alone at the end. They begin.
-LONGEST = ["test_export_generation", "test_coverage_models", "test_coverage_backbones"]
+# A name in the folder that this runs in, since the process that forks is told no other.
+IMPORTED = "tests.imported"
+NOT_REWRITTEN = "ignore:Module already imported so cannot be rewritten; anyio"
+# Of these a process would go on alone at the end. They begin, the longest first.
+LONGEST = [
+    *("export_generation", "docs", "coverage_backbones", "checkpoint", "export_tasks", "examples"),
+    *("export_runtimes", "stateful", "peft_exchange", "saving", "serialization"),
+    *("coverage_models", "without_tensorflow", "cli_process", "cli_output"),
+    # On JAX and torch, by what they compute.
+    *("layers", "dora_models", "recurrent", "rematerialize", "starts", "training"),
+]
 PASSED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 Paths = tuple[str, ...]
@@ -51,6 +61,7 @@ class Run:
 
 def run_pytest(arguments: list[str], output: str) -> None:
     """End this process with pytest's status, all its output and that of its processes in a file."""
+    assert IMPORTED in sys.modules  # an import that fails there is silent
     file = os.open(output, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file, stream.fileno())
@@ -60,7 +71,7 @@ def run_pytest(arguments: list[str], output: str) -> None:
 def run(paths: Paths, options: Sequence[str]) -> Run:
     began = time.perf_counter()
     with tempfile.NamedTemporaryFile("r", errors="replace") as output:
-        arguments = ["-q", "--doctest-modules", *options, *paths]
+        arguments = ["-q", "--doctest-modules", "-W", NOT_REWRITTEN, *options, *paths]
         process = multiprocessing.get_context("forkserver").Process(
             target=run_pytest, args=(arguments, output.name)
         )
@@ -71,8 +82,7 @@ def run(paths: Paths, options: Sequence[str]) -> Run:
 
 def parts() -> Iterator[Paths]:
     """The files of tests, and the folders of the package, whose docstrings have examples."""
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda file: file.stem not in LONGEST)
-    yield from ((relative(file),) for file in files)
+    yield from ((relative(file),) for file in sorted((ROOT / "tests").glob("test_*.py")))
     for package in (ROOT / "keras_lora", ROOT / "keras_lora_cli"):
         yield from ((relative(path.parent),) for path in sorted(package.glob("*/__init__.py")))
         # pytest takes no `__main__.py` from a folder, and imports one that it is given.
@@ -81,17 +91,34 @@ def parts() -> Iterator[Paths]:
         )
 
 
+def by_file(tests: Iterable[str]) -> list[Paths]:
+    """The given tests, those of each file together."""
+    files: dict[str, list[str]] = {}
+    for test in tests:
+        files.setdefault(test.partition("::")[0], []).append(test)
+    return [tuple(of_file) for of_file in files.values()]
+
+
+def order(paths: Paths) -> int:
+    """The place in `LONGEST`, or the one behind it."""
+    name = Path(paths[0].partition("::")[0]).stem.removeprefix("test_")
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def main(options: Sequence[str]) -> int:
-    """Run all parts; the exit status."""
+def main(arguments: Sequence[str]) -> int:
+    """Run all parts, or the given tests; the exit status."""
     os.chdir(ROOT)
-    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
+    tests = [each for each in arguments if each.startswith("tests/")]
+    options = [each for each in arguments if each not in tests]
+    chosen = sorted(by_file(tests) if tests else parts(), key=order)
+    multiprocessing.get_context("forkserver").set_forkserver_preload([IMPORTED])
     runs = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in as_completed([pool.submit(run, paths, options) for paths in parts()]):
+        for done in as_completed([pool.submit(run, paths, options) for paths in chosen]):
             runs.append(done.result())
             print(runs[-1], flush=True)
     longest = sorted(runs, key=lambda each: -each.seconds)[:15]
