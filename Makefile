@@ -62,8 +62,8 @@ BACKEND_TESTS := tests/test_layers.py tests/test_starts.py tests/test_starts_dat
 	tests/test_copies.py::test_a_copy_preprocesses_as_its_original \
 	tests/test_checkpoint.py::test_a_broken_run_goes_on_to_the_weights_and_logs_of_an_unbroken_one
 test-backends: $(VENV)/.dev
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 --dist worksteal $(BACKEND_TESTS)
-	KERAS_BACKEND=torch $(BIN)/python -m pytest -n 2 --dist worksteal $(BACKEND_TESTS)
+	KERAS_BACKEND=jax $(BIN)/python tests/run.py $(BACKEND_TESTS)
+	KERAS_BACKEND=torch $(BIN)/python tests/run.py $(BACKEND_TESTS)
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict --quiet
