@@ -249,6 +249,13 @@ def test_a_model_knows_the_strategy_that_it_was_made_in() -> None:
         assert outside._distribute_strategy is None
 
 
+def test_a_variable_knows_its_layout_and_may_be_without_a_value() -> None:
+    """Which `keras.distribution` and the steps of JAX use; `tests/devices` has several devices."""
+    variable = keras.Variable(np.ones(3))
+    assert variable._layout is None
+    assert variable._value is not None
+
+
 def test_the_constructor_of_a_layer_binds_quantize() -> None:
     """So `attach` takes it out, for the adapted class's own to be found."""
     assert "quantize" in vars(keras.layers.Dense(3))

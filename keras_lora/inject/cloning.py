@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_lora.checks import warn
+from keras_lora.distribution import strategy_scope
 from keras_lora.inject.freezing import original_flag
 from keras_lora.inject.optimizers import carry_exclusions
 from keras_lora.layers import LoRALayer, is_recomputed, parts_of, plain_class, recompute
@@ -32,7 +33,8 @@ def plain_copy(tree: Tree) -> Any:
     for original, variable in zip(originals, copies, strict=True):
         # A copy: on JAX training donates the arrays of the original.
         variable.assign(ops.copy(original.value))
-    _compile_like(copy, tree.root, list(zip(originals, copies, strict=True)))
+    with strategy_scope(tree):
+        _compile_like(copy, tree.root, list(zip(originals, copies, strict=True)))
     return copy
 
 
@@ -47,7 +49,7 @@ def bare_copy(tree: Tree, asked: str, fix: str) -> Any:
     Raises:
         ValueError: as `plain_copy`.
     """
-    with _as_plain(tree.adapted):
+    with _as_plain(tree.adapted), strategy_scope(tree):
         copy = _from_config(tree.root, asked, fix)
     layers = list(Tree.of(copy).layers)
     _check_alike(tree, layers, copy.variables, asked, fix)

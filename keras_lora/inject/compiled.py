@@ -2,6 +2,7 @@
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
     `_layers`: missing from a model whose constructor failed, which may still be alive.
+    `_value`: None while a step of JAX has the values of a model's variables.
 """
 
 from __future__ import annotations
@@ -124,8 +125,32 @@ class _MadeAnew:
     def __call__(self, *args: Any) -> Any:
         model = self._model()
         setattr(model, self._name, None)
-        getattr(model, f"make_{self._name}")()
+        spread = keras.distribution.distribution() is not None
+        with _given_back(model, *args[0]) if spread else contextlib.nullcontext():
+            getattr(model, f"make_{self._name}")()
         return getattr(model, self._name)(*args)
+
+
+@contextlib.contextmanager
+def _given_back(model: Any, trained: Any, others: Any, *rest: Any) -> Iterator[None]:
+    """Within the context the variables have the values that a step of JAX has taken from them.
+
+    When Keras makes a function of a model that is spread over devices, it asks where they are.
+    """
+    lists = [(model.trainable_variables, trained), (model.non_trainable_variables, others)]
+    if len(rest) == 2:
+        lists.append((model.optimizer.variables, rest[0]))
+    if rest:
+        lists.append((model.metrics_variables, rest[-1]))
+    pairs = [pair for variables, given in lists for pair in zip(variables, given, strict=True)]
+    taken = [(variable, value) for variable, value in pairs if variable._value is None]
+    for variable, value in taken:
+        variable._value = value
+    try:
+        yield
+    finally:
+        for variable, _ in taken:
+            variable._value = None
 
 
 def stale_when_flags_change() -> Sequence[str]:

@@ -57,7 +57,11 @@ def misfits(tree: Tree, plan: Plan) -> list[str]:
 def loses_dropout(tree: Tree, plan: Plan) -> bool:
     """Whether an adapter has dropout on a layer that computes none."""
     banks = tree.banks_by_path
-    return any(x.spec.dropout and not banks[x.target.path].has_dropout for x in plan.layers)
+    return any(_loses_dropout(banks[x.target.path], x.spec) for x in plan.layers)
+
+
+def _loses_dropout(bank: AdapterBank, spec: AdapterSpec) -> bool:
+    return spec.dropout > 0 and bank.site.kind.has_dropout and not bank.has_dropout
 
 
 def _misfit(
@@ -90,4 +94,4 @@ def _misfit(
 
 
 def _as_computed(bank: AdapterBank, spec: AdapterSpec) -> AdapterSpec:
-    return spec if bank.has_dropout else dataclasses.replace(spec, dropout=0.0)
+    return dataclasses.replace(spec, dropout=0.0) if _loses_dropout(bank, spec) else spec

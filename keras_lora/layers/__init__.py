@@ -30,6 +30,7 @@ from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.factors import Factor
 from keras_lora.layers.groups import group_of, in_group
 from keras_lora.layers.kinds import Kind, Site, family_of
+from keras_lora.layers.layouts import Layout, layout_of
 from keras_lora.layers.linear import LoRADense, LoRAEinsumDense
 from keras_lora.layers.lora_layer import DEFAULT_ADAPTER, LoRALayer, plain_class
 from keras_lora.layers.mixed_batch import MixedBatch
@@ -69,6 +70,7 @@ from keras_lora.layers.transposed import (
     LoRAConv2DTranspose,
     LoRAConv3DTranspose,
 )
+from keras_lora.layers.unlocked import unlocked
 from keras_lora.layers.variables import LoRAVariables, check_bare
 
 __all__ = [
@@ -82,6 +84,7 @@ __all__ = [
     "Factor",
     "Kind",
     "LayerAdapter",
+    "Layout",
     "LoRAConv1D",
     "LoRAConv1DTranspose",
     "LoRAConv2D",
@@ -126,6 +129,7 @@ __all__ = [
     "is_registered",
     "keep_activations",
     "layer_adapter",
+    "layout_of",
     "lora_class_for",
     "moves",
     "output_gain",
@@ -144,5 +148,6 @@ __all__ = [
     "sites_of",
     "stop_gradient",
     "supported_base",
+    "unlocked",
     "with_items",
 ]

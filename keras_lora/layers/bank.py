@@ -1,14 +1,13 @@
 """`AdapterBank`: the adapters of one matrix, and the slots that the matrix is computed with.
 
 Private Keras API in this file, and why (`tests/test_private_api.py` watches each):
-    `_tracker`: a built layer is locked, and adapters are added after it was built.
+    `_tracker`: where a layer has its seed generators.
     `_track_variable`, `_untrack_variable`: adapters are taken away and put back.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
 
@@ -28,8 +27,10 @@ from keras_lora.layers.adapter import (
 )
 from keras_lora.layers.computation import Computation, chosen
 from keras_lora.layers.kinds import Site
+from keras_lora.layers.layouts import drawn, factor_layout, laid_out, layout_of, whole
 from keras_lora.layers.slot_adapters import SlotAdapters
 from keras_lora.layers.slots import Room, Slot
+from keras_lora.layers.unlocked import unlocked
 from keras_lora.lowrank.equations import Shape, Tensor
 
 
@@ -232,12 +233,12 @@ class AdapterBank:
         """Add the variables of the slots to the layer's; the inverse of `untrack`."""
         self._track(self._slot_variables())
         if self.seeds is not None:
-            with self._unlocked():
+            with unlocked(self.site.layer):
                 self.site.layer._tracker.add_to_store("seed_generators", self.seeds)
 
     def untrack(self) -> None:
         self._untrack(self._slot_variables())
-        with self._unlocked():
+        with unlocked(self.site.layer):
             self.site.layer._tracker.untrack(self.seeds)
 
     def norms(self, shape: Shape = (), dtype: str = "float32") -> Tensor:
@@ -271,7 +272,7 @@ class AdapterBank:
         _, rank_axis = self.site.split().rank_axes
         made: list[keras.Variable] = []
         try:
-            with self._unlocked():
+            with unlocked(self.site.layer):
                 new = self._adder(made)
                 slots = {i: Slot.make(new, i, adapters[i], shapes[i], rank_axis) for i in needed}
                 self._add_shared(specs, made)
@@ -294,7 +295,7 @@ class AdapterBank:
         trains = self.trains
         for factor in [factor for slot in self.slots for factor in slot.factors]:
             factor.trainable = True  # otherwise Keras lists the factors as non-trainable
-        with self._unlocked():
+        with unlocked(self.site.layer):
             for variable in variables:
                 self.site.layer._track_variable(variable)
         self.train(trains)
@@ -314,11 +315,14 @@ class AdapterBank:
         ) -> keras.Variable:
             factor = (trainable or exact) and not name.startswith("lora_tokens")
             dtype = dtype or ("float32" if factor else self.site.wide_dtype)
-            options = {"initializer": initializer, "dtype": dtype, "trainable": trainable}
+            options: dict[str, Any] = {"dtype": dtype, "trainable": trainable}
             # In 16 bits a gain near 1 would become 1, and what was learned beside A0 would be lost.
             rounded = not name.startswith(("lora_magnitude", "lora_squared_norms"))
             options["autocast"] = rounded and not exact
-            made.append(self.site.layer.add_weight(name=prefix + name, shape=shape, **options))
+            layout = factor_layout(self.site.matrix, self.site.split(), name, shape)
+            options["initializer"] = drawn(initializer, shape, dtype, layout)
+            with laid_out(layout):
+                made.append(self.site.layer.add_weight(name=prefix + name, shape=shape, **options))
             return made[-1]
 
         return new
@@ -330,21 +334,11 @@ class AdapterBank:
             shape = self.site.split().norm_shape(self.site.shape)
             norms = self._adder(made)("lora_squared_norms", shape, self._draw_squared_norms, False)
         if self._need_dropout(specs) and self.seeds is None:
-            self.seeds = keras.random.SeedGenerator()
+            with laid_out(whole(layout_of(self.site.matrix))):
+                self.seeds = keras.random.SeedGenerator()
             layer._tracker.add_to_store("seed_generators", self.seeds)
         self.squared_norms = norms
 
     def _untrack(self, variables: Sequence[keras.Variable]) -> None:
         for variable in variables:
             self.site.layer._untrack_variable(variable)
-
-    @contextlib.contextmanager
-    def _unlocked(self) -> Iterator[None]:
-        tracker = self.site.layer._tracker
-        locked = tracker.locked
-        tracker.unlock()
-        try:
-            yield
-        finally:
-            if locked:
-                tracker.lock()

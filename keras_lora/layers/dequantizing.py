@@ -3,7 +3,7 @@
 Private Keras API in this file, and why (`tests/test_private_quantizing.py` watches):
     `_kernel`, `_embeddings`, `_is_quantized`, `is_gptq_calibrated`, `is_awq_calibrated`: what
         `layer.quantize` sets, which has no inverse.
-    `_tracker`, `_track_variable`, `_untrack_variable`: a built layer is locked.
+    `_track_variable`, `_untrack_variable`: a variable takes the place of another.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from keras import ops
 
 from keras_lora.layers.adaptable import WAS_TRAINABLE
 from keras_lora.layers.quantized import VARIABLES, Integers, grid_of, mode_of
+from keras_lora.layers.unlocked import unlocked
 from keras_lora.lowrank.equations import Tensor
 
 _REVERSE = "reverse_embeddings"
@@ -54,8 +55,7 @@ def dequantize(layer: Any, weight: Tensor) -> None:
     values = {name: (f"_{name}", weight)}
     if _REVERSE in vars(layer):
         values[_REVERSE] = (_REVERSE, Integers.of(layer).reverse("float32"))
-    layer._tracker.unlock()
-    try:
+    with unlocked(layer):
         for attribute in [a for a in VARIABLES if a in vars(layer)]:
             _drop(layer, attribute)
         layer.dtype_policy = layer.dtype_policy.get_config()["source_name"]
@@ -64,8 +64,6 @@ def dequantize(layer: Any, weight: Tensor) -> None:
         for given, (attribute, value) in values.items():
             setattr(layer, attribute, _added(layer, given, name, value))
         _put_last(layer, getattr(layer, "bias", None))
-    finally:
-        layer._tracker.lock()
 
 
 def requantize(layer: Any, weight: Tensor) -> Drift:

@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora.checks import warn
+from keras_lora.layers.layouts import layout_of, spread
 from keras_lora.lowrank.equations import Shape, Tensor
 
 
@@ -37,7 +38,8 @@ def write(variable: keras.Variable, value: Any) -> None:
         # Other memory: a forward pass may have kept the old one for its gradient.
         variable.value.data = ops.convert_to_tensor(value, variable.dtype)
     else:
-        type(variable).assign(variable, value)  # also where `protected`
+        # The class's own `assign`, also where `protected`.
+        type(variable).assign(variable, spread(value, layout_of(variable)))
 
 
 def protected(variable: keras.Variable) -> keras.Variable:

@@ -3,7 +3,6 @@
 Keras's own `quantize` computes them with NumPy.
 
 Private Keras API in this file, and why (`tests/test_memory_plan.py` compares with `quantize`):
-    `_tracker`: a built layer is locked.
     `_embeddings`: by this name an embedding keeps its matrix.
 """
 
@@ -14,6 +13,7 @@ from typing import Any
 
 import keras
 
+from keras_lora.layers import unlocked
 from keras_lora.walker import Tree
 
 _MATRICES: dict[type, tuple[str, ...]] = {
@@ -49,13 +49,10 @@ def _quantize(layer: Any, config: Any) -> None:
     embeds = "_embeddings" in names
     shape = (layer.input_dim, layer.output_dim) if embeds else tuple(getattr(layer, names[0]).shape)
     layer.quantization_config = config
-    layer._tracker.unlock()
-    try:
+    with unlocked(layer):
         for name in names:
             delattr(layer, name)
         layer.quantized_build(shape, config.mode, config)
-    finally:
-        layer._tracker.lock()
     size = getattr(config, "block_size", None)
     mode = f"int4/{-1 if size is None else size}" if config.mode == "int4" else config.mode
     layer.dtype_policy = f"{mode}_from_{layer.dtype_policy.name}"
