@@ -40,6 +40,12 @@ def _tensorflow_scope(tree: Tree) -> contextlib.AbstractContextManager[Any]:
     current = distribute.get_strategy() if distribute.has_strategy() else None
     made_in = (model._distribute_strategy for model in tree.models)
     own: Any = next((strategy for strategy in made_in if strategy is not None), None)
+    if isinstance(own, distribute.ParameterServerStrategy):
+        raise ValueError(
+            "Expected a model made in the scope of a strategy that Keras 3 trains in. Received: "
+            f"'{tree.root.name}', made in that of a {type(own).__name__}, for which `fit` has no "
+            "coordinator. Use MirroredStrategy."
+        )
     if own is current:
         return contextlib.nullcontext()
     if current is None:

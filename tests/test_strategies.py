@@ -11,23 +11,20 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from support.broken_runs import BreakAfter, BrokenError, adapted, assert_same, fit
+from support.broken_runs import trained as trained_values
 from support.cases import numpy_of
 from support.models import CONFIG, data, functional, state
+from support.replicas import mirrored
 
 import keras_lora as kl
 
 HEAD = kl.LoRAConfig(rank=3, targets=["up"], layers_to_save=["head"])
 
 
-def mirrored() -> tf.distribute.Strategy:
-    # Two logical CPUs, so that there are two replicas.
-    devices = tf.config.list_logical_devices("CPU")
-    return tf.distribute.MirroredStrategy([device.name for device in devices])
-
-
 STRATEGIES: dict[str, Callable[[], tf.distribute.Strategy]] = {
     "one device": lambda: tf.distribute.OneDeviceStrategy("CPU:0"),
-    "mirrored": mirrored,
+    "mirrored": lambda: mirrored(2),
 }
 
 
@@ -69,7 +66,7 @@ def trained(scope: contextlib.AbstractContextManager[Any], path: Path) -> list[n
         optimizer = keras.optimizers.AdamW(0.001, weight_decay=0.1)
         model.compile(kl.set_rates(optimizer, b=3, heads=2), "mse")
     kl.apply_lora(model, CONFIG, name="one")
-    x, y = data(model)
+    x, y = data(model, 12)
     outputs = []
     for name, step in STEPS.items():
         step(model, path)
@@ -119,3 +116,65 @@ def test_verbs_are_refused_in_the_scope_of_another_strategy() -> None:
             with pytest.raises(ValueError, match="a MirroredStrategy, .* of a OneDeviceStrategy"):
                 verb()
     assert state(model) == before
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True, "init": "pissa"},
+    "head": {"layers_to_save": ["head"], "bias": "lora_only"},
+}
+
+
+def after_five_steps(
+    scope: contextlib.AbstractContextManager[Any], options: dict[str, Any], inside: bool
+) -> list[np.ndarray]:
+    keras.utils.set_random_seed(4)
+    with scope:
+        model = functional()
+        if inside:
+            kl.apply_lora(model, kl.LoRAConfig(rank=2, **options))
+        model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
+    if not inside:
+        kl.apply_lora(model, kl.LoRAConfig(rank=2, **options))
+    x, y = data(model, 60)
+    model.fit(x, y, batch_size=12, verbose=0, shuffle=False)
+    return [numpy_of(v) for v in model.variables]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_five_steps_give_the_weights_of_one_device(options: str) -> None:
+    expected = after_five_steps(contextlib.nullcontext(), OPTIONS[options], False)
+    for replicas, inside in [(2, True), (4, False)]:
+        received = after_five_steps(mirrored(replicas).scope(), OPTIONS[options], inside)
+        for one, other in zip(received, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_broken_run_goes_on_under_a_strategy(tmp_path: Path) -> None:
+    strategy = mirrored(2)
+
+    def made(seed: int) -> keras.Model:
+        with strategy.scope():
+            return adapted(functional, seed)
+
+    unbroken, model = made(1), made(2)
+    fit(unbroken)
+    with pytest.raises(BrokenError):
+        fit(made(1), kl.AdapterCheckpoint(tmp_path, save_freq=2), BreakAfter(9))
+    fit(model, kl.AdapterCheckpoint(tmp_path, save_freq=2))
+    assert_same(trained_values(model), trained_values(unbroken))
+
+
+def test_a_copy_is_made_in_the_strategy_of_its_original() -> None:
+    strategy = mirrored(2)
+    with strategy.scope():
+        model = functional()
+    copy = kl.apply_lora(model, CONFIG, inplace=False)
+    assert copy.distribute_strategy is strategy
+    assert type(copy.get_layer("up").base_kernel.value) is type(model.get_layer("up").kernel.value)
+
+
+def test_parameter_servers_are_refused_by_name() -> None:
+    model = functional()
+    model._distribute_strategy = object.__new__(tf.distribute.ParameterServerStrategy)
+    with pytest.raises(ValueError, match="Received: 'mlp', made in that of a ParameterServerStr"):
+        kl.apply_lora(model, CONFIG)

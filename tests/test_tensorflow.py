@@ -14,6 +14,7 @@ import tensorflow as tf
 from support import quantized
 from support.cases import ALPHA, BY_ID, RANK, adapted, adapter, numpy_of, reference_dora
 from support.models import composite, data, functional, randomize_adapters
+from support.replicas import mirrored
 
 import keras_lora as kl
 from keras_lora.layers import site_of
@@ -36,9 +37,7 @@ def test_float64_base_merges_in_float64(use_dora: bool) -> None:
 
 @pytest.fixture(scope="module")
 def strategy() -> Any:
-    # Two logical CPUs, so that MirroredStrategy has two replicas.
-    devices = tf.config.list_logical_devices("CPU")
-    return tf.distribute.MirroredStrategy([device.name for device in devices])
+    return mirrored(2)
 
 
 @pytest.mark.parametrize(
