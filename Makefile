@@ -9,7 +9,7 @@ export CUDA_VISIBLE_DEVICES ?= -1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo many-tasks causal-lm image-classification image-generation time-series test quick lint \
-	test-tensorflow test-backends docs architectures support bench clean
+	test-tensorflow test-backends docs architectures support predictions bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/text_classification.py
@@ -78,6 +78,10 @@ architectures: $(VENV)/.dev
 # Which kind of layer takes which option; a test compares the page with it.
 support: $(VENV)/.dev
 	$(BIN)/python docs/support_matrix.py
+
+# What models of up to 70 billion parameters would take; some twenty minutes.
+predictions: $(VENV)/.dev
+	$(BIN)/python docs/predictions.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step_time.py

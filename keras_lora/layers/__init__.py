@@ -24,7 +24,7 @@ from keras_lora.layers.checkpoint import STATE_PREFIX
 from keras_lora.layers.computation import computing
 from keras_lora.layers.convolution import LoRAConv1D, LoRAConv2D, LoRAConv3D
 from keras_lora.layers.depthwise import LoRADepthwiseConv1D, LoRADepthwiseConv2D
-from keras_lora.layers.dequantizing import Drift, dequantize, requantize
+from keras_lora.layers.dequantizing import Drift, dequantize, drop_variable, requantize
 from keras_lora.layers.effective import with_items
 from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
 from keras_lora.layers.factors import Factor
@@ -118,6 +118,7 @@ __all__ = [
     "computing",
     "dequantize",
     "detach",
+    "drop_variable",
     "factor_matrices",
     "factor_names",
     "family_of",

@@ -57,7 +57,7 @@ def dequantize(layer: Any, weight: Tensor) -> None:
         values[_REVERSE] = (_REVERSE, Integers.of(layer).reverse("float32"))
     with unlocked(layer):
         for attribute in [a for a in VARIABLES if a in vars(layer)]:
-            _drop(layer, attribute)
+            drop_variable(layer, attribute)
         layer.dtype_policy = layer.dtype_policy.get_config()["source_name"]
         layer._is_quantized = layer.is_gptq_calibrated = layer.is_awq_calibrated = False
         layer.quantization_config = None
@@ -83,7 +83,8 @@ def requantize(layer: Any, weight: Tensor) -> Drift:
     return Drift(float(np.abs(change).max()), float(np.linalg.norm(change) / (norm or 1.0)))
 
 
-def _drop(layer: Any, attribute: str) -> None:
+def drop_variable(layer: Any, attribute: str) -> None:
+    """Take a variable from a layer whose tracker is unlocked."""
     layer._untrack_variable(vars(layer)[attribute])
     # `Layer.__delattr__` collects garbage each time, which for a large model takes minutes.
     super(keras.layers.Layer, layer).__delattr__(attribute)

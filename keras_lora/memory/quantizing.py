@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from keras_lora.layers import unlocked
+from keras_lora.layers import drop_variable, unlocked
 from keras_lora.walker import Tree
 
 _MATRICES: dict[type, tuple[str, ...]] = {
@@ -51,7 +51,7 @@ def _quantize(layer: Any, config: Any) -> None:
     layer.quantization_config = config
     with unlocked(layer):
         for name in names:
-            delattr(layer, name)
+            drop_variable(layer, name)
         layer.quantized_build(shape, config.mode, config)
     size = getattr(config, "block_size", None)
     mode = f"int4/{-1 if size is None else size}" if config.mode == "int4" else config.mode
