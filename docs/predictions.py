@@ -1,10 +1,14 @@
 """Writes `docs/predictions.md`: what large models would take to train, as `memory_plan` predicts.
 
-`make predictions` runs it, in about twenty minutes. No model is made with values. The blocks of a
-language model are alike, so each way to train is planned with a few blocks, and the memory of the
-others is added:
+`make predictions` runs it, in about twenty minutes of CPU time. No model is made with values. The
+blocks of a language model are alike, so each way to train is planned with a few blocks, and the
+memory of the others is added:
 
     peak(n) = peak(m) + (n - m) (peak(m) - peak(m - 1))
+
+That holds while a block keeps more for its backward pass than the gradients of its factors take:
+the peak is then where the values of all blocks are there, whatever their number. In full
+fine-tuning it moves to the end of the backward pass, where all gradients are: not predicted here.
 
     python docs/predictions.py [file] [--models "1B, TinyLlama"]
 """
@@ -83,8 +87,7 @@ MODELS = {
 }
 CONFIG = kl.LoRAConfig(rank=8)
 FITS: dict[str, Any] = {"rematerialize": "auto", "chunk_tokens": 512}
-WAYS: dict[str, tuple[kl.LoRAConfig | None, dict[str, Any]]] = {
-    "full, blocks, chunks": (None, FITS),
+WAYS: dict[str, tuple[kl.LoRAConfig, dict[str, Any]]] = {
     "LoRA": (CONFIG, {}),
     "LoRA, blocks, chunks": (CONFIG, FITS),
     "LoRA on int8, blocks, chunks": (CONFIG, {**FITS, "quantized": "int8"}),
