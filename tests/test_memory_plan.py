@@ -115,7 +115,7 @@ def test_less_memory_by_blocks_and_chunks_and_more_by_size(model: keras.Model) -
     assert plain.peak > blocks.peak > both.peak
     assert plain["logits"].at_peak >= 2 * 4 * 3 * 307 * 211
     longer = plain.for_shape((3, 331))
-    assert longer.peak > plain.peak == plain.for_shape(shape).peak
+    assert longer.peak > plain.peak == longer.for_shape(shape).peak
     assert 307 <= plain.largest_length((plain.peak + longer.peak) // 2) < 331
 
 

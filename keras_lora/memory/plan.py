@@ -72,8 +72,11 @@ class MemoryPlan:
 
     def for_shape(self, batch_shape: Sequence[int]) -> MemoryPlan:
         """The plan for another batch; the model is made no second time."""
+        shape = _shape(batch_shape)
+        if shape == self.batch_shape:
+            return self
         assert self._planned is not None
-        return self._planned(_shape(batch_shape))
+        return self._planned(shape)
 
     def largest_batch(self, budget: float) -> int:
         """The largest batch of this length whose peak fits; 0 if not one example does.
