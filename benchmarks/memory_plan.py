@@ -162,7 +162,7 @@ def beyond_the_plan(shape: Shape) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tiny", action="store_true", help="small enough for CI")
+    parser.add_argument("--tiny", action="store_true", help="narrow models; bars mean nothing")
     names = [str(shape) for shape in SHAPES]
     parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="of the eight")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
