@@ -31,7 +31,7 @@ def inspect(base: Base, config: kl.LoRAConfig, steps: Steps) -> Answer:
             return _adapter(base.path)
         model = load_base(base, weights=False)
     targets = kl.find_targets(model, config.targets, config.exclude)
-    return _model(model, base.path, kind, targets, config.rank)
+    return _model(model, base.path, kind, targets, config.spec().rank)
 
 
 def _saved_model(path: str) -> Answer:

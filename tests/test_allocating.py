@@ -115,3 +115,11 @@ def test_what_cannot_be_allocated_is_refused(config: Any, options: Any, message:
     with pytest.raises(ValueError, match=message):
         kl.allocate_ranks(model, batches(), config, **options)
     assert state(model) == before
+
+
+def test_rows_of_tokens_are_no_part_of_the_budget() -> None:
+    layers = [keras.layers.Embedding(31, 23), keras.layers.Dense(29, name="up")]
+    model = keras.Sequential([keras.Input((7,), dtype="int32"), *layers])
+    config = kl.LoRAConfig(rank=2, targets=["up"], train_tokens=[3, 5])
+    ids = np.random.default_rng(0).integers(31, size=(3, 7)).astype("int32")
+    assert kl.allocate_ranks(model, [(ids, ids)], config).rank_pattern == {"up": 2}

@@ -95,6 +95,7 @@ FOREIGN: list[tuple[str, Any, Any]] = [
     *(("train_tokens", [value], (3,)) for value in INTEGERS),
     *(("train_tokens", {name: [np.int64(4), 3]}, {"up": (3, 4)}) for name in NAMES),
     ("train_tokens", np.array([4, 3]), (3, 4)),
+    ("settled", Choice.NAME, "up"),
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from keras_lora.checks import AdapterFileError, invalid_file, warn
-from keras_lora.config import AdapterSpec, LoRAConfig
+from keras_lora.config import AdapterSpec, LoRAConfig, check_settled
 from keras_lora.files.adapter_files import PathLike, read_adapter_files
 from keras_lora.files.keys import base_fingerprint, factor_keys
 from keras_lora.inject import PlannedLayer
@@ -130,7 +130,7 @@ class _Reader:
         return Adapter(
             None
             if config is None
-            else _parsed(self._directory, "config", lambda: LoRAConfig.from_dict(config)),
+            else _parsed(self._directory, "config", lambda: _settled(config)),
             [v for v in self._tree.root.weights if keys[id(v)] in trained],
         )
 
@@ -244,6 +244,13 @@ def spec_of_layer(directory: PathLike, config: dict[str, Any], path: str) -> Ada
     """
     fields = config["layer_specs"].get(path, config["spec"])
     return _parsed(directory, f"the spec of {path!r}", lambda: AdapterSpec(**fields))
+
+
+def _settled(config: Mapping[str, Any]) -> LoRAConfig:
+    """The config of an adapter that exists, whose ranks are therefore known."""
+    found = LoRAConfig.from_dict(config)
+    check_settled(found)
+    return found
 
 
 def _parsed(directory: PathLike, what: str, parse: Any) -> Any:

@@ -1,5 +1,6 @@
 """Adapting a model and taking the adapters out again: conversions in place."""
 
+from keras_lora.inject.allotting import METHODS, allotted, with_ranks
 from keras_lora.inject.apply import apply_lora, drop, install
 from keras_lora.inject.choosing import computing_scaled, computing_with
 from keras_lora.inject.cloning import bare_copy, base_variables
@@ -7,19 +8,12 @@ from keras_lora.inject.compiled import changing, refresh
 from keras_lora.inject.freezing import original_flag, thawed_by_others
 from keras_lora.inject.keras_savers import guard_keras_savers
 from keras_lora.inject.leaving import leaving
-from keras_lora.inject.measuring import (
-    Measured,
-    batches_of,
-    check_batches,
-    check_data,
-    left_as_it_was,
-    measured,
-)
+from keras_lora.inject.measuring import batches_of, check_batches, left_as_it_was
 from keras_lora.inject.merge import merge_lora, merged, unload, unload_lora
+from keras_lora.inject.patterns import parameters_of, rank_pattern
 from keras_lora.inject.plan import (
     Plan,
     PlannedLayer,
-    make_plan,
     plan_factors,
     plan_layers,
     plan_of,
@@ -44,12 +38,13 @@ from keras_lora.inject.turns import CHOOSING, context, turn
 
 __all__ = [
     "CHOOSING",
-    "Measured",
+    "METHODS",
     "Plan",
     "PlannedLayer",
     "active_names",
     "adapted",
     "adapter_names",
+    "allotted",
     "apply_lora",
     "are_without_values",
     "bare_copy",
@@ -58,7 +53,6 @@ __all__ = [
     "changing",
     "check_adapted",
     "check_batches",
-    "check_data",
     "check_names",
     "check_no_dora",
     "computing_scaled",
@@ -72,15 +66,15 @@ __all__ = [
     "leaving",
     "left_as_it_was",
     "loses_dropout",
-    "make_plan",
-    "measured",
     "merge_lora",
     "merged",
     "misfits",
     "original_flag",
+    "parameters_of",
     "plan_factors",
     "plan_layers",
     "plan_of",
+    "rank_pattern",
     "refresh",
     "rematerialize",
     "replace",
@@ -93,5 +87,6 @@ __all__ = [
     "unload_lora",
     "unrematerialize",
     "whole_adapters",
+    "with_ranks",
     "without_values",
 ]

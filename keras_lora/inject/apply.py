@@ -19,6 +19,7 @@ from keras_lora.inject.keras_hub_writers import guard_keras_hub_writers
 from keras_lora.inject.measuring import check_data, measured_plan
 from keras_lora.inject.plan import Plan, PlannedLayer, make_plan, warn_of_high_ranks
 from keras_lora.inject.saving import prepare_saving
+from keras_lora.inject.settling import settled
 from keras_lora.inject.switching import (
     activate,
     active_names,
@@ -72,6 +73,17 @@ def apply_lora(
     (Functional and Sequential models of plain layers), and otherwise raises before a file is
     touched. To save a plain model, call `merge_lora` first.
 
+    With `rank="auto"` the rank `r` follows from the data, with `alpha="auto"` alpha from the rank:
+
+        r = the lowest of 8, 16, 32, 64 with r c >= n, or 64        alpha = 2 r
+
+    where `c` is the size of the factors of all targets at rank 1, and `n` how many answers one pass
+    over the data has: the size of `y` (for a language model tokens, for a classifier rows), without
+    those of weight zero. This budget `r c` goes to layers with `r/2` to `2 r` for each, as the
+    inputs of layers vary on the first eight batches (EVA; see `allocate_ranks`); to all alike in
+    a model that has adapters, and where targets are not linear. `lora_summary` says what was found.
+    Of the same model and data the same is found.
+
     Args:
         model: A built model; also one that is compiled, trained, nested in another or made
             under a `tf.distribute` strategy.
@@ -84,6 +96,7 @@ def apply_lora(
             as a dataset gives them to `fit`, of which eight at most are used. `"lora_ga"` asks for
             a compiled model, and for memory for the gradients of all target matrices. For
             `init="loftq"`: the model in floating point that `model` was before it was quantized.
+            For `rank="auto"`: batches too, whose number is known.
 
     Returns:
         The adapted model: `model` itself, or the copy.
@@ -91,24 +104,34 @@ def apply_lora(
     Raises:
         ValueError: an unbuilt model, targets that match nothing, a name that is taken or
             malformed, a layer that cannot be adapted, or whose matrix another layer computes with,
-            a layer that moves frozen variables. The model is then as it was.
+            a layer that moves frozen variables, `"auto"` without data. The model is then as it was.
 
     Example:
 
-    >>> import keras, keras_lora as kl
+    >>> import keras, numpy as np, keras_lora as kl
     >>> up, head = keras.layers.Dense(5, name="up"), keras.layers.Dense(2, name="head")
     >>> model = keras.Sequential([keras.Input((3,)), up, head])
     >>> model = kl.apply_lora(model, kl.LoRAConfig(rank=2, layers_to_save=["head"]))
     >>> [v.name for v in model.trainable_variables]
     ['lora_a', 'lora_b', 'kernel', 'bias']
 
-    Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.
+    >>> data = [(np.ones((9, 3)), np.ones((9, 2)))]
+    >>> model = kl.unload_lora(model)
+    >>> model = kl.apply_lora(model, kl.LoRAConfig(rank="auto", alpha="auto"), data=data)
+    >>> kl.lora_layers(model)["up"].adapters["default"].spec.scaling
+    2.0
+
+    References: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4; Schulman et al. 2025
+    (as many parameters as tokens; the scale), https://thinkingmachines.ai/blog/lora; Allen-Zhu and
+    Li 2024 (two bits a parameter), https://arxiv.org/abs/2404.05405; Paischer et al. 2024 (EVA),
+    https://arxiv.org/abs/2410.07170.
     """
     config = LoRAConfig() if config is None else config
     check_adapter_name(name)
     if not isinstance(config, LoRAConfig):
         raise invalid("config", "a LoRAConfig", config)
     with turn(model, "apply_lora") as tree:
+        config, data = settled(tree, config, name, data)
         plan = make_plan(tree, config, name)
         measure = check_data(tree, plan, config.init, data)
         if inplace:

@@ -36,7 +36,7 @@ def spend(candidates: Sequence[Candidate], parameters: int, least: int) -> list[
     Args:
         candidates: The matrices.
         parameters: The size of all factors, at most.
-        least: The rank that each gets, whatever it gains.
+        least: The rank that each gets, whatever it gains, if it has as many.
 
     Raises:
         ValueError: a budget that has no room for this.
@@ -46,16 +46,13 @@ def spend(candidates: Sequence[Candidate], parameters: int, least: int) -> list[
     >>> spend([Candidate([5.0, 1.0], 10), Candidate([3.0, 2.0], 10)], parameters=30, least=0)
     [1, 2]
     """
-    needed = (
-        sum(least * candidate.cost for candidate in candidates)
-        if least
-        else min(candidate.cost for candidate in candidates)
-    )
+    ranks = [min(least, candidate.highest) for candidate in candidates]
+    spent = sum(rank * candidate.cost for rank, candidate in zip(ranks, candidates, strict=True))
+    needed = spent if least else min(candidate.cost for candidate in candidates)
     if parameters < needed:
         what = f"for rank {least} of each layer" if least else "for rank 1 of one layer"
         raise invalid("parameters", f"at least {needed}, {what}", parameters)
-    ranks = [least] * len(candidates)
-    left = parameters - sum(least * candidate.cost for candidate in candidates)
+    left = parameters - spent
     heap = [(-c.gains[least], i) for i, c in enumerate(candidates) if c.highest > least]
     heapq.heapify(heap)
     while heap:

@@ -18,7 +18,7 @@ import keras
 
 from keras_lora.checks import invalid
 from keras_lora.chunks import chunk_logits, chunked_tokens
-from keras_lora.config import DEFAULT_INIT, LoRAConfig
+from keras_lora.config import DEFAULT_INIT, LoRAConfig, check_settled
 from keras_lora.inject import (
     Plan,
     PlannedLayer,
@@ -53,6 +53,8 @@ class Changes:
     def __post_init__(self) -> None:
         if self.config is not None and not isinstance(self.config, LoRAConfig):
             raise invalid("config", "a LoRAConfig or None", self.config)
+        if self.config is not None:
+            check_settled(self.config)
         mode = getattr(self.quantized, "mode", self.quantized)
         if mode is not None and mode not in _MODES:
             expected = f"one of {_MODES}, or a quantization config of Keras for one of them"

@@ -17,7 +17,9 @@ from keras_lora.inject import (
     PlannedLayer,
     active_names,
     misfits,
+    parameters_of,
     plan_of,
+    rank_pattern,
     replace,
     switch,
     turn,
@@ -27,7 +29,6 @@ from keras_lora.layers import Adapter, AdapterBank, LayerAdapter, factor_matrice
 from keras_lora.lowrank.budget import Candidate
 from keras_lora.lowrank.decomposing import Array, Decomposition
 from keras_lora.lowrank.equations import scaling
-from keras_lora.ranks.patterns import parameters_of, rank_pattern
 from keras_lora.ranks.report import decomposed, has_factors
 from keras_lora.walker import Target, Tree, all_targets
 
@@ -132,12 +133,12 @@ def _rows_alone(tree: Tree, name: str) -> list[PlannedLayer]:
 
 
 def _config(config: LoRAConfig | None, specs: Mapping[str, AdapterSpec]) -> LoRAConfig | None:
-    """The config of a new adapter of these ranks."""
+    """The config of a new adapter of these ranks, which are not those that "auto" found."""
     if config is None:
         return None
     ranks = rank_pattern({path: spec.rank for path, spec in specs.items() if spec.rank})
     alphas = {path: specs[path].alpha for path in ranks}
-    return dataclasses.replace(config, rank_pattern=ranks, alpha_pattern=alphas)
+    return dataclasses.replace(config, rank_pattern=ranks, alpha_pattern=alphas, settled="")
 
 
 def take_ranks(model: keras.Model, name: str, ranks: Mapping[str, int]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console, Group
 from rich.text import Text
 
-from keras_lora.inject import adapted, original_flag
+from keras_lora.inject import adapted, adapter_names, original_flag, whole_adapters
 from keras_lora.layers import AdapterBank, Factor
 from keras_lora.summary.table import SummaryRow, adapter_tables
 from keras_lora.walker import Tree, all_targets
@@ -42,6 +42,7 @@ class LoRASummary:
         trained: The cost of the variables that train now.
         full: The same for full fine-tuning of the base.
         whole: Whether each of the rows is printed.
+        settled: How `"auto"` was settled, by the name of the adapter.
         left: How many layers there are of each kind that could be adapted and of whose family, such
             as the convolutions, no layer is.
 
@@ -58,6 +59,7 @@ class LoRASummary:
     full: Cost
     whole: bool = False
     left: Mapping[str, int] = field(default_factory=dict)
+    settled: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -77,6 +79,7 @@ class LoRASummary:
             lines.append(
                 f"{name}s trained: {shown_bytes(ours)}; full fine-tuning: {shown_bytes(theirs)}"
             )
+        lines += [f"{name}, found: {reason}" for name, reason in self.settled.items()]
         if self.left:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.left.items())
             lines.append(f"not adapted: {kinds}; targets='all' selects these kinds too")
@@ -173,7 +176,13 @@ def _summary(model: keras.Model, whole: bool = False) -> LoRASummary:
         _cost([v for v in base if original_flag(v)]),
         whole,
         _left(tree, banks.values()),
+        _settled(tree),
     )
+
+
+def _settled(tree: Tree) -> Mapping[str, str]:
+    configs = {n: x.config for n, x in whole_adapters(tree, adapter_names(tree)).items()}
+    return {name: config.settled for name, config in configs.items() if config and config.settled}
 
 
 def _left(tree: Tree, banks: Collection[AdapterBank]) -> Mapping[str, int]:
