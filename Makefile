@@ -8,7 +8,7 @@ export CUDA_VISIBLE_DEVICES ?= -1
 # Containers often set it. Then each process compiles TensorFlow's and Keras's modules anew, for 15 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo many-tasks causal-lm image-classification image-generation time-series test quick lint \
+.PHONY: demo many-tasks find-the-rank causal-lm image-classification image-generation time-series test quick lint \
 	test-tensorflow test-backends docs architectures support predictions bench clean
 
 demo: $(VENV)/.demo
@@ -17,6 +17,10 @@ demo: $(VENV)/.demo
 # Two tasks on one encoder.
 many-tasks: $(VENV)/.demo
 	$(BIN)/python examples/many_tasks.py
+
+# From a large rank to the one that suffices, with pictures.
+find-the-rank: $(VENV)/.dev
+	$(BIN)/python examples/find_the_rank.py
 
 # A language model, and its adapter to PEFT and back. Its weights are in a GGUF file.
 causal-lm: $(VENV)/.dev

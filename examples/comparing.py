@@ -105,7 +105,8 @@ class Study:
 
     def run(self, model: keras.Model, method: Method, rate: float, seed: int) -> Outcome:
         """Train `model`, which is `trainee(method)`, from the start of this seed."""
-        self._restart(model, method, seed)
+        keras.utils.set_random_seed(seed)
+        restart(model, self.trainee(method))
         title = f"{method.name}, learning rate {rate:g}, seed {seed}"
         steps = Steps(rate, self.steps, self.progress, title)
         model.fit(self.batches(seed), shuffle=False, verbose=0, callbacks=[steps])
@@ -119,15 +120,13 @@ class Study:
         self.progress.console.print(f"{title}: {self.measure.name} {score}")
         return outcome
 
-    def _restart(self, model: keras.Model, method: Method, seed: int) -> None:
-        """Give a model the values of a new one, dropout seeds too; clear the optimizer."""
-        keras.utils.set_random_seed(seed)
-        fresh = self.base()
-        method.prepare(fresh)
-        for variable, value in zip(model.variables, fresh.variables, strict=True):
-            variable.assign(value)
-        for variable in model.optimizer.variables:
-            variable.assign(keras.ops.zeros(variable.shape, variable.dtype))
+
+def restart(model: keras.Model, fresh: keras.Model) -> None:
+    """Give a model the values of a new one, dropout seeds too; clear the optimizer."""
+    for variable, value in zip(model.variables, fresh.variables, strict=True):
+        variable.assign(value)
+    for variable in model.optimizer.variables:
+        variable.assign(keras.ops.zeros(variable.shape, variable.dtype))
 
 
 def save_trained(model: keras.Model, path: Path) -> int:

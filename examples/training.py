@@ -27,11 +27,12 @@ Features = np.ndarray | Mapping[str, np.ndarray]
 
 
 def compile_for_training(
-    model: keras.Model, loss: object = CROSS_ENTROPY, jit: bool = True
+    model: keras.Model, loss: object = CROSS_ENTROPY, jit: bool = True, optimizer: Any = None
 ) -> None:
+    optimizer = keras.optimizers.Adam() if optimizer is None else optimizer
     # By default Keras leaves XLA off on a CPU, where XLA about halves the time of a transformer's
     # steps.
-    model.compile(optimizer=keras.optimizers.Adam(), loss=loss, jit_compile=jit)
+    model.compile(optimizer=optimizer, loss=loss, jit_compile=jit)
 
 
 def batches(
@@ -56,7 +57,8 @@ class Steps(keras.callbacks.Callback):
         self.seconds: list[float] = []
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
-        self.model.optimizer.learning_rate = self._rate * (1 - batch / self._total)
+        # Of all epochs, whose batches are counted anew.
+        self.model.optimizer.learning_rate = self._rate * (1 - len(self.seconds) / self._total)
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002

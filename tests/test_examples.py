@@ -7,9 +7,11 @@ from pathlib import Path
 
 import assets
 import diffusion
+import find_the_rank
 import image_classification
 import image_generation
 import keras
+import method_tasks
 import numpy as np
 import pytest
 import time_series
@@ -71,6 +73,37 @@ def test_image_generation(files: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert image_generation.main(["--quick", "--out", str(files)]) == 0
     assert "│ other real bags" in capsys.readouterr().out
     assert (files / "image_generation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_find_the_rank(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = method_tasks.tiny()
+    monkeypatch.setattr(find_the_rank, "classifier", lambda _: task.base())
+    monkeypatch.setattr(find_the_rank, "rows", lambda: (task.train, task.validation, task.test))
+    monkeypatch.setattr(find_the_rank, "HIGHEST", 8)
+    assert find_the_rank.main(["--quick", "--out", str(files)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("chosen") == 1
+    assert "Left to the library: rank 8" in printed
+    for picture in ("ranks.png", "find_the_rank.png"):
+        assert (files / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "rank"),
+    [
+        ((0.8, 0.8, 0.8), 16),
+        ((0.8, 0.796, 0.79), 32),
+        ((0.8, 0.79, 0.8), 64),
+        ((0.7, 0.9, 0.696), 16),
+    ],
+)
+def test_the_rank_that_suffices_is_before_the_first_that_loses(
+    accuracies: tuple[float, ...], rank: int
+) -> None:
+    ranks = zip((64, 32, 16), accuracies, strict=True)
+    assert find_the_rank.chosen([find_the_rank.Size(r, 0, x) for r, x in ranks]).rank == rank
 
 
 def test_a_distance_is_that_of_two_normal_distributions() -> None:
