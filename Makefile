@@ -68,7 +68,7 @@ BACKEND_TESTS := tests/test_layers.py tests/test_starts.py tests/test_starts_dat
 # Eight virtual devices, for `keras.distribution`.
 DEVICES := --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0
 test-backends: $(VENV)/.dev
-	KERAS_BACKEND=jax $(BIN)/python tests/run.py $(BACKEND_TESTS)
+	KERAS_BACKEND=jax $(BIN)/python tests/run.py $(BACKEND_TESTS) tests/test_hlo.py
 	KERAS_BACKEND=jax XLA_FLAGS="$(DEVICES)" $(BIN)/python -m pytest tests/devices
 	KERAS_BACKEND=torch $(BIN)/python tests/run.py $(BACKEND_TESTS)
 

@@ -32,6 +32,7 @@ from keras_lora.layers.kinds import CONV_LSTM_CELL
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.lowrank.equations import Tensor
 
+_CELL_BY_CELL = keras.layers.RNN.inner_loop  # as Keras has it
 _FUSED = 2  # the `implementation` with one product for all gates
 
 # `A` and `s B` of each active adapter.
@@ -247,9 +248,28 @@ def _forming_first(loop: Any) -> Any:
         inside = cell._flatten_layers() if isinstance(cell, keras.layers.Layer) else ()
         cells = [x for x in inside if isinstance(x, RecurrentCell)]
         with forming(cells, before_call=True), _forming_factors(cells if training else ()):
-            return loop(layer, sequences, initial_state, mask, training)
+            by_cell = training and _would_take_kernels(layer) and _add_updates(cells)
+            return (_CELL_BY_CELL if by_cell else loop)(
+                layer, sequences, initial_state, mask, training
+            )
 
     return inner_loop
+
+
+def _would_take_kernels(layer: Any) -> bool:
+    """Whether Keras computes the layer by a function that takes whole kernels, without cuDNN.
+
+    On JAX a `GRU` on every device. Its gradients of kernels cost more than it saves.
+    """
+    jax = keras.backend.backend() == "jax"
+    return jax and isinstance(layer, keras.layers.GRU) and layer.use_cudnn == "auto"
+
+
+def _add_updates(cells: Sequence[RecurrentCell]) -> bool:
+    """Whether all that the adapters of these cells do can be added to their biases."""
+    known = _FACTORS.get()
+    formed = [known.get(bank) for cell in cells for bank in cell.banks.values()]
+    return None not in formed and any(formed)
 
 
 form_before_loops()
