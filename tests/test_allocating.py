@@ -11,6 +11,7 @@ from support.cases import numpy_of
 from support.models import state
 
 import keras_lora as kl
+from keras_lora.inject import measuring
 
 CONFIG = kl.LoRAConfig(rank=2, alpha=6, targets=["up", "middle", "down"])
 SIDES = {"up": (7, 5), "middle": (5, 11), "down": (11, 3)}
@@ -70,9 +71,13 @@ def ranks_of(config: kl.LoRAConfig) -> dict[str, int]:
     return {path: spec.rank for path, spec in specs.items()}
 
 
+@pytest.mark.parametrize("summed", [512, 6])  # of which inputs the products are summed up
 @pytest.mark.parametrize("budget", [14, 40, 60, 84, 200])
 @pytest.mark.parametrize("method", ["eva", "gradient"])
-def test_the_budget_goes_where_it_gains_most(method: str, budget: int) -> None:
+def test_the_budget_goes_where_it_gains_most(
+    method: str, budget: int, summed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_SUMMED", summed)
     model = linear_model()
     before = state(model)
     config = kl.allocate_ranks(model, batches(), CONFIG, parameters=budget, method=method)

@@ -33,6 +33,8 @@ _ITERATIONS = 4
 _LOSS_SCALE = 256.0
 # Of the same data the same is found.
 _SEED = 0
+# Inputs of so many values at most have their products summed up: exact, and in less time.
+_SUMMED = 512
 
 
 def check_data(tree: Tree, plan: Plan, init: str, data: Any) -> Measure | None:
@@ -183,13 +185,13 @@ def left_as_it_was(
 
 def _inputs(tree: Tree, layers: Sequence[PlannedLayer], data: Any) -> dict[str, Measured]:
     """Of each layer, by path, vectors with the right-singular vectors of its inputs."""
-    model, found = tree.root, dict[str, Measured]()
+    model, found = tree.root, dict[str, _Seen]()
     with contextlib.ExitStack() as stack:
         for planned in layers:
             stack.enter_context(_watching(planned, found))
         for batch in batches_of(data):
             model(preprocessed(model, batch)[0], training=False)
-    return found
+    return {path: seen.measured() for path, seen in found.items()}
 
 
 def preprocessed(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
@@ -202,7 +204,7 @@ def preprocessed(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
 
 
 @contextlib.contextmanager
-def _watching(planned: PlannedLayer, found: dict[str, Measured]) -> Iterator[None]:
+def _watching(planned: PlannedLayer, found: dict[str, _Seen]) -> Iterator[None]:
     """Within the context the layer's inputs are added to what is found of it."""
     layer, path = planned.target.layer, planned.target.path
     name = "quantized_call" if planned.target.site.is_quantized else "call"
@@ -210,11 +212,7 @@ def _watching(planned: PlannedLayer, found: dict[str, Measured]) -> Iterator[Non
 
     def watched(*args: Any, **options: Any) -> Any:
         new = _vectors(planned.target.site, args[0] if args else options["inputs"])
-        energy, every = float(np.square(new, dtype="float64").sum()), new
-        if path in found:
-            every = np.concatenate([found[path].values, new], 1)
-            energy += found[path].energy
-        found[path] = Measured(_directions(every, planned.spec.rank), energy)
+        found.setdefault(path, _Seen(planned.spec.rank)).add(new)
         return call(*args, **options)
 
     vars(layer)[name] = watched
@@ -233,14 +231,44 @@ def _vectors(site: Site, x: Any) -> np.ndarray:
     return np.einsum(order, values).reshape(split.stacked_shape(site.shape)[0], -1, d)
 
 
-def _directions(x: np.ndarray, rank: int) -> np.ndarray:
-    """Fewer vectors, with the largest singular values of all of them and the same directions.
+class _Seen:
+    """The inputs `X` of a layer so far, as what has their singular values and directions.
 
     More than the rank are kept: what is small in one batch may be large in the next ones.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._most, self._count, self._energy = 2 * rank, 0, 0.0
+        self._products: Any = 0.0  # X^T X, (shared, d, d)
+        self._vectors: np.ndarray | None = None  # where that would be too large
+
+    def add(self, new: np.ndarray) -> None:
+        """Inputs as `(shared, n, d)`."""
+        wide = new.astype("float64")
+        self._count += new.shape[1]
+        self._energy += float(np.square(wide).sum())
+        if new.shape[2] <= _SUMMED:
+            self._products = self._products + wide.swapaxes(1, 2) @ wide
+        else:
+            known = [] if self._vectors is None else [self._vectors]
+            self._vectors = _directions(np.concatenate([*known, new], 1), self._most)
+
+    def measured(self) -> Measured:
+        if self._vectors is not None:
+            return Measured(self._vectors, self._energy)
+        squares, v = np.linalg.eigh(self._products)  # the smallest first
+        last = slice(None, -min(self._most, self._count, v.shape[-1]) - 1, -1)
+        values = np.sqrt(np.maximum(squares[:, last], 0))
+        vectors = values[..., None] * v.swapaxes(1, 2)[:, last]
+        return Measured(vectors.astype("float32"), self._energy)
+
+
+def _directions(x: np.ndarray, most: int) -> np.ndarray:
+    """Fewer vectors, with the largest singular values of all of them and the same directions.
 
     Reference: Ross et al. 2008, "Incremental Learning for Robust Visual Tracking", section 3.1.
     """
-    _, values, v = randomized_svd(x, 2 * rank, _ITERATIONS, sketch())
+    _, values, v = randomized_svd(x, most, _ITERATIONS, sketch())
     return values[..., None] * v
 
 
