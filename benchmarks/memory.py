@@ -1,6 +1,6 @@
 """The memory of a training step, and a billion parameters on one machine.
 
-    python benchmarks/memory.py [--length 2048] [--jit] [--tiny] [--check]
+    python benchmarks/memory.py [--length 2048] [--sparing] [--jit] [--tiny] [--check]
     python benchmarks/memory.py --interleaved [--length 2048] [--steps 3]
     python benchmarks/memory.py --billion [--dtype bfloat16] [--quantized int8]
 
@@ -9,7 +9,8 @@ A Llama-shaped KerasHub language model with random weights (8 layers of 1,024, a
 rematerialized, with logits in chunks of 512 tokens too, and with a base in 8 or 4 bits. The memory
 is the peak resident size during the steps minus the size when everything was imported, so it counts
 weights, activations and what TensorFlow keeps. The making of the model does not count: one that is
-quantized is whole before. The weights are the bytes of the backbone, adapters too. With
+quantized is whole before. The weights are the bytes of the backbone, adapters too. Rows of
+`--sparing` have the two settings of docs/memory.md, by which TensorFlow takes less. With
 `--interleaved`, steps of LoRA and of `enable_lora` are timed in turn, in one process.
 
 With `--billion`, a model of 1.1 billion parameters is adapted, trained with `fit` and
@@ -44,7 +45,7 @@ from typing import Any
 
 import numpy as np
 from encoder import quantize, train_only, with_everything
-from resident import MIB, billion, forget_peak, resident, size
+from resident import MIB, SPARING, billion, forget_peak, resident, size
 from rich.console import Console
 from rich.table import Table
 from timing import Bars, Step, interleaved, print_bars, print_times, ratio
@@ -161,7 +162,8 @@ def in_turn(args: argparse.Namespace) -> Bars:
 
 def title_of(args: argparse.Namespace) -> str:
     title = f"{args.layers} layers of {args.width}, {args.dtype}, {args.batch} x {args.length}"
-    return f"A training step, {title}, XLA {'on' if args.jit else 'off'}"
+    sparing = ", sparing" if args.sparing else ""
+    return f"A training step, {title}, XLA {'on' if args.jit else 'off'}{sparing}"
 
 
 def in_this_process(args: argparse.Namespace) -> None:
@@ -181,7 +183,8 @@ def row(args: argparse.Namespace, variant: Variant) -> dict[str, Any]:
 def measured(args: argparse.Namespace, only: str) -> dict[str, Any]:
     """One row, from a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", only, "--folder", args.folder]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    settings = {**os.environ, **(SPARING if args.sparing else {})}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=settings) as child:
         while child.poll() is None:
             if resident("VmRSS", child.pid) > 1024 * MIB * args.most:
                 child.kill()
@@ -257,6 +260,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", help="of the base, such as bfloat16")
     parser.add_argument("--quantized", help="with --billion: the mode of the base, such as int8")
     parser.add_argument("--jit", action="store_true", help="with XLA")
+    parser.add_argument("--sparing", action="store_true", help="with settings that save memory")
     parser.add_argument("--most", type=float, default=18.0, help="GiB that a row may come to")
     parser.add_argument("--interleaved", action="store_true", help="time LoRA and enable_lora")
     parser.add_argument("--billion", action="store_true", help="stages of a model of 1.1 billion")

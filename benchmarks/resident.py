@@ -11,6 +11,9 @@ import keras
 import keras_hub
 
 MIB = 2**20
+# Of the environment of a process: TensorFlow computes one operation at a time, and glibc gives
+# freed blocks of 128 KiB and more back at once. By itself it raises this limit up to 32 MiB.
+SPARING = {"TF_NUM_INTEROP_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**17)}
 
 
 def billion(layers: int, width: int, dtype: str = "float32") -> keras.Model:

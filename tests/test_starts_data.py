@@ -170,6 +170,7 @@ def test_the_model_is_left_as_it_was_and_goes_on(
         ({"init": "eva"}, {"data": []}, "Invalid `data`: expected batches that reach each target"),
         ({"init": "lora_ga"}, {}, "expected a compiled model for init='lora_ga'"),
         ({"init": "eva"}, {"data": [np.ones((1, 5))]}, "as many inputs.*'1 inputs at rank 8'"),
+        ({"init": "eva"}, {"data": [np.full((7, 5), np.nan)]}, "finite inputs.*NaN or infinity at"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The rank is above:UserWarning")
@@ -182,6 +183,19 @@ def test_data_that_cannot_be_measured_is_refused(
     with pytest.raises(ValueError, match=message):
         kl.apply_lora(model, kl.LoRAConfig(**options), **arguments)
     assert (snapshot(model.variables), [v.trainable for v in model.variables]) == before
+    assert not kl.lora_layers(model)
+
+
+def test_gradients_that_are_not_finite_are_refused() -> None:
+    model = functional()
+    model.compile("sgd", "mse")
+    x, y = data_of(model)
+    before = snapshot(model.variables)
+    with pytest.raises(ValueError, match="finite gradients.*NaN or infinity at"):
+        kl.apply_lora(
+            model, kl.LoRAConfig(rank=2, init="lora_ga"), data=[(x, np.full_like(y, np.nan))]
+        )
+    assert snapshot(model.variables) == before
     assert not kl.lora_layers(model)
 
 

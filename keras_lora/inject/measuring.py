@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -137,7 +138,7 @@ def measured(tree: Tree, plan: Plan, measure: Measure, data: Any) -> dict[str, M
     """What is measured on each layer, by path.
 
     Raises:
-        ValueError: layers that the data does not reach.
+        ValueError: layers that the data does not reach, or at which it is not finite.
     """
     with left_as_it_was(tree.root):
         found = (_inputs if measure == "inputs" else _gradients)(tree, plan.layers, data)
@@ -146,6 +147,13 @@ def measured(tree: Tree, plan: Plan, measure: Measure, data: Any) -> dict[str, M
         received = f"no {'inputs' if measure == 'inputs' else 'gradient'} of {missing}"
         raise invalid("data", "batches that reach each target", received, "exclude these layers")
     return found
+
+
+def _finite(energy: float, what: str, path: str) -> float:
+    if not math.isfinite(energy):
+        fix = "look at the data, and at the weights of the base"
+        raise invalid("data", f"batches with finite {what}", f"NaN or infinity at {path!r}", fix)
+    return energy
 
 
 def _reached(found: Measured | None) -> bool:
@@ -212,7 +220,7 @@ def _watching(planned: PlannedLayer, found: dict[str, _Seen]) -> Iterator[None]:
 
     def watched(*args: Any, **options: Any) -> Any:
         new = _vectors(planned.target.site, args[0] if args else options["inputs"])
-        found.setdefault(path, _Seen(planned.spec.rank)).add(new)
+        found.setdefault(path, _Seen(path, planned.spec.rank)).add(new)
         return call(*args, **options)
 
     vars(layer)[name] = watched
@@ -237,8 +245,8 @@ class _Seen:
     More than the rank are kept: what is small in one batch may be large in the next ones.
     """
 
-    def __init__(self, rank: int) -> None:
-        self._most, self._count, self._energy = 2 * rank, 0, 0.0
+    def __init__(self, path: str, rank: int) -> None:
+        self._path, self._most, self._count, self._energy = path, 2 * rank, 0, 0.0
         self._products: Any = 0.0  # X^T X, (shared, d, d)
         self._vectors: np.ndarray | None = None  # where that would be too large
 
@@ -247,6 +255,8 @@ class _Seen:
         wide = new.astype("float64")
         self._count += new.shape[1]
         self._energy += float(np.square(wide).sum())
+        if not math.isfinite(self._energy):
+            return  # refused in `measured`, outside of the layer's call
         if new.shape[2] <= _SUMMED:
             self._products = self._products + wide.swapaxes(1, 2) @ wide
         else:
@@ -254,6 +264,7 @@ class _Seen:
             self._vectors = _directions(np.concatenate([*known, new], 1), self._most)
 
     def measured(self) -> Measured:
+        _finite(self._energy, "inputs", self._path)
         if self._vectors is not None:
             return Measured(self._vectors, self._energy)
         squares, v = np.linalg.eigh(self._products)  # the smallest first
@@ -293,7 +304,8 @@ def _gradients(tree: Tree, layers: Sequence[PlannedLayer], data: Any) -> dict[st
             model.optimizer, model.train_function = optimizer, function
     pairs = [(*sites[id(v)], total) for v, total in zip(matrices, sums.of(matrices), strict=True)]
     stacks = {p: ops.convert_to_numpy(site.split().stacked(total)) for p, site, total in pairs}
-    return {p: Measured(x, float(np.square(x, dtype="float64").sum())) for p, x in stacks.items()}
+    energies = {p: float(np.square(x, dtype="float64").sum()) for p, x in stacks.items()}
+    return {p: Measured(x, _finite(energies[p], "gradients", p)) for p, x in stacks.items()}
 
 
 class _Sums(keras.optimizers.Optimizer):
