@@ -65,11 +65,8 @@ BACKEND_TESTS := tests/test_layers.py tests/test_starts.py tests/test_starts_dat
 	tests/test_train_tokens.py::test_only_these_rows_train_and_as_in_a_model_that_trains_the_whole_matrix \
 	tests/test_copies.py::test_a_copy_preprocesses_as_its_original \
 	tests/test_checkpoint.py::test_a_broken_run_goes_on_to_the_weights_and_logs_of_an_unbroken_one
-# Eight virtual devices, for `keras.distribution`.
-DEVICES := --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0
 test-backends: $(VENV)/.dev
-	KERAS_BACKEND=jax $(BIN)/python tests/run.py $(BACKEND_TESTS) tests/test_hlo.py
-	KERAS_BACKEND=jax XLA_FLAGS="$(DEVICES)" $(BIN)/python -m pytest tests/devices
+	KERAS_BACKEND=jax $(BIN)/python tests/run.py tests/devices tests/test_hlo.py $(BACKEND_TESTS)
 	KERAS_BACKEND=torch $(BIN)/python tests/run.py $(BACKEND_TESTS)
 
 docs: $(VENV)/.dev

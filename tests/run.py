@@ -34,7 +34,7 @@ LONGEST = [
     *("export_runtimes", "stateful", "peft_exchange", "saving", "serialization"),
     *("coverage_models", "without_tensorflow", "cli_process", "cli_output"),
     # On JAX and torch, by what they compute.
-    *("layers", "dora_models", "recurrent", "rematerialize", "starts", "training"),
+    *("devices", "layers", "dora_models", "recurrent", "rematerialize", "starts", "training"),
 ]
 PASSED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 

@@ -1,4 +1,4 @@
-"""`keras.distribution` on JAX, on 8 virtual devices: `make test-backends` sets them up.
+"""`keras.distribution` on JAX, on 8 virtual devices.
 
 One device is the reference: the same verbs and steps, without a distribution.
 """
@@ -34,6 +34,9 @@ from support.spread_models import (
 import keras_lora as kl
 from keras_lora.layers import AdapterBank
 from keras_lora.walker import Tree
+
+# JAX is imported, and has computed nothing in this process yet.
+jax.config.update("jax_num_cpu_devices", 8)  # type: ignore[no-untyped-call]
 
 Scope = Callable[[], contextlib.AbstractContextManager[Any]]
 
