@@ -74,6 +74,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "TF_DeleteBuffer": (None, [BUFFER]),
     "TF_NewSessionOptions": (POINTER, []),
     "TF_DeleteSessionOptions": (None, [POINTER]),
+    "TF_SetConfig": (None, [POINTER, TEXT, SIZE, POINTER]),
     "TF_LoadSessionFromSavedModel": (
         POINTER,
         [POINTER, POINTER, TEXT, TEXTS, INT, POINTER, BUFFER, POINTER],
@@ -114,15 +115,20 @@ class SavedModel:
 
     Several threads may call `run` at once. The session is closed when no reference is left.
 
+    Args:
+        path: The directory.
+        config: A serialized `ConfigProto`, as `--tensorflow_session_config_file` of TensorFlow
+            Serving has as text. Empty: the default settings.
+
     Attributes:
         meta_graph: The `MetaGraphDef` of the tag `serve`, serialized.
         signatures: The signatures by name.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, config: bytes = b"") -> None:
         self._library = _library()
         self._graph = self._library.TF_NewGraph()
-        self._session, self.meta_graph = self._load(str(path).encode())
+        self._session, self.meta_graph = self._load(str(path).encode(), config)
         self.signatures = dict(read_signatures(self.meta_graph))
         # Not at exit, when the process frees all memory anyway.
         weakref.finalize(self, _delete, self._library, self._session, self._graph).atexit = False
@@ -147,10 +153,12 @@ class SavedModel:
             )
         return self.signatures[name]
 
-    def _load(self, path: bytes) -> tuple[int, bytes]:
+    def _load(self, path: bytes, config: bytes) -> tuple[int, bytes]:
         library, meta_graph = self._library, self._library.TF_NewBuffer()
         options, tags = library.TF_NewSessionOptions(), (ctypes.c_char_p * 1)(b"serve")
         try:
+            with _status(library) as status:
+                library.TF_SetConfig(options, config, len(config), status)
             with _status(library) as status:
                 session = library.TF_LoadSessionFromSavedModel(
                     options, None, path, tags, 1, self._graph, meta_graph, status

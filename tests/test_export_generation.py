@@ -13,7 +13,7 @@ import tensorflow as tf
 from support import keras_hub_tasks
 from support.keras_hub_backbones import BACKBONES
 from support.models import state
-from support.tasks import NAMES, Arrays, Service, adapted
+from support.tasks import NAMES, UNFOLDED, Arrays, Service, adapted
 
 import keras_lora as kl
 from keras_lora.export.keras_hub.generation import stop_tokens
@@ -75,7 +75,7 @@ def test_tokens_are_those_of_generate(name: str, service: Service, tmp_path: Pat
     signature = sizes if name in FIXED_SIZE else None
     kl.export_saved_model(model, tmp_path / "1", stop_token_ids=STOP, input_signature=signature)
     assert state(model) == before
-    answers = service.answer(tmp_path / "1", feeds, "generate")
+    answers = service.answer(tmp_path / "1", feeds, "generate", config=UNFOLDED)
     for key, value in answers.items():
         np.testing.assert_array_equal(value, expected[key], key)
         assert value.dtype == feeds[key].dtype, key
