@@ -29,7 +29,7 @@ from support.language_models import (
     values,
 )
 from support.models import randomize_adapters
-from support.shapes import shapes_of_a_step
+from support.shapes import graph_of_a_step, operations_before, shapes_of_a_step
 
 import keras_lora as kl
 from keras_lora.chunks import chunked_tokens
@@ -219,3 +219,14 @@ def test_no_logits_are_whole(make: Callable[[], keras.Model]) -> None:
         sizes = [int(np.prod(s)) for s in shapes_of_a_step(model, X, Y) if VOCABULARY in s]
         assert (max(sizes) >= whole) is found, sizes
         assert max(sizes) >= min(tokens or LENGTH, LENGTH) * VOCABULARY
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="loops of TensorFlow's graphs")
+def test_chunks_come_one_after_the_other() -> None:
+    model = kl.chunk_logits(compiled(adapted(tied)(), run_eagerly=False), CHUNK)
+    model.train_on_batch(X, Y)
+    operations = graph_of_a_step(model, X, Y).get_operations()
+    loops = [op for op in operations if op.type in ("While", "StatelessWhile")]
+    assert [op.get_attr("parallel_iterations") for op in loops] == [1, 1]
+    values, gradients = loops
+    assert values in operations_before(gradients)

@@ -83,10 +83,13 @@ def _on_tensorflow(
 
     @tf.custom_gradient
     def values(hidden: Tensor) -> Any:
-        found = tuple(ops.map(lambda chunk: tuple(function(*chunk)), (hidden, targets)))
+        found = _one_after_the_other(tf, function, (hidden, targets))
 
         def gradient(first: Tensor, *_: Any, variables: Sequence[Any] = ()) -> Any:
             own = [variable for variable in variables if id(variable) in wanted]
+            # Nothing else waits for the values, which could come when most memory is taken.
+            with tf.control_dependencies(found):
+                first = tf.identity(first)
             of_hidden, of_own = _gradients(tf, function, (hidden, targets, first), own)
             by_id = {id(v): g for v, g in zip(own, of_own, strict=True)}
             return of_hidden, [by_id.get(id(variable)) for variable in variables]
@@ -94,6 +97,20 @@ def _on_tensorflow(
         return found, gradient
 
     return values(hidden)
+
+
+def _one_after_the_other(
+    tf: Any, function: PerToken, stacked: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    """The values of all chunks. `ops.map` lets TensorFlow compute ten of them side by side."""
+    first = function(*(x[0] for x in stacked))  # for dtypes and shapes; nothing reads its values
+    values: tuple[Tensor, ...] = tf.map_fn(
+        lambda chunk: tuple(function(*chunk)),
+        stacked,
+        parallel_iterations=1,
+        fn_output_signature=tuple(map(tf.TensorSpec.from_tensor, first)),
+    )
+    return values
 
 
 def _gradients(

@@ -19,10 +19,27 @@ def shapes_of_a_step(model: keras.Model, x: Any, y: Any) -> Iterator[tuple[int, 
         yield from _on_torch(model, x, y)
 
 
-def _on_tensorflow(model: keras.Model, x: Any, y: Any) -> Iterator[tuple[int, ...]]:
+def graph_of_a_step(model: keras.Model, x: Any, y: Any) -> Any:
+    """TensorFlow's graph of a training step."""
     tf = importlib.import_module("tensorflow")
     step = tf.function(model.train_step).get_concrete_function((tf.constant(x), tf.constant(y)))
-    definition = step.graph.as_graph_def(add_shapes=True)
+    return step.graph
+
+
+def operations_before(operation: Any) -> set[Any]:
+    """The operations of TensorFlow's graph that come before one."""
+    found: set[Any] = set()
+    left = [operation]
+    while left:
+        op = left.pop()
+        new = {*(x.op for x in op.inputs), *op.control_inputs} - found
+        found |= new
+        left += new
+    return found
+
+
+def _on_tensorflow(model: keras.Model, x: Any, y: Any) -> Iterator[tuple[int, ...]]:
+    definition = graph_of_a_step(model, x, y).as_graph_def(add_shapes=True)
     for nodes in (definition.node, *(f.node_def for f in definition.library.function)):
         for node in nodes:
             for shape in node.attr["_output_shapes"].list.shape:
