@@ -13,6 +13,9 @@ import keras
 import numpy as np
 import pytest
 from support.processes import ROOT
+from support.virtual_devices import use_eight_devices
+
+use_eight_devices()
 
 LETTERS = list("abcdefghijklmnopqrstuvwxyz ")  # enough of them for the vocabulary
 

@@ -30,13 +30,13 @@ from support.spread_models import (
     mesh,
     small,
 )
+from support.virtual_devices import use_eight_devices
 
 import keras_lora as kl
 from keras_lora.layers import AdapterBank
 from keras_lora.walker import Tree
 
-# JAX is imported, and has computed nothing in this process yet.
-jax.config.update("jax_num_cpu_devices", 8)  # type: ignore[no-untyped-call]
+use_eight_devices()
 
 Scope = Callable[[], contextlib.AbstractContextManager[Any]]
 
