@@ -167,15 +167,15 @@ class Figures:
     predicted: int
     runtime: int
     measured: int
-    unsettled: int
+    without: int
 
     @property
     def ratios(self) -> tuple[float, float]:
-        return self.predicted / self.measured, self.predicted / self.unsettled
+        return self.predicted / self.measured, self.predicted / self.without
 
     @property
     def cells(self) -> list[str]:
-        sizes = [self.predicted, self.runtime, self.measured, self.unsettled]
+        sizes = [self.predicted, self.runtime, self.measured, self.without]
         return [*(f"{x / MIB:,.0f}" for x in sizes), *(f"{x:.3f}" for x in self.ratios)]
 
 

@@ -61,18 +61,19 @@ def with_enable_lora(model: keras.Model, _: Any) -> None:
     """Keras's own adapters on the layers that `CONFIG` adapts."""
     for target in kl.find_targets(model, CONFIG.targets, HEAD):
         target.layer.enable_lora(CONFIG.rank, lora_alpha=CONFIG.alpha)
-    heads = {id(v) for name in HEAD for v in _layer(model, name).weights}
+    heads = _heads(model)
     train_only(model, lambda v: "lora_" in v.name or id(v) in heads)
 
 
 def train_head(model: keras.Model, _: Any) -> None:
-    heads = {id(v) for name in HEAD for v in _layer(model, name).weights}
+    heads = _heads(model)
     train_only(model, lambda v: id(v) in heads)
 
 
-def _layer(model: keras.Model, name: str) -> keras.layers.Layer:
-    within = model if name == "logits" else model.backbone
-    return within.get_layer(name)
+def _heads(model: keras.Model) -> set[int]:
+    """The ids of the variables of the heads."""
+    within = {name: model if name == "logits" else model.backbone for name in HEAD}
+    return {id(v) for name, part in within.items() for v in part.get_layer(name).weights}
 
 
 def lower_the_rank() -> list[keras.callbacks.Callback]:

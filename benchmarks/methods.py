@@ -1,4 +1,4 @@
-"""Ways to fine-tune, each at its own rate, on real tasks: the table of `docs/methods.md`.
+"""Ways to fine-tune, each at its own rate, on real tasks, as a table.
 
     python benchmarks/methods.py [--tasks "Rotten Tomatoes"] [--methods auto "rank 8"] [--seeds 3]
     python benchmarks/methods.py --table    # what the file of results has, as Markdown
@@ -51,7 +51,7 @@ from method_tasks import TASKS, Task
 from method_ways import QUIET, WAYS, Way, rate_of
 from resident import MIB, forget_peak, resident
 from rich.console import Console
-from training import Steps, positive, progress_bars
+from training import Steps, folder_bytes, positive, progress_bars
 
 import keras_lora as kl
 from keras_lora.files.atomic import write_files
@@ -191,8 +191,7 @@ def size(model: keras.Model) -> tuple[int, int]:
             trained = sum(math.prod(v.shape) for v in model.trainable_variables)
             return trained, save_trained(model, Path(folder, "trained.safetensors"))
         kl.save_adapter(model, folder)
-        files = sum(file.stat().st_size for file in Path(folder).iterdir())
-        return kl.lora_summary(model, QUIET).trained.parameters, files
+        return kl.lora_summary(model, QUIET).trained.parameters, folder_bytes(Path(folder))
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:

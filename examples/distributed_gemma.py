@@ -41,7 +41,7 @@ import assets
 import keras_hub
 import sentencepiece
 import tensorflow as tf
-from training import positive
+from training import folder_bytes, megabytes, positive
 
 import keras_lora as kl
 
@@ -155,8 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("After:", *gemma.generate(PROMPTS, max_length=LENGTH), sep="\n  ")
     with tempfile.TemporaryDirectory() as folder:
         kl.save_adapter(gemma, folder)
-        size = sum(file.stat().st_size for file in Path(folder).iterdir())
-    print(f"The adapter is {size / 1e6:.2f} MB, of whole arrays: it loads under any mesh, or none.")
+        size = megabytes(folder_bytes(Path(folder)))
+    print(f"The adapter is {size}, of whole arrays: it loads under any mesh, or none.")
     return int(after >= before)
 
 

@@ -7,11 +7,10 @@ from keras_lora.config.checking import (
     check_start,
     check_targets,
 )
-from keras_lora.config.lora import AUTO, BIASES, LoRAConfig, check_settled, is_auto
+from keras_lora.config.lora import BIASES, LoRAConfig, check_settled, is_auto
 from keras_lora.config.spec import DEFAULT_INIT, AdapterSpec
 
 __all__ = [
-    "AUTO",
     "BIASES",
     "DEFAULT_INIT",
     "PRESETS",

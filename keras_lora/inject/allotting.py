@@ -12,7 +12,7 @@ import numpy as np
 from keras_lora.config import LoRAConfig
 from keras_lora.initializers import randomized_svd
 from keras_lora.inject.measuring import Measured, check_data, measured, sketch
-from keras_lora.inject.patterns import parameters_of, rank_pattern
+from keras_lora.inject.patterns import highest_rank, parameters_of, rank_pattern
 from keras_lora.inject.plan import make_plan
 from keras_lora.layers import Site
 from keras_lora.lowrank.budget import Candidate, spend
@@ -49,11 +49,6 @@ def allotted(
     if parameters is None:
         parameters = sum(rank * candidate.cost for candidate in candidates)
     return dict(zip(sites, spend(candidates, parameters, least), strict=True))
-
-
-def highest_rank(site: Site) -> int:
-    """The smaller side of a matrix: a rank above it adds nothing."""
-    return min(site.split().matrix_shape(site.shape))
 
 
 def _candidate(site: Site, found: Measured, rank: int, method: str) -> Candidate:

@@ -20,6 +20,11 @@ def rank_pattern(ranks: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(ranks.items(), key=lambda item: -item[0].count("/")))
 
 
+def highest_rank(site: Site) -> int:
+    """The smaller side of a matrix: a rank above it adds nothing."""
+    return min(site.split().matrix_shape(site.shape))
+
+
 def parameters_of(site: Site, rank: int) -> int:
     """The size of both factors of a matrix."""
     shared, d, k = site.split().stacked_shape(site.shape)

@@ -12,6 +12,7 @@ import keras
 from keras_lora.checks import invalid, warn
 from keras_lora.config import AdapterSpec, LoRAConfig
 from keras_lora.inject.freezing import own_trainable_variables
+from keras_lora.inject.patterns import highest_rank
 from keras_lora.layers import Adapter, adapter_shapes, all_owned, check_adapter_name
 from keras_lora.walker import (
     Node,
@@ -253,14 +254,9 @@ def _by_pattern(
 
 
 def warn_of_high_ranks(plan: Plan) -> None:
-    high = [layer.target.path for layer in plan.layers if _is_high(layer)]
+    high = [x.target.path for x in plan.layers if x.spec.rank > highest_rank(x.target.site)]
     if high:
         warn(
             f"The rank is above the smaller side of the kernel, which costs parameters and adds "
             f"nothing, for {high}. Lower it with rank_pattern."
         )
-
-
-def _is_high(layer: PlannedLayer) -> bool:
-    target = layer.target
-    return layer.spec.rank > min(target.site.split().matrix_shape(target.kernel_shape))

@@ -13,9 +13,9 @@ from keras import ops
 from keras_lora.checks import invalid
 from keras_lora.config import LoRAConfig, is_auto
 from keras_lora.initializers import start_of
-from keras_lora.inject.allotting import allotted, highest_rank, with_ranks
+from keras_lora.inject.allotting import allotted, with_ranks
 from keras_lora.inject.measuring import batches_of, check_batches, preprocessed
-from keras_lora.inject.patterns import parameters_of
+from keras_lora.inject.patterns import highest_rank, parameters_of
 from keras_lora.inject.plan import make_plan
 from keras_lora.lowrank.equations import scaling
 from keras_lora.walker import Tree

@@ -1,6 +1,5 @@
 """The ranks that adapters need: what they have learned, and adapters of a lower rank."""
 
-from keras_lora.inject import parameters_of
 from keras_lora.ranks.allocating import allocate_ranks
 from keras_lora.ranks.factors import take_ranks
 from keras_lora.ranks.report import RankReport, RankRow, rank_report
@@ -13,7 +12,6 @@ __all__ = [
     "ShrunkRow",
     "allocate_ranks",
     "check_shrinkable",
-    "parameters_of",
     "rank_report",
     "shrink_adapter",
     "take_ranks",

@@ -21,8 +21,9 @@ from keras_lora.checks import AdapterFileError, given_path, invalid, is_finite
 from keras_lora.files.adapter_files import PathLike
 from keras_lora.files.atomic import write_files
 from keras_lora.files.saving import load_adapter, save_adapter
+from keras_lora.inject import parameters_of
 from keras_lora.layers import DEFAULT_ADAPTER, goes_by_element
-from keras_lora.ranks import check_shrinkable, parameters_of, shrink_adapter, take_ranks
+from keras_lora.ranks import check_shrinkable, shrink_adapter, take_ranks
 from keras_lora.tables import new_table
 from keras_lora.training.fitting import MODES, check_trains, direction_of, is_better
 from keras_lora.walker import Tree

@@ -10,6 +10,8 @@ from typing import Any
 
 import keras
 
+from support.shapes import jax_state
+
 Shape = tuple[int, ...]
 Sum = tuple[str, Shape]
 # The operations that a gradient of a matrix may be, their operands and what they return.
@@ -24,20 +26,14 @@ _HOST = re.compile(r"(?:stablehlo\.|\s)(custom[-_]call|infeed|outfeed|send|recv)
 
 def lowered(model: keras.Model, x: Any, y: Any, platform: str = "tpu") -> str:
     """The training step of a compiled model, on JAX for a platform that need not be here."""
-    model._symbolic_build(data_batch=(x, y))
     if keras.backend.backend() == "tensorflow":
         tf = importlib.import_module("tensorflow")
+        model._symbolic_build(data_batch=(x, y))
         step = tf.function(model.train_step, jit_compile=True)
         data = tf.nest.map_structure(tf.constant, (x, y))
         return str(step.experimental_get_compiler_ir(data)(stage="hlo"))
     jax = importlib.import_module("jax")
-    state = model._get_jax_state(
-        trainable_variables=True,
-        non_trainable_variables=True,
-        optimizer_variables=True,
-        metrics_variables=True,
-    )
-    traced = jax.jit(model.train_step).trace(state, (x, y))
+    traced = jax.jit(model.train_step).trace(jax_state(model, x, y), (x, y))
     return str(traced.lower(lowering_platforms=(platform,)).as_text())
 
 

@@ -46,16 +46,20 @@ def _on_tensorflow(model: keras.Model, x: Any, y: Any) -> Iterator[tuple[int, ..
                 yield tuple(dim.size for dim in shape.dim)
 
 
-def _on_jax(model: keras.Model, x: Any, y: Any) -> Iterator[tuple[int, ...]]:
-    jax, extended = map(importlib.import_module, ("jax", "jax.extend.core"))
+def jax_state(model: keras.Model, x: Any, y: Any) -> Any:
+    """What `train_step` takes on JAX beside a batch; optimizer and metrics are built."""
     model._symbolic_build(data_batch=(x, y))
-    state = model._get_jax_state(
+    return model._get_jax_state(
         trainable_variables=True,
         non_trainable_variables=True,
         optimizer_variables=True,
         metrics_variables=True,
     )
-    left = [jax.make_jaxpr(model.train_step)(state, (x, y)).jaxpr]
+
+
+def _on_jax(model: keras.Model, x: Any, y: Any) -> Iterator[tuple[int, ...]]:
+    jax, extended = map(importlib.import_module, ("jax", "jax.extend.core"))
+    left = [jax.make_jaxpr(model.train_step)(jax_state(model, x, y), (x, y)).jaxpr]
     while left:
         jaxpr = left.pop()
         for equation in jaxpr.eqns:
